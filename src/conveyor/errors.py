@@ -1,0 +1,144 @@
+"""Every error that Conveyor raises, and the two outcomes that a handler may raise.
+
+    ConveyorError
+    ├── ConfigurationError          a set-up that cannot work; found before any message moves
+    │   ├── HandlerError            a handler whose signature or options cannot work
+    │   ├── MissingExtra            an optional dependency is not installed
+    │   └── MissingFeature          the broker cannot do what a queue asks for
+    ├── PayloadError                a payload that cannot be encoded, decoded or carried
+    │   └── PayloadTooLarge
+    ├── BrokerError                 the broker refused or could not be reached
+    │   ├── BrokerUnavailable       not reachable now; trying again may help
+    │   ├── BrokerFull              no room: disk, memory or a bound; trying again later may help
+    │   ├── QueueConflict           a queue exists with other properties
+    │   └── PublishFailed           some messages of a batch are not (or perhaps not) owned by the broker
+    ├── NoSubscriber                a message that somebody had to receive has no queue
+    ├── LedgerError                 the application's database refused, or is not set up
+    ├── LeaseLost                   this delivery belongs to somebody else by now
+    ├── HandlerTimeout              a handler ran longer than its worker allows
+    └── HandlerCrashed              the process that ran a handler died
+    Outcome                         raised by handlers to decide instead of the policy
+    ├── Retry                       again, later
+    └── Reject                      never again: keep it as a dead letter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+
+
+class ConveyorError(Exception):
+    """Anything that Conveyor itself raises."""
+
+
+class ConfigurationError(ConveyorError):
+    """A set-up that cannot work; the text says what to change."""
+
+
+class HandlerError(ConfigurationError):
+    """A handler whose signature or options cannot work; raised where it is registered."""
+
+
+class MissingExtra(ConfigurationError):
+    """An optional dependency is not installed.
+
+    Parameters:
+        what: what needs it, as the user would say it ("the Redis broker").
+        extra: the extra's name, as in ``pip install conveyor[redis]``.
+    """
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional dependency: pip install 'conveyor[{extra}]'")
+        self.what = what
+        self.extra = extra
+
+
+class MissingFeature(ConfigurationError):
+    """The broker cannot do what a queue asks for."""
+
+
+class PayloadError(ConveyorError):
+    """A payload that cannot be encoded, decoded or validated."""
+
+
+class PayloadTooLarge(PayloadError):
+    """A payload over the size limit (bytes)."""
+
+
+class BrokerError(ConveyorError):
+    """The broker refused, or could not be reached."""
+
+
+class BrokerUnavailable(BrokerError):
+    """The broker is not reachable now; trying again may help."""
+
+
+class BrokerFull(BrokerError):
+    """The broker has no room now: its disk, memory or bound is used up."""
+
+
+class QueueConflict(BrokerError):
+    """A queue exists with other properties; the text names both sides."""
+
+
+class PublishFailed(BrokerError):
+    """Part of a batch is not owned by the broker.
+
+    Parameters:
+        refused: message id → why the broker does not have it. Safe to publish again.
+        unknown: message id → why nobody can tell whether it has it. Publishing again with the same id
+            may deliver it twice.
+    """
+
+    def __init__(self, refused: Mapping[str, str], unknown: Mapping[str, str] | None = None) -> None:
+        self.refused = dict(refused)
+        self.unknown = dict(unknown or {})
+        why = next(iter([*self.refused.values(), *self.unknown.values()]), "no reason given")
+        super().__init__(f"{len(self.refused)} message(s) refused, {len(self.unknown)} with unknown outcome: {why}")
+
+
+class NoSubscriber(ConveyorError):
+    """A message that somebody had to receive has no queue."""
+
+
+class LedgerError(ConveyorError):
+    """The application's database refused, or is not set up for Conveyor."""
+
+
+class LeaseLost(ConveyorError):
+    """This delivery belongs to somebody else by now."""
+
+
+class HandlerTimeout(ConveyorError):
+    """A handler ran longer than its worker allows."""
+
+
+class HandlerCrashed(ConveyorError):
+    """The process that ran a handler died."""
+
+
+class Outcome(Exception):  # noqa: N818 - an outcome that a handler chooses, not an error
+    """What a handler raises to decide instead of its policy."""
+
+
+class Retry(Outcome):
+    """Raised by a handler: run me again later, whatever the policy says about this error.
+
+    It counts as an attempt, so that the policy's limit still ends it.
+
+    Parameters:
+        after: seconds (or timedelta) until then; left out, the policy's back-off decides.
+        why: the text kept with the message.
+    """
+
+    def __init__(self, why: str = "the handler asked for a retry", *, after: float | timedelta | None = None) -> None:
+        super().__init__(why)
+        self.after_seconds = after.total_seconds() if isinstance(after, timedelta) else after
+
+
+class Reject(Outcome):
+    """Raised by a handler: never run me again on this message; keep it as a dead letter with this reason."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)

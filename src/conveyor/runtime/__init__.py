@@ -1,0 +1,1 @@
+"""What runs: asyncio, processes, databases."""

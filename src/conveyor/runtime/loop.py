@@ -1,0 +1,64 @@
+"""Background loops: the only code that starts, restarts, stops and cancels them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from conveyor.core.retry import RetryPolicy
+from conveyor.core.settle import describe
+
+log = logging.getLogger("conveyor.loop")
+
+RESTARTS: Final = RetryPolicy(initial=0.05, maximum=5.0, jitter=0.0)
+"""A loop that fails is started again, soon at first, and at most five seconds later."""
+CALM_SECONDS: Final = 30.0
+"""A loop that ran so long before it failed starts with a fresh back-off."""
+
+
+class Loops:
+    """The background loops of one owner: every one is known by name, restarted when it fails, and ended by stop().
+
+    A loop is a coroutine function; it runs until it returns. When it raises, the error is logged, shown in ``problems`` until the
+    loop has been calm again, and the loop is started anew after a back-off.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.problems: dict[str, str] = {}
+
+    def start(self, name: str, body: Callable[[], Awaitable[None]]) -> None:
+        """Run body in the background under a name that is not in use."""
+        if name in self._tasks:
+            raise ValueError(f"a loop named {name!r} runs already")
+        task = asyncio.get_running_loop().create_task(self._run(name, body), name=name)
+        self._tasks[name] = task
+        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+
+    async def stop(self, *names: str) -> None:
+        """Cancel the named loops (all, where none is named) and wait until they have ended."""
+        tasks = [self._tasks[name] for name in (names or tuple(self._tasks)) if name in self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, name: str, body: Callable[[], Awaitable[None]]) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            started = loop.time()
+            calm = loop.call_later(CALM_SECONDS, self.problems.pop, name, None)
+            try:
+                await body()
+                self.problems.pop(name, None)
+                return
+            except Exception as error:
+                failures = 1 if loop.time() - started > CALM_SECONDS else failures + 1
+                self.problems[name] = describe(error)
+                wait = RESTARTS.wait_seconds(failures, 0.0)
+                log.warning("%s failed, starting again in %.2f s: %s", name, wait, describe(error), exc_info=failures == 1)
+            finally:
+                calm.cancel()
+            await asyncio.sleep(wait)
