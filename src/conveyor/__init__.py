@@ -1,0 +1,1 @@
+"""Event-driven workers that lose nothing and repeat nothing."""
