@@ -1,0 +1,47 @@
+# Everything that a developer does. CI calls the same targets.
+.DEFAULT_GOAL := help
+.PHONY: help demo test kill-test check fmt bench lock clean setup
+SHELL := /bin/bash
+
+PORT ?= 8000
+TESTS ?= tests
+WORKERS ?= 2
+MINUTES ?= 5
+RUN := .venv/bin/python -m
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## Serve the shop on http://127.0.0.1:8000 (PORT=… for another port); sets up what it needs
+	@scripts/setup demo
+	@PORT=$(PORT) $(RUN) examples.orders
+
+test: setup ## Run every test (TESTS=tests/core for some, WORKERS=1 for one at a time); sets up what it needs
+	@scripts/install-servers
+	@$(RUN) pytest -n $(WORKERS) $(TESTS)
+
+kill-test: setup ## Kill runners at random under load for a while (MINUTES=5)
+	@scripts/install-servers
+	@MINUTES=$(MINUTES) $(RUN) pytest -m kill --timeout=0 -s tests
+
+check: setup ## Lint, formatting and types
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+
+fmt: setup ## Format, and mend what can be mended safely
+	@$(RUN) ruff check --fix --quiet || true
+	@$(RUN) ruff format
+
+bench: setup ## Measure speed on this machine, the bare libraries beside it
+	@$(RUN) benchmarks
+
+lock: setup ## Write the locked requirements anew (UPGRADE=--upgrade for newer versions)
+	@scripts/lock $(UPGRADE)
+
+clean: ## Remove what was built, installed and cached here
+	rm -rf .venv .setup.lock dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup:
+	@scripts/setup dev
