@@ -156,8 +156,8 @@ class Postgres:
         }
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         # SIGINT is PostgreSQL's fast shutdown; the kernel sends it even when this process is killed.
-        server = [self._binaries / "postgres", "-D", self._folder / "data", *flags]
-        command: list[str | Path] = ["setpriv", "--pdeathsig", "INT", *server]
+        server: list[str | Path] = [self._binaries / "postgres", "-D", self._folder / "data", *flags]
+        command = ["setpriv", "--pdeathsig", "INT", *server]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 command,
