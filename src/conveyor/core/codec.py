@@ -140,7 +140,7 @@ def _to_json(value: Any) -> Any:
         return str(value)
     if is_pydantic_model(type(value)):
         return msgspec.Raw(value.model_dump_json(by_alias=True, round_trip=True, warnings="error").encode())
-    raise TypeError(f"a {_name(type(value))} has no form in JSON")
+    raise PayloadError(f"a {_name(type(value))} has no form in JSON")
 
 
 def _from_json(tp: Any, value: Any) -> Any:
@@ -162,7 +162,7 @@ def _json_name(value: Any) -> str:
 
 
 def _decode_finite(decode: Callable[[bytes], Any], body: bytes) -> Any:
-    """msgspec takes the text "NaN" for a Decimal; no sum that contains one can be trusted."""
+    """Not every Decimal: msgspec takes the text "NaN" for a Decimal; no sum that contains one can be trusted."""
     payload = decode(body)
     small = body.lower()
     if b"nan" in small or b"inf" in small or b"\\" in small:
@@ -174,7 +174,7 @@ def _decode_finite(decode: Callable[[bytes], Any], body: bytes) -> Any:
 
 
 def _pydantic_codec(tp: Any) -> Codec:
-    import pydantic  # noqa: PLC0415 - optional: it is there, because tp is made with it
+    import pydantic  # it is there, because tp is made with it
 
     try:
         adapter = pydantic.TypeAdapter(tp)
@@ -222,13 +222,14 @@ def _parts(info: msgspec.inspect.Type) -> Iterator[tuple[str, msgspec.inspect.Ty
             continue
         seen.add(id(kind))
         yield where, kind
-        for field in getattr(kind, "fields", ()):
-            waiting.append(
-                (f"its field {field.name!r}" if where == "it" else f"{where[:-1]}.{field.name}'", field.type)
-            )
+        waiting.extend((_place(where, field.name), field.type) for field in getattr(kind, "fields", ()))
         inner = [getattr(kind, name, None) for name in ("type", "item_type", "key_type", "value_type")]
         inner += [*getattr(kind, "types", ()), *getattr(kind, "item_types", ())]
         waiting.extend((where, part) for part in inner if isinstance(part, msgspec.inspect.Type))
+
+
+def _place(where: str, field: str) -> str:
+    return f"its field {field!r}" if where == "it" else f"{where[:-1]}.{field}'"
 
 
 def _unusable(tp: Any, error: Exception) -> HandlerError:
@@ -257,10 +258,9 @@ def _annotations(tp: Any) -> list[tuple[str, Any]]:
 
 
 def _unpublishable(tp: Any, payload: Any, error: Exception) -> PayloadError:
-    where = ""
-    if not isinstance(error, (msgspec.ValidationError, PayloadError)):  # which name the place already
-        where = _blame(payload)
-    return PayloadError(f"{_name(tp)} cannot be published: {where and f'at `{where}`: '}{explain(error)}")
+    said = explain(error)
+    where = "" if said.startswith("at `") else _blame(payload)
+    return PayloadError(f"{_name(tp)} cannot be published: {where and f'at `{where}`: '}{said}")
 
 
 def _blame(payload: Any) -> str:
@@ -270,7 +270,7 @@ def _blame(payload: Any) -> str:
         for step, value in _children(payload):
             try:
                 msgspec.json.encode(value, enc_hook=_to_json)
-            except Exception:  # noqa: S112 - this is the one that is looked for
+            except Exception:  # this is the one that is looked for
                 path, payload = path + step, value
                 break
         else:
@@ -308,7 +308,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
 # --- words ----------------------------------------------------------------------------------------------------------
 
 _PLACE: Final = re.compile(r"(?P<what>.*) - at (?P<key>`key` in )?`\$(?P<path>.*)`", re.DOTALL)
-_QUOTED: Final = re.compile(r"'[^']{%d,}'" % _LONGEST_VALUE)
+_QUOTED: Final = re.compile(rf"'[^']{{{_LONGEST_VALUE},}}'")
 
 
 def _explained(error: BaseException) -> str:
