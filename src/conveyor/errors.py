@@ -14,12 +14,14 @@
     │   └── PublishFailed           some messages of a batch are not (or perhaps not) owned by the broker
     ├── NoSubscriber                a message that somebody had to receive has no queue
     ├── LedgerError                 the application's database refused, or is not set up
+    │   └── LedgerUnavailable       it could not do it now; trying again may help
     ├── LeaseLost                   this delivery belongs to somebody else by now
     ├── HandlerTimeout              a handler ran longer than its worker allows
     └── HandlerCrashed              the process that ran a handler died
     Outcome                         raised by handlers to decide instead of the policy
     ├── Retry                       again, later
     └── Reject                      never again: keep it as a dead letter
+    AlreadyHandled                  unwinds a handler whose message was handled before; no error, and not to be caught
 """
 
 from __future__ import annotations
@@ -106,6 +108,19 @@ class LedgerError(ConveyorError):
     """The application's database refused, or is not set up for Conveyor."""
 
 
+class LedgerUnavailable(LedgerError):
+    """The application's database could not do it now: not reachable, busy, full, or it let another transaction win.
+
+    Parameters:
+        unknown: nobody can tell whether the transaction was committed. Doing it again is safe for a handler
+            (its inbox tells a repeat); anyone else has to look.
+    """
+
+    def __init__(self, text: str, *, unknown: bool = False) -> None:
+        super().__init__(text)
+        self.unknown = unknown
+
+
 class LeaseLost(ConveyorError):
     """This delivery belongs to somebody else by now."""
 
@@ -142,3 +157,19 @@ class Reject(Outcome):
 
     def __init__(self, why: str) -> None:
         super().__init__(why)
+
+
+class AlreadyHandled(BaseException):  # noqa: N818 - a signal, not an error
+    """Unwinds a handler whose message was handled before, where it first touches its transaction.
+
+    Not an Exception, so that a handler's ``except Exception`` does not take it for a failure to make up for.
+
+    Parameters:
+        worker: whose handler it is.
+        message_ids: those of its messages that were handled before.
+    """
+
+    def __init__(self, worker: str, message_ids: tuple[str, ...]) -> None:
+        super().__init__(f"{worker} has handled {', '.join(message_ids)} before")
+        self.worker = worker
+        self.message_ids = message_ids
