@@ -17,10 +17,22 @@ JSON: Final = "application/json"
 PRIORITIES: Final = range(10)
 """0 is ordinary, 9 goes first."""
 PREFIX: Final = "ce-"
-"""Before the name of a CloudEvents attribute in HTTP, in NATS and in Message.headers. Redis and Kafka say ce_, AMQP says
+"""Before the name of a CloudEvents attribute in HTTP, NATS and Message.headers. Redis and Kafka say ce_, AMQP says
 cloudEvents: or cloudEvents_ (CloudEvents 1.0.2, protocol bindings, section 3.1.3). All of them are understood."""
 SOURCE: Final = "conveyor"
 """The CloudEvents source of a message that does not carry one of its own as the header ce-source."""
+
+_CONTENT_TYPE: Final = "content-type"
+_ENVELOPE: Final = frozenset(
+    {"specversion", "id", "source", "type", "time", "datacontenttype", "partitionkey"}
+    | {"correlationid", "causationid", "duetime", "expirytime", "priority"}
+)
+_OVERRIDABLE: Final = frozenset({"source", "type"})
+_ATTRIBUTE: Final = re.compile(r"(?:ce[-_]|cloudevents[:_])([a-z0-9]+)", re.IGNORECASE)
+_LONGEST_INT: Final = 128
+"""Bits. No protocol has longer ones; Python refuses to write very long ones in decimal."""
+_FIRST_SECOND: Final = datetime.min.replace(tzinfo=UTC).timestamp()
+_LAST_SECOND: Final = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -110,7 +122,7 @@ def to_headers(message: Message, prefix: str = PREFIX) -> dict[str, str]:
         if attribute is None:
             if name.lower() != _CONTENT_TYPE:
                 headers[name] = value
-        elif attribute in _OVERRIDABLE or attribute not in _ENVELOPE:
+        elif value and (attribute in _OVERRIDABLE or attribute not in _ENVELOPE):
             envelope[attribute] = value
     headers.update({prefix + name: value for name, value in envelope.items() if value})
     headers[_CONTENT_TYPE] = message.content_type
@@ -165,19 +177,6 @@ def from_headers(topic: str, body: bytes, headers: Mapping[str, Any], *, fallbac
         expires=expires,
         priority=_priority(envelope.get("priority")),
     )
-
-
-_CONTENT_TYPE: Final = "content-type"
-_ENVELOPE: Final = frozenset(
-    {"specversion", "id", "source", "type", "time", "datacontenttype", "partitionkey"}
-    | {"correlationid", "causationid", "duetime", "expirytime", "priority"}
-)
-_OVERRIDABLE: Final = frozenset({"source", "type"})
-_ATTRIBUTE: Final = re.compile(r"(?:ce[-_]|cloudevents[:_])([a-z0-9]+)", re.IGNORECASE)
-_LONGEST_INT: Final = 128
-"""Bits. No protocol has longer ones; Python refuses to write very long ones in decimal."""
-_FIRST_SECOND: Final = datetime.min.replace(tzinfo=UTC).timestamp()
-_LAST_SECOND: Final = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
 
 
 def _attribute(header: str) -> str | None:
