@@ -42,7 +42,8 @@ ARROWS: Final[dict[str, frozenset[str]]] = {
 IMPURE: Final = frozenset(
     """
     apsw asyncio concurrent contextvars ctypes fcntl glob http logging mmap multiprocessing os platform queue random
-    resource sched secrets select selectors shutil signal socket sqlite3 ssl subprocess tempfile threading time urllib uvloop
+    resource sched secrets select selectors shutil signal socket sqlite3 ssl subprocess tempfile threading time urllib
+    uvloop
     """.split()
 )
 IMPURE_CALLS: Final = frozenset(
