@@ -1,1 +1,76 @@
 """Event-driven workers that lose nothing and repeat nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from conveyor.app import Conveyor, Task
+from conveyor.core.events import event
+from conveyor.core.message import Message
+from conveyor.core.retry import NO_RETRY, RetryPolicy
+from conveyor.errors import (
+    BrokerError,
+    BrokerFull,
+    BrokerUnavailable,
+    ConfigurationError,
+    ConveyorError,
+    HandlerError,
+    NoSubscriber,
+    PayloadError,
+    PublishFailed,
+    Reject,
+    Retry,
+)
+from conveyor.runtime.call import Call, Middleware, Next
+from conveyor.runtime.context import Context
+from conveyor.runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from conveyor.runtime.ledger import Transaction
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 - by concept
+    # the application
+    "Conveyor",
+    "Task",
+    "event",
+    # what handlers take
+    "Message",
+    "Context",
+    "Transaction",
+    # what handlers decide
+    "Retry",
+    "Reject",
+    "RetryPolicy",
+    "NO_RETRY",
+    # around handlers
+    "Call",
+    "Middleware",
+    "Next",
+    # looking on
+    "Watch",
+    # errors
+    "ConveyorError",
+    "ConfigurationError",
+    "HandlerError",
+    "PayloadError",
+    "NoSubscriber",
+    "BrokerError",
+    "BrokerUnavailable",
+    "BrokerFull",
+    "PublishFailed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Transaction comes with SQLAlchemy, so it is imported when it is asked for."""
+    if name != "Transaction":
+        raise AttributeError(f"module 'conveyor' has no attribute {name!r}")
+    try:
+        from conveyor.runtime.ledger import Transaction  # noqa: PLC0415 - see above
+    except ModuleNotFoundError as error:
+        from conveyor.errors import MissingExtra  # noqa: PLC0415 - only on this path
+
+        raise MissingExtra("Transaction", "ledger") from error
+    return Transaction

@@ -1,0 +1,579 @@
+"""The application: what users declare their workers on, publish with, and run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from datetime import timedelta
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar, Unpack, overload
+
+from conveyor import brokers
+from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, Clock, Queue
+from conveyor.core.codec import codec_for, struct_for
+from conveyor.core.events import EventType, check_topic, event_type
+from conveyor.core.handler import Mode, Plan, plan_task, plan_worker
+from conveyor.core.message import Message
+from conveyor.core.retry import RetryPolicy
+from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, NoSubscriber
+from conveyor.runtime.background import Background
+from conveyor.runtime.call import Middleware, Surroundings, is_transaction
+from conveyor.runtime.context import Context
+from conveyor.runtime.loop import Loops
+from conveyor.runtime.metrics import Metrics
+from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
+from conveyor.runtime.providers import Provider, open_all, provider_of
+from conveyor.runtime.runner import DEFAULT_GRACE_SECONDS, Runner
+from conveyor.runtime.watch import BUFFER, Watch, Watches
+from conveyor.runtime.worker import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT_SECONDS, PREFETCH_PER_SLOT, Worker
+
+if TYPE_CHECKING:
+    from conveyor.runtime.ledger import Ledger, Transaction
+    from conveyor.runtime.relay import Relay
+
+log = logging.getLogger("conveyor.app")
+
+F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+Seconds = float | timedelta
+
+
+class Task(Generic[P, R]):
+    """A job: a function whose own parameters are the payload. Call it to run it here, send it to have it run by a worker."""
+
+    def __init__(self, app: Conveyor, name: str, function: Callable[P, R], make: Callable[[], Worker]) -> None:
+        self.name: Final = name
+        self.function: Final = function
+        self._app = app
+        self._make = make
+        self._options = NO_OPTIONS
+        self.__doc__ = function.__doc__
+        self.__name__ = getattr(function, "__name__", name)
+        self.__wrapped__ = function
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here and now, as if it were no task."""
+        return self.function(*args, **kwargs)
+
+    def options(self, **options: Unpack[Publishing]) -> Task[P, R]:
+        """The same task, sent with these options (delay, key, priority …); see Conveyor.publish."""
+        other = Task(self._app, self.name, self.function, self._make)
+        other._options = Options(**options)  # noqa: SLF001 - its own kind
+        return other
+
+    async def send(self, *args: P.args, **kwargs: P.kwargs) -> Message:
+        """Have a worker run it with these arguments; returns when the broker durably has it.
+
+        Raises:
+            PayloadError: an argument does not fit its parameter's type.
+            NoSubscriber: no queue exists for this task.
+        """
+        return await self._app.publish(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
+
+    def send_sync(self, *args: P.args, **kwargs: P.kwargs) -> Message:
+        """send() for code without an event loop."""
+        return self._app.publish_sync(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
+
+    def _publishing(self) -> Publishing:
+        return {name: getattr(self._options, name) for name in Publishing.__annotations__ if name != "topic"} | {"topic": self._topic}  # type: ignore[return-value]
+
+    @property
+    def _topic(self) -> str:
+        return next(iter(self._make().codecs))
+
+    def _payload(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        worker = self._make()
+        struct = next(iter(worker.codecs.values())).type
+        signature = inspect.signature(self.function)
+        payload_names = set(struct.__struct_fields__)
+        parameters = [parameter for name, parameter in signature.parameters.items() if name in payload_names]
+        bound = signature.replace(parameters=parameters).bind(*args, **{k: v for k, v in kwargs.items() if k in payload_names or k not in signature.parameters})
+        bound.apply_defaults()
+        return struct(**bound.arguments)
+
+
+class Conveyor:
+    """An application: a name, its workers, and the broker that carries its messages.
+
+    Parameters:
+        name: begins the names of its queues.
+        broker: a URL or a Broker; left out, $CONVEYOR_BROKER, else a SQLite file named after the application.
+        database: the SQLAlchemy URL (async driver) of the database that handlers' transactions are in; left out, $CONVEYOR_DATABASE.
+        body_limit: bytes that no payload may exceed.
+        migrate: whether opening creates Conveyor's tables in the database; left out, on SQLite only (`conveyor migrate` does it elsewhere).
+        clock: gives Unix seconds; tests turn it.
+
+    Raises:
+        ConfigurationError: the name is no valid name.
+    """
+
+    def __init__(
+        self, name: str, *, broker: str | Broker | None = None, database: str | None = None, body_limit: int = DEFAULT_BODY_LIMIT,
+        migrate: bool | None = None, clock: Clock = time.time,
+    ) -> None:  # fmt: skip
+        self.name: Final = check_topic(name)
+        self.broker_url: str | None = None
+        self.database_url: str | None = database
+        self.owner: str | None = None
+        """The identity under which its broker holds leases; a supervisor sets it, so that it can reclaim them."""
+        self.metrics: Metrics = Metrics(name, clock=clock)
+        self._given_broker: Broker | None = None
+        if isinstance(broker, str):
+            self.broker_url = broker
+        else:
+            self._given_broker = broker
+        self._migrate = migrate
+        self._clock = clock
+        self._outgoing = Outgoing(clock, body_limit)
+        self._workers: dict[str, Callable[[], Worker]] = {}
+        self._built: dict[str, Worker] = {}
+        self._providers: dict[Any, Provider] = {}
+        self._middleware: list[Middleware] = []
+        self._connection: _Connection | None = None
+        self._connecting: asyncio.Lock | None = None
+        self._entered = 0
+        self._unrouted: set[str] = set()
+        self._background: Background | None = None
+
+    # --- declaring ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def worker(self, function: F, /) -> F: ...
+    @overload
+    def worker(
+        self, /, *, name: str | None = None, queue: str | None = None, topic: str | None = None, retry: RetryPolicy | None = None,
+        concurrency: int | None = None, prefetch: int | None = None, timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS,
+        batch: int | None = None, cpu: bool = False, ordered: bool = False, lease: Seconds = DEFAULT_LEASE_SECONDS,
+        max_length: int | None = None,
+    ) -> Callable[[F], F]: ...  # fmt: skip
+    def worker(
+        self, function: F | None = None, /, *, name: str | None = None, queue: str | None = None, topic: str | None = None,
+        retry: RetryPolicy | None = None, concurrency: int | None = None, prefetch: int | None = None,
+        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS, batch: int | None = None, cpu: bool = False, ordered: bool = False,
+        lease: Seconds = DEFAULT_LEASE_SECONDS, max_length: int | None = None,
+    ) -> F | Callable[[F], F]:  # fmt: skip
+        """Declare a worker: it receives its first parameter's type and publishes what it returns. The function stays what it was.
+
+        Parameters:
+            name: instead of the function's; unique in the application.
+            queue: instead of ``<application>.<worker>``.
+            topic: instead of the payload type's own; needed where the payload is dict or bytes.
+            retry: when a failed attempt is repeated; left out, RetryPolicy().
+            concurrency: messages handled at once in one process; left out, 100 (async), 10 (threads), one per core (cpu=True).
+            prefetch: messages one process holds at most; left out, twice the concurrency (times batch).
+            timeout: seconds (or timedelta) one attempt may take; None for as long as it likes.
+            batch: handle up to so many messages in one call; the first parameter is a list then.
+            cpu: run it in a pool of processes.
+            ordered: messages with the same key one after the other, in the order of publishing.
+            lease: seconds (or timedelta) after which the messages of a process without a sign of life go to others.
+            max_length: how many messages may wait; beyond, the oldest are dropped.
+
+        Raises:
+            HandlerError: the signature or an option cannot work; says what to change.
+        """
+        frame = sys._getframe(1)  # noqa: SLF001 - annotations may name types that are local to the caller
+        names = frame.f_locals if frame.f_locals is not frame.f_globals else None
+
+        def register(function: F) -> F:
+            known_as = check_topic(name or function.__name__)
+            plan = plan_worker(function, topic=topic, batch=batch is not None, cpu=cpu, names=names)
+            self._check_batch(plan, batch)
+            lanes = self._concurrency(function, plan.mode, concurrency)
+            held = prefetch or lanes * PREFETCH_PER_SLOT * (batch or 1)
+            _at_least_one(function, prefetch=held, batch=batch or 1, max_length=max_length or 1)
+            declared = Queue(
+                name=check_topic(queue or f"{self.name}.{known_as}"), topics=tuple(event.topic for event in plan.receives),
+                ordered=ordered, max_length=max_length, lease_seconds=_seconds(lease),
+            )  # fmt: skip
+            codecs = {event.topic: codec_for(event.type) for event in plan.receives}
+            for event in plan.emits:
+                codec_for(event.type)
+            built = Worker(
+                known_as, plan, declared, codecs, retry or RetryPolicy(), lanes, held,
+                None if timeout is None else _seconds(timeout), batch or 1,
+            )  # fmt: skip
+            self._add(known_as, lambda: built)
+            return function
+
+        return register if function is None else register(function)
+
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(
+        self, /, *, name: str | None = None, queue: str | None = None, retry: RetryPolicy | None = None, concurrency: int | None = None,
+        prefetch: int | None = None, timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS, cpu: bool = False,
+        lease: Seconds = DEFAULT_LEASE_SECONDS, max_length: int | None = None,
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...  # fmt: skip
+    def task(
+        self, function: Callable[P, R] | None = None, /, *, name: str | None = None, queue: str | None = None,
+        retry: RetryPolicy | None = None, concurrency: int | None = None, prefetch: int | None = None,
+        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS, cpu: bool = False, lease: Seconds = DEFAULT_LEASE_SECONDS,
+        max_length: int | None = None,
+    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:  # fmt: skip
+        """Declare a job: the function's own parameters, except injected ones, are the payload. The options are those of worker().
+
+        Raises:
+            HandlerError: the signature or an option cannot work; says what to change.
+        """
+        frame = sys._getframe(1)  # noqa: SLF001 - annotations may name types that are local to the caller
+        names = frame.f_locals if frame.f_locals is not frame.f_globals else None
+
+        def register(function: Callable[P, R]) -> Task[P, R]:
+            known_as = check_topic(name or function.__name__)
+            plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
+            own = check_topic(queue or f"{self.name}.{known_as}")
+
+            def build() -> Worker:  # only when it is used: a provider may be declared below the task
+                plan = plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
+                struct = struct_for(known_as, [(p.name, p.type, p.default) for p in plan.fields or ()])
+                lanes = self._concurrency(function, plan.mode, concurrency)
+                declared = Queue(name=own, topics=(f"{self.name}.{known_as}",), max_length=max_length, lease_seconds=_seconds(lease))
+                return Worker(
+                    known_as, plan, declared, {declared.topics[0]: codec_for(struct)}, retry or RetryPolicy(), lanes,
+                    prefetch or lanes * PREFETCH_PER_SLOT, None if timeout is None else _seconds(timeout), 1,
+                )  # fmt: skip
+
+            self._add(known_as, build)
+            return Task(self, known_as, function, lambda: self.workers[known_as])
+
+        return register if function is None else register(function)
+
+    def provide(self, function: F) -> F:
+        """Declare what handlers may ask for by type: a function, or a generator that cleans up behind its one yield.
+
+        Raises:
+            HandlerError: the annotations do not say what it provides or needs.
+        """
+        frame = sys._getframe(1)  # noqa: SLF001 - annotations may name types that are local to the caller
+        provider = provider_of(function, frame.f_locals)
+        self._providers[provider.type] = provider
+        self._built.clear()
+        return function
+
+    def use(self, middleware: Middleware) -> None:
+        """Wrap every handler: ``async def middleware(call, next)``, which awaits ``next(call)``. The first one is the outermost."""
+        self._middleware.append(middleware)
+
+    @property
+    def workers(self) -> Mapping[str, Worker]:
+        """Workers and tasks by name."""
+        for name, build in self._workers.items():
+            if name not in self._built:
+                self._built[name] = build()
+        return MappingProxyType(self._built)
+
+    @property
+    def providers(self) -> Mapping[Any, Provider]:
+        """What handlers may ask for, by type."""
+        return MappingProxyType(self._providers)
+
+    # --- publishing ---------------------------------------------------------------------------------------------------
+
+    async def publish(self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]) -> Message:
+        """Publish an event; returns when the broker durably has it.
+
+        Parameters:
+            event: a dataclass, Struct, model or TypedDict; or dict or bytes with topic=.
+            require_subscriber: an event that no queue receives is an error.
+            options: topic, key, delay, at, priority, id, expires, headers; see conveyor.runtime.outgoing.Options.
+
+        Raises:
+            PayloadError: the event does not fit its own type, is too large, or has no topic.
+            NoSubscriber: no queue receives it, and require_subscriber.
+            BrokerError: the broker does not have it.
+        """
+        connection = self._connection or await self.connect()
+        message = self._outgoing.fresh(event, Options(**options) if options else NO_OPTIONS)
+        unrouted = await connection.broker.publish((message,))
+        self.metrics.published += 1
+        if unrouted:
+            self._note_unrouted(message, required=require_subscriber)
+        return message
+
+    def publish_sync(self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]) -> Message:
+        """publish() for code without an event loop: scripts, threads, synchronous frameworks.
+
+        Raises:
+            ConveyorError: it is called in a thread with a running loop, which it would block; await publish() there.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise ConveyorError("publish_sync would block the event loop that runs here; use: await app.publish(…)")
+        work = self.publish(event, require_subscriber=require_subscriber, **options)
+        connection = self._connection
+        if connection is not None and connection.loop.is_running():
+            return asyncio.run_coroutine_threadsafe(work, connection.loop).result()
+        if self._background is None:
+            self._background = Background(f"{self.name} publishing")
+        return self._background.run(work)
+
+    @contextlib.asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """A transaction of the application's database: rows and events together, or not at all.
+
+        Raises:
+            ConfigurationError: the application has no database.
+        """
+        connection = self._connection or await self.connect()
+        ledger, relay = connection.ledger, connection.relay
+        if ledger is None or relay is None:
+            raise ConfigurationError(f"{self.name} has no database; say Conveyor({self.name!r}, database=\"…\") or set CONVEYOR_DATABASE")
+        async with ledger.transaction(inbox=None, make=self._outgoing.fresh) as transaction:
+            yield transaction
+        relay.hand_off(transaction.messages)
+
+    def watch(
+        self, event: type[T], *, topic: str | None = None, where: Callable[[T], bool] | None = None, buffer: int = BUFFER
+    ) -> Watch[T]:
+        """A live tail: the events of a type as they are published, from now on. Needs a connected application.
+
+        Parameters:
+            where: events for which it is false are left out.
+            buffer: how many events a slow reader may be behind before it misses the oldest.
+        """
+        if self._connection is None:
+            raise ConfigurationError("watch() needs a connected application: async with app: … (or app.running())")
+        kind = EventType(event, topic) if topic is not None else event_type(event)
+        return self._connection.watches.watch(kind.topic, codec_for(event), where, buffer)
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    @property
+    def broker(self) -> Broker:
+        """The open broker.
+
+        Raises:
+            ConfigurationError: the application is not connected.
+        """
+        if self._connection is None:
+            raise ConfigurationError("not connected: async with app: … (or app.running())")
+        return self._connection.broker
+
+    @property
+    def ledger(self) -> Ledger:
+        """The open ledger.
+
+        Raises:
+            ConfigurationError: the application is not connected, or has no database.
+        """
+        if self._connection is None or self._connection.ledger is None:
+            raise ConfigurationError("no ledger: the application is not connected, or has no database")
+        return self._connection.ledger
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        self._entered += 1
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            await self.close()
+
+    async def connect(self) -> _Connection:
+        """Open broker and database, and declare all queues. ``async with app`` does it, and closes them again."""
+        loop = asyncio.get_running_loop()
+        if self._connection is not None and self._connection.loop is not loop:
+            if self._connection.loop.is_running():
+                raise ConveyorError(f"{self.name} is connected in another event loop that still runs; use publish_sync from threads")
+            self._connection = None  # the loop it belonged to has ended without closing it
+        if self._connecting is None or self._connection is None:
+            self._connecting = self._connecting or asyncio.Lock()
+        async with self._connecting:
+            if self._connection is None:
+                self._connection = await _Connection.open(self)
+        return self._connection
+
+    async def close(self) -> None:
+        """Let go of broker and database."""
+        connection, self._connection, self._connecting = self._connection, None, None
+        if connection is not None:
+            await connection.close()
+
+    @contextlib.asynccontextmanager
+    async def running(
+        self, workers: Collection[str] | None = None, *, grace_seconds: float = DEFAULT_GRACE_SECONDS
+    ) -> AsyncIterator[Runner]:
+        """Run the workers in this event loop while the block lasts, then drain.
+
+        Parameters:
+            workers: names of those to run; None is all.
+            grace_seconds: how long handlers may take to finish at the end.
+
+        Raises:
+            ConfigurationError: a name is unknown, or a handler asks for what nobody provides.
+        """
+        async with self:
+            connection = self._connection
+            assert connection is not None
+            async with contextlib.AsyncExitStack() as stack:
+                runner = await connection.runner(self, self._chosen(workers), stack)
+                await runner.start()
+                try:
+                    yield runner
+                finally:
+                    await runner.drain(grace_seconds)
+
+    async def migrate(self) -> list[str]:
+        """Create or bring up to date Conveyor's tables in the application's database; returns what was done.
+
+        Raises:
+            ConfigurationError: the application has no database.
+        """
+        ledger = self._new_ledger()
+        if ledger is None:
+            raise ConfigurationError(f"{self.name} has no database; say Conveyor({self.name!r}, database=\"…\") or set CONVEYOR_DATABASE")
+        try:
+            return await ledger.migrate()
+        finally:
+            await ledger.close()
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _add(self, name: str, build: Callable[[], Worker]) -> None:
+        if name in self._workers:
+            raise HandlerError(f"{self.name} has a worker named {name!r} already; give one of them another name=")
+        self._workers[name] = build
+
+    def _chosen(self, names: Collection[str] | None) -> list[Worker]:
+        if names is None:
+            return list(self.workers.values())
+        unknown = [name for name in names if name not in self.workers]
+        if unknown:
+            raise ConfigurationError(f"{self.name} has no worker named {unknown[0]!r}; it has: {', '.join(self.workers) or 'none'}")
+        return [self.workers[name] for name in names]
+
+    def _concurrency(self, function: Callable[..., Any], mode: Mode, asked: int | None) -> int:
+        lanes = DEFAULT_CONCURRENCY[mode] if asked is None else asked
+        _at_least_one(function, concurrency=lanes)
+        return lanes
+
+    @staticmethod
+    def _check_batch(plan: Plan, batch: int | None) -> None:
+        single = next((p for p in plan.injected if p.type in (Message, Context) or is_transaction(p.type)), None)
+        if batch is not None and single is not None:
+            raise HandlerError(
+                f"handler {plan.function.__qualname__} has batch=…, so {single.name!r} could only be about one message of many; leave it out"
+            )
+
+    def _note_unrouted(self, message: Message, *, required: bool) -> None:
+        self.metrics.unrouted += 1
+        if required:
+            raise NoSubscriber(f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists")
+        if message.topic not in self._unrouted:
+            self._unrouted.add(message.topic)
+            log.warning("no queue receives %r: such events go nowhere (said once)", message.topic)
+
+    def _new_broker(self) -> Broker:
+        if self._given_broker is not None:
+            return self._given_broker
+        url = self.broker_url or os.environ.get("CONVEYOR_BROKER") or f"sqlite:///{self.name}.queue"
+        return brokers.from_url(url, owner=self.owner, clock=self._clock)
+
+    def _new_ledger(self) -> Ledger | None:
+        url = self.database_url or os.environ.get("CONVEYOR_DATABASE")
+        if not url:
+            return None
+        from conveyor.runtime.ledger import Ledger  # noqa: PLC0415 - needs the extra `ledger`
+
+        return Ledger(url, clock=self._clock)
+
+
+class _Connection:
+    """What an application has open while it is connected."""
+
+    def __init__(self, broker: Broker, ledger: Ledger | None, relay: Relay | None, watches: Watches, owned: bool) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.broker = broker
+        self.ledger = ledger
+        self.relay = relay
+        self.watches = watches
+        self._owns_broker = owned
+        self._loops = Loops()
+
+    @classmethod
+    async def open(cls, app: Conveyor) -> _Connection:
+        async with contextlib.AsyncExitStack() as stack:
+            broker = app._new_broker()  # noqa: SLF001 - the application's own
+            owned = broker is not app._given_broker  # noqa: SLF001
+            if owned:
+                await broker.open()
+                stack.push_async_callback(broker.close)
+            await broker.declare([worker.queue for worker in app.workers.values()])
+            ledger, relay = app._new_ledger(), None  # noqa: SLF001
+            if ledger is not None:
+                from conveyor.runtime.relay import Relay  # noqa: PLC0415 - needs the extra `ledger`
+
+                stack.push_async_callback(ledger.close)
+                migrate = app._migrate if app._migrate is not None else ledger.is_sqlite  # noqa: SLF001
+                if migrate:
+                    await ledger.migrate()
+                await ledger.open()
+                relay = Relay(ledger, broker)
+            stack.pop_all()
+            connection = cls(broker, ledger, relay, Watches(broker, app.name), owned)
+            if relay is not None:
+                connection._loops.start("relay", relay.run)
+            return connection
+
+    async def close(self) -> None:
+        await self.watches.close()
+        if self.relay is not None:
+            await self.relay.flush()
+        await self._loops.stop()
+        if self.ledger is not None:
+            await self.ledger.close()
+        if self._owns_broker:
+            await self.broker.close()
+
+    async def runner(self, app: Conveyor, workers: list[Worker], stack: contextlib.AsyncExitStack) -> Runner:
+        wanted = [p.type for worker in workers for p in worker.plan.injected if p.type not in _Injectable({})]
+        provided = await open_all(app.providers, wanted, stack)
+        pool = None
+        on_cores = [worker for worker in workers if worker.plan.mode is Mode.PROCESS]
+        if on_cores:
+            from conveyor.runtime.pool import CpuPool  # noqa: PLC0415 - multiprocessing is not for everyone
+
+            pool = CpuPool(max(worker.concurrency for worker in on_cores))
+            stack.push_async_callback(pool.close)
+        for worker in workers:
+            if self.ledger is None and any(is_transaction(p.type) for p in worker.plan.injected):
+                raise ConfigurationError(
+                    f"worker {worker.name} takes a Transaction, but {app.name} has no database; "
+                    f"say Conveyor({app.name!r}, database=\"…\") or set CONVEYOR_DATABASE"
+                )
+        around = Surroundings(app._outgoing, provided, tuple(app._middleware), self.ledger, self.relay, pool)  # noqa: SLF001
+        return Runner(workers, self.broker, around, app.metrics, app._clock)  # noqa: SLF001
+
+
+class _Injectable:
+    """The types that the runner fills in."""
+
+    def __init__(self, provided: Collection[Any] | Mapping[Any, Any]) -> None:
+        self._provided = provided
+
+    def __contains__(self, kind: object) -> bool:
+        return kind is Message or kind is Context or is_transaction(kind) or kind in self._provided
+
+
+def _seconds(value: Seconds) -> float:
+    return value.total_seconds() if isinstance(value, timedelta) else float(value)
+
+
+def _at_least_one(function: Callable[..., Any], **values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise HandlerError(f"handler {getattr(function, '__qualname__', function)}: {name} is at least 1, not {value}")

@@ -1,0 +1,446 @@
+"""One worker at work: its messages come in, lanes handle them, verdicts go out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from conveyor.broker import Broker, Clock, Delivery, Subscription
+from conveyor.core.codec import Codec
+from conveyor.core.message import Message
+from conveyor.core.settle import (
+    DONE,
+    SUSPECT_AFTER_CRASHES,
+    Dead,
+    Done,
+    Reason,
+    Release,
+    RetryAt,
+    Verdict,
+    verdict_on_arrival,
+    verdict_on_error,
+)
+from conveyor.errors import HandlerTimeout, PayloadError
+from conveyor.runtime.call import AlreadyDone, Caller
+from conveyor.runtime.logs import Current, current
+from conveyor.runtime.metrics import WorkerMetrics
+from conveyor.runtime.points import point
+from conveyor.runtime.settler import Settler
+from conveyor.runtime.worker import Worker
+
+log = logging.getLogger("conveyor.consumer")
+
+STRIDE: Final = 64
+"""Messages that a lane handles before it lets the rest of the loop run, where handlers never wait for anything."""
+LONGEST_TRACEBACK: Final = 16_000
+"""Characters of a traceback that are kept with a message, from its end."""
+CANCELS: Final = 3
+"""A handler that swallows so many cancellations is left behind, and its lane replaced."""
+
+
+FOREVER: Final = float("inf")
+TIMEOUT, LEASE_LOST, DRAINED = "timeout", "lease lost", "drained"
+
+
+class Lane:
+    """One place where messages are handled, one (or one batch) after the other."""
+
+    __slots__ = ("cancels", "deadline", "deliveries", "started", "task", "why")
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.deliveries: tuple[Delivery, ...] = ()
+        self.started = 0.0
+        self.deadline = FOREVER
+        self.why: str | None = None
+        self.cancels = 0
+
+    def cancel(self, why: str) -> None:
+        """Interrupt the attempt that runs here."""
+        assert self.task is not None
+        self.why = why
+        self.cancels += 1
+        self.task.cancel(why)
+
+
+class Consumer:
+    """Runs one worker in one process.
+
+    The runner above it decides when: it opens and closes the gate, asks for a drain, and lets suspects run alone.
+
+    Parameters:
+        worker: what is run.
+        broker: where its messages wait.
+        caller: runs an attempt.
+        settler: takes the verdicts.
+        metrics: counts.
+        clock: gives Unix seconds.
+        suspect: called with a delivery that has to run alone.
+    """
+
+    def __init__(
+        self, worker: Worker, broker: Broker, caller: Caller, settler: Settler, metrics: WorkerMetrics, clock: Clock,
+        suspect: Callable[[Consumer, Delivery], None],
+    ) -> None:  # fmt: skip
+        self.worker = worker
+        self.metrics = metrics
+        self._broker = broker
+        self._caller = caller
+        self._settler = settler
+        self._clock = clock
+        self._suspect = suspect
+        self._ready: deque[Delivery] = deque()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._hungry = asyncio.Event()
+        self._lanes: list[Lane] = []
+        self._left_behind: set[asyncio.Task[None]] = set()
+        self._subscription: Subscription | None = None
+        self._still = asyncio.Event()
+        self._still.set()
+        self._busy = 0
+        self.gate = asyncio.Event()
+        """Open (set) while messages may be started."""
+        self.progressed = time.monotonic()
+        """When something was fetched or finished last."""
+        codecs = worker.codecs
+        self._decode = next(iter(codecs.values())).decode if len(codecs) == 1 else None
+
+    # --- what the runner sees -----------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> int:
+        """Lanes at work."""
+        return self._busy
+
+    @property
+    def stuck(self) -> int:
+        """Attempts that were given up and still run: they swallow cancellation, or hang in a thread."""
+        return len(self._left_behind) + self._caller.stuck
+
+    def held(self) -> list[Delivery]:
+        """What is leased to this consumer, waits here or is handled."""
+        return [*self._ready, *(delivery for lane in self._lanes for delivery in lane.deliveries)]
+
+    async def open(self) -> None:
+        """Subscribe, and start the lanes."""
+        self._subscription = await self._broker.subscribe(self.worker.queue.name, self.worker.prefetch)
+        for _ in range(self.worker.concurrency):
+            self._add_lane()
+        self.gate.set()
+        self._hungry.set()
+
+    async def close(self) -> None:
+        """End the lanes (which are idle, or cancelled, by then) and the subscription."""
+        tasks = [lane.task for lane in self._lanes if lane.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._caller.close()
+        if self._subscription is not None:
+            await self._subscription.close()
+
+    async def fetch(self) -> None:
+        """The loop that keeps messages coming: asks for as many as there is room for, whenever half the room is free."""
+        room, half = self.worker.prefetch, max(1, self.worker.prefetch // 2)
+        while True:
+            await self._hungry.wait()
+            self._hungry.clear()
+            await self.gate.wait()
+            while (free := room - len(self._ready) - self._busy * self.worker.batch) >= half or (free > 0 and not self._ready):
+                assert self._subscription is not None
+                arrived = await self._subscription.fetch(free)
+                self.progressed = time.monotonic()
+                self.metrics.received += len(arrived)
+                point("received")
+                self._accept(arrived)
+                if not self.gate.is_set():
+                    break
+
+    def release_unstarted(self, *, due: float = 0.0) -> None:
+        """Give back what no lane has begun."""
+        while self._ready:
+            self._settle(self._ready.popleft(), Release(due))
+        self._hungry.set()
+
+    async def still(self) -> None:
+        """Wait until no lane is at work."""
+        await self._still.wait()
+
+    def resume(self) -> None:
+        """Open the gate again."""
+        self.gate.set()
+        self._hungry.set()
+
+    async def run_alone(self, delivery: Delivery) -> None:
+        """Handle one delivery while nothing else runs."""
+        lane = Lane()
+        lane.task = asyncio.get_running_loop().create_task(self._handle(lane, (delivery,)), name=f"{self.worker.name} alone")
+        self._lanes.append(lane)
+        lane.task.add_done_callback(lambda _: self._lanes.remove(lane) if lane in self._lanes else None)
+        await asyncio.wait([lane.task])
+
+    def lose(self, delivery: Delivery) -> None:
+        """Somebody else has this delivery by now: stop working on it."""
+        self.metrics.lost_leases += 1
+        for lane in self._lanes:
+            if any(held.receipt == delivery.receipt for held in lane.deliveries):
+                lane.cancel(LEASE_LOST)
+                return
+        if any(held.receipt == delivery.receipt for held in self._ready):
+            self._ready = deque(held for held in self._ready if held.receipt != delivery.receipt)
+            self._hungry.set()
+
+    def cancel_overdue(self, now: float) -> None:
+        """Cancel attempts past their deadline; now is the event loop's time in seconds."""
+        for lane in tuple(self._lanes):
+            if lane.deadline <= now and lane.deliveries:
+                if lane.cancels >= CANCELS:
+                    self._leave_behind(lane)
+                else:
+                    lane.cancel(TIMEOUT)
+                    lane.deadline = now + 1.0
+
+    def cancel_all(self) -> None:
+        """Cancel every attempt; their deliveries are released."""
+        for lane in self._lanes:
+            if lane.deliveries:
+                lane.cancel(DRAINED)
+
+    # --- the way of a message -----------------------------------------------------------------------------------------
+
+    def _accept(self, arrived: list[Delivery]) -> None:
+        ready = self._ready
+        for delivery in arrived:
+            if delivery.deliveries > SUSPECT_AFTER_CRASHES and delivery.crashes >= SUSPECT_AFTER_CRASHES:
+                self._suspect(self, delivery)
+            else:
+                ready.append(delivery)
+        if not self.gate.is_set():
+            self.release_unstarted()
+            return
+        idle = self._idle
+        for _ in range(min(len(idle), -(-len(ready) // self.worker.batch))):
+            waiter = idle.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _add_lane(self) -> None:
+        lane = Lane()
+        lane.task = asyncio.get_running_loop().create_task(self._run(lane), name=f"{self.worker.name} lane")
+        self._lanes.append(lane)
+
+    async def _run(self, lane: Lane) -> None:
+        ready, batch, half = self._ready, self.worker.batch, self.worker.prefetch // 2
+        loop = asyncio.get_running_loop()
+        handled = 0
+        while True:
+            ready = self._ready
+            while ready and self.gate.is_set():
+                deliveries = (ready.popleft(),) if batch == 1 else self._next_batch()
+                if len(ready) <= half:
+                    self._hungry.set()
+                await self._handle(lane, deliveries)
+                if lane not in self._lanes:
+                    return
+                handled += 1
+                if handled % STRIDE == 0:
+                    await asyncio.sleep(0)
+                ready = self._ready
+            waiter = loop.create_future()
+            self._idle.append(waiter)
+            await waiter
+
+    def _next_batch(self) -> tuple[Delivery, ...]:
+        """Fresh messages together; one that failed before comes alone, so that it cannot take others down with it."""
+        ready = self._ready
+        first = ready.popleft()
+        if first.attempts:
+            return (first,)
+        batch = [first]
+        while ready and len(batch) < self.worker.batch and not ready[0].attempts:
+            batch.append(ready.popleft())
+        return tuple(batch)
+
+    async def _handle(self, lane: Lane, deliveries: tuple[Delivery, ...]) -> None:
+        if self._busy == 0:
+            self._still.clear()
+        self._busy += 1
+        lane.deliveries = deliveries
+        lane.why = None
+        lane.cancels = 0
+        timeout = self.worker.timeout_seconds
+        lane.started = started = time.monotonic()
+        lane.deadline = FOREVER if timeout is None else started + timeout
+        wait = self._clock() - max(deliveries[0].message.created, deliveries[0].message.due)
+        self.metrics.wait.observe(wait if wait > 0.0 else 0.0)
+        try:
+            if self.worker.batch == 1:
+                verdict = await self._attempt(lane, deliveries[0])
+                if verdict is not None and lane.task is not None:
+                    self._settle(deliveries[0], verdict)
+            else:
+                await self._attempt_batch(lane, deliveries)
+        finally:
+            if lane.task is not None:
+                self._end(lane, started)
+
+    def _end(self, lane: Lane, started: float) -> None:
+        lane.deliveries = ()
+        self.progressed = time.monotonic()
+        self.metrics.duration.observe(self.progressed - started)
+        self._busy -= 1
+        if self._busy == 0:
+            self._still.set()
+        if not self._ready:
+            self._hungry.set()
+
+    async def _attempt(self, lane: Lane, delivery: Delivery) -> Verdict | None:
+        """One message, from its bytes to its verdict; None where there is nothing left to settle."""
+        message = delivery.message
+        if delivery.deliveries > 1 or message.expires is not None:
+            end = verdict_on_arrival(
+                message, crashes=delivery.crashes, policy=self.worker.retry, now=self._clock(), last_error=delivery.error
+            )
+            if end is not None:
+                return end
+        current.set(Current(message.id, message.correlation_id, self.worker.name, delivery.attempts + 1))
+        try:
+            payload = self._payload(delivery)
+        except Exception as error:
+            return Dead(Reason.INVALID, self._explain(delivery, error))
+        try:
+            emits = await self._caller((delivery,), payload)
+        except asyncio.CancelledError:
+            return self._on_cancel(lane, delivery)
+        except AlreadyDone:
+            self.metrics.duplicates += 1
+            return DONE
+        except BaseException as error:
+            return self._on_cancel(lane, delivery) if lane.why is not None else self._on_error(delivery, error)
+        if lane.why is not None:  # it swallowed the cancellation
+            return self._on_cancel(lane, delivery)
+        return Done(emits) if emits else DONE
+
+    async def _attempt_batch(self, lane: Lane, deliveries: tuple[Delivery, ...]) -> None:
+        now = self._clock()
+        payloads, good = [], []
+        for delivery in deliveries:
+            end = verdict_on_arrival(
+                delivery.message, crashes=delivery.crashes, policy=self.worker.retry, now=now, last_error=delivery.error
+            )
+            try:
+                payload = None if end else self._payload(delivery)
+            except Exception as error:
+                end = Dead(Reason.INVALID, self._explain(delivery, error))
+            if end is not None:
+                self._settle(delivery, end)
+            else:
+                payloads.append(payload)
+                good.append(delivery)
+        lane.deliveries = tuple(good)
+        if not good:
+            return
+        first = good[0]
+        current.set(Current(first.message.id, first.message.correlation_id, self.worker.name, first.attempts + 1))
+        failure: BaseException | None = None
+        emits: tuple[Message, ...] = ()
+        try:
+            emits = await self._caller(tuple(good), payloads)
+        except BaseException as error:
+            failure = error
+        if lane.task is None:  # left behind
+            return
+        cancelled = lane.why is not None or isinstance(failure, asyncio.CancelledError)
+        for delivery in good:
+            if cancelled:
+                verdict = self._on_cancel(lane, delivery)
+            elif failure is not None:
+                verdict = self._on_error(delivery, failure)
+            else:  # what the batch emits goes out with the settlement of its first message
+                verdict = Done(emits) if emits and delivery is first else DONE
+            if verdict is not None:
+                self._settle(delivery, verdict)
+
+    def _payload(self, delivery: Delivery) -> Any:
+        if self._decode is not None:
+            return self._decode(delivery.message.body)
+        return self._codec(delivery).decode(delivery.message.body)
+
+    def _codec(self, delivery: Delivery) -> Codec:
+        codecs = self.worker.codecs
+        if len(codecs) == 1:
+            return next(iter(codecs.values()))
+        try:
+            return codecs[delivery.message.topic]
+        except KeyError:
+            known = ", ".join(codecs)
+            raise PayloadError(f"its topic {delivery.message.topic!r} is none of those that the worker knows: {known}") from None
+
+    def _explain(self, delivery: Delivery, error: Exception) -> str:
+        return str(error) if isinstance(error, PayloadError) else self._codec(delivery).explain(error)
+
+    # --- how it ends --------------------------------------------------------------------------------------------------
+
+    def _on_error(self, delivery: Delivery, error: BaseException) -> Verdict:
+        text = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
+        return verdict_on_error(
+            error, attempts=delivery.attempts, policy=self.worker.retry, now=self._clock(), chance=random.random(), traceback=text
+        )  # fmt: skip
+
+    def _on_cancel(self, lane: Lane, delivery: Delivery) -> Verdict | None:
+        if lane.why is None:  # nobody here asked for it: the lane itself is ended, or the handler cancelled itself
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                return Release()
+            return self._on_error(delivery, RuntimeError("the handler was cancelled from within"))
+        if lane.task is not None:
+            while lane.task.cancelling():
+                lane.task.uncancel()
+        if lane.why == TIMEOUT:
+            seconds = self.worker.timeout_seconds
+            return self._on_error(delivery, HandlerTimeout(f"no end after {seconds:g} s (the worker's timeout)"))
+        if lane.why == DRAINED:
+            return Release()
+        return None
+
+    def _settle(self, delivery: Delivery, verdict: Verdict) -> None:
+        metrics = self.metrics
+        kind = type(verdict)
+        if kind is Done:
+            metrics.succeeded += 1
+        elif kind is Release:
+            metrics.released += 1
+        else:
+            metrics.failed += 1
+            self._tell(delivery, verdict)
+        self._settler.add(delivery, verdict)
+
+    def _tell(self, delivery: Delivery, verdict: Verdict) -> None:
+        current.set(Current(delivery.message.id, delivery.message.correlation_id, self.worker.name, delivery.attempts + 1))
+        if isinstance(verdict, RetryAt):
+            self.metrics.retried += 1
+            wait = max(0.0, verdict.due - self._clock())
+            log.warning("attempt %d failed, again in %.1f s: %s", delivery.attempts + 1, wait, verdict.error)
+        elif isinstance(verdict, Dead):
+            self.metrics.dead += 1
+            log.error("dead letter (%s): %s", verdict.reason, verdict.error, extra={"traceback": verdict.traceback})
+
+    def _leave_behind(self, lane: Lane) -> None:
+        """The handler swallows cancellation: settle without it, and give its place to a new lane."""
+        assert lane.task is not None
+        for delivery in lane.deliveries:
+            verdict = self._on_error(delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled"))
+            self._settle(delivery, verdict)
+        log.error("worker %s: a handler ignores cancellation and was left behind", self.worker.name)
+        self._lanes.remove(lane)
+        self._left_behind.add(lane.task)
+        lane.task.add_done_callback(self._left_behind.discard)
+        self._end(lane, lane.started)
+        lane.task = None
+        self._add_lane()

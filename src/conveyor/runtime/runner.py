@@ -1,0 +1,245 @@
+"""The runner: one process that runs an application's workers, from the first fetch to the last settlement."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from conveyor.broker import Broker, Clock, Delivery
+from conveyor.core.settle import Release, describe
+from conveyor.errors import BrokerError
+from conveyor.runtime.call import Caller, Surroundings
+from conveyor.runtime.consumer import Consumer
+from conveyor.runtime.loop import Loops
+from conveyor.runtime.metrics import Metrics
+from conveyor.runtime.settler import Settler
+from conveyor.runtime.worker import Worker
+
+log = logging.getLogger("conveyor.runner")
+
+DEFAULT_GRACE_SECONDS: Final = 25.0
+"""Less than the 30 seconds after which Kubernetes kills, and the 90 of systemd."""
+BEATS_PER_LEASE: Final = 3
+"""Two heartbeats may fail before a lease ends."""
+STALL_SECONDS: Final = 30.0
+"""A queue with ready messages of which nothing was fetched for so long is a stall."""
+QUIET_SECONDS: Final = 10.0
+"""How long the runner waits for other handlers to finish before a suspect has to wait for a better moment."""
+LONGEST_TICK_SECONDS: Final = 0.5
+"""Deadlines are looked at so often, or more often where a timeout is short."""
+
+
+class Runner:
+    """Runs workers on a broker until it is drained.
+
+    Parameters:
+        workers: what to run; their queues are declared already.
+        broker: open.
+        around: what the handlers share.
+        metrics: counts.
+        clock: gives Unix seconds.
+    """
+
+    def __init__(self, workers: Sequence[Worker], broker: Broker, around: Surroundings, metrics: Metrics, clock: Clock = time.time) -> None:
+        self._broker = broker
+        self._around = around
+        self._metrics = metrics
+        self._loops = Loops()
+        self._settler = Settler(broker, self._lose)
+        self._suspects: deque[tuple[Consumer, Delivery]] = deque()
+        self._suspected = asyncio.Event()
+        self._waits_alone: Delivery | None = None
+        self._stalled: dict[str, str] = {}
+        self._state = "starting"
+        self._clock = clock
+        self.consumers = {
+            worker.name: Consumer(
+                worker, broker, Caller(worker, around), self._settler, metrics.worker(worker.name), clock, self._suspect
+            )
+            for worker in workers
+        }  # fmt: skip
+
+    async def start(self) -> None:
+        """Subscribe and begin."""
+        for consumer in self.consumers.values():
+            await consumer.open()
+        self._loops.start("settle", self._settler.run)
+        self._loops.start("heartbeat", self._beat)
+        self._loops.start("deadlines", self._watch_deadlines)
+        self._loops.start("suspects", self._run_suspects)
+        self._loops.start("stalls", self._watch_stalls)
+        for name, consumer in self.consumers.items():
+            self._loops.start(f"fetch {name}", consumer.fetch)
+        self._state = "running"
+
+    async def drain(self, grace_seconds: float = DEFAULT_GRACE_SECONDS) -> bool:
+        """Stop in order: not ready, fetch no more, give back what has not started, finish what runs, settle, close.
+
+        Parameters:
+            grace_seconds: how long handlers may take to finish; what still runs then is cancelled and released, uncounted.
+
+        Returns:
+            Whether every handler finished by itself.
+        """
+        self._state = "draining"
+        self._around.shutting_down.set()
+        await self._loops.stop("stalls", "suspects", *(f"fetch {name}" for name in self.consumers))
+        consumers = self.consumers.values()
+        for consumer in consumers:
+            consumer.gate.clear()
+            consumer.release_unstarted()
+        while self._suspects:
+            self._settler.add(self._suspects.popleft()[1], Release())
+        finished = await self._all_still(grace_seconds)
+        if not finished:
+            for consumer in consumers:
+                consumer.cancel_all()
+            if not await self._all_still(1.0):
+                log.error("some handlers ignore being cancelled; they are left behind")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(5.0, grace_seconds)):
+                await self._settler.flush()
+        for consumer in consumers:
+            with contextlib.suppress(BrokerError):
+                await consumer.close()
+        await self._loops.stop()
+        self._state = "stopped"
+        return finished
+
+    async def abort(self) -> None:
+        """Stop at once: cancel what runs, release what can be released."""
+        await self.drain(0.0)
+
+    # --- health -------------------------------------------------------------------------------------------------------
+
+    @property
+    def unready(self) -> tuple[str, ...]:
+        """Why it should get no work now; empty where it should."""
+        reasons = list(self.unhealthy)
+        if self._state != "running":
+            reasons.append(self._state)
+        if self._settler.problem:
+            reasons.append(self._settler.problem)
+        reasons.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
+        return tuple(reasons)
+
+    @property
+    def unhealthy(self) -> tuple[str, ...]:
+        """Why it should be replaced; empty where all is well."""
+        reasons = list(self._stalled.values())
+        for name, consumer in self.consumers.items():
+            if consumer.stuck >= consumer.worker.concurrency:
+                reasons.append(f"worker {name}: {consumer.stuck} attempts hang and cannot be stopped")
+        return tuple(reasons)
+
+    def snapshot_in_flight(self) -> None:
+        """Bring the gauges up to date."""
+        for consumer in self.consumers.values():
+            consumer.metrics.in_flight = len(consumer.held())
+
+    # --- loops --------------------------------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        """Extend the leases of everything that is held."""
+        if not self.consumers:
+            return
+        lease = min(consumer.worker.queue.lease_seconds for consumer in self.consumers.values())
+        while True:
+            await asyncio.sleep(lease / BEATS_PER_LEASE)
+            held = [delivery for consumer in self.consumers.values() for delivery in consumer.held()]
+            held.extend(delivery for _, delivery in self._suspects)
+            if self._waits_alone is not None:
+                held.append(self._waits_alone)
+            if held:
+                try:
+                    for delivery in await self._broker.extend(held):
+                        self._lose(delivery)
+                except BrokerError as error:
+                    log.warning("cannot extend %d leases: %s", len(held), describe(error))
+
+    async def _watch_deadlines(self) -> None:
+        timeouts = [c.worker.timeout_seconds for c in self.consumers.values() if c.worker.timeout_seconds is not None]
+        if not timeouts:
+            return
+        tick = min(LONGEST_TICK_SECONDS, max(0.01, min(timeouts) / 20))
+        while True:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            for consumer in self.consumers.values():
+                consumer.cancel_overdue(now)
+
+    async def _watch_stalls(self) -> None:
+        """A queue with messages and a worker that gets none: say so, with the reason."""
+        waiting_since: dict[str, float] = {}
+        while True:
+            await asyncio.sleep(STALL_SECONDS / 3)
+            now = time.monotonic()
+            idle = [c for c in self.consumers.values() if not c.busy and now - c.progressed > STALL_SECONDS / 3]
+            ready = {info.name: info.ready for info in await self._broker.queues()} if idle else {}
+            hungry = [c for c in idle if ready.get(c.worker.queue.name)]
+            waiting_since = {c.worker.name: waiting_since.get(c.worker.name, now) for c in hungry}
+            self._stalled = {
+                c.worker.name: f"worker {c.worker.name}: {ready[c.worker.queue.name]} messages are ready in {c.worker.queue.name}, "
+                f"and none was fetched for {now - c.progressed:.0f} s"
+                for c in hungry
+                if now - waiting_since[c.worker.name] >= STALL_SECONDS
+            }
+
+    # --- suspects -----------------------------------------------------------------------------------------------------
+
+    def _suspect(self, consumer: Consumer, delivery: Delivery) -> None:
+        consumer.metrics.suspects += 1
+        self._suspects.append((consumer, delivery))
+        self._suspected.set()
+
+    async def _run_suspects(self) -> None:
+        """Run messages that processes died of one by one, with nothing else in this process that could be hurt."""
+        while True:
+            await self._suspected.wait()
+            self._suspected.clear()
+            while self._suspects:
+                consumer, delivery = self._suspects.popleft()
+                try:
+                    await self._run_alone(consumer, delivery)
+                finally:
+                    for other in self.consumers.values():
+                        other.resume()
+
+    async def _run_alone(self, consumer: Consumer, delivery: Delivery) -> None:
+        for other in self.consumers.values():
+            other.gate.clear()
+            other.release_unstarted()
+        # Nothing but this one may be in the hands of this process when it is run.
+        waiting, self._suspects = self._suspects, deque()
+        for _, other_suspect in waiting:
+            self._settler.add(other_suspect, Release())
+        self._waits_alone = delivery
+        quiet = await self._all_still(QUIET_SECONDS)
+        self._waits_alone = None
+        if not quiet:
+            log.info("message %s has to run alone, but others take long: given back for later", delivery.message.id)
+            self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
+            return
+        await self._settler.flush()
+        log.warning("message %s is run alone: %d processes died while they handled it", delivery.message.id, delivery.crashes)
+        await consumer.run_alone(delivery)
+        await self._settler.flush()
+
+    async def _all_still(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for consumer in self.consumers.values():
+                    await consumer.still()
+                return True
+        return all(not consumer.busy for consumer in self.consumers.values())
+
+    def _lose(self, delivery: Delivery) -> None:
+        log.warning("lost the lease of message %s in %s: somebody else has it", delivery.message.id, delivery.queue)
+        for consumer in self.consumers.values():
+            if consumer.worker.queue.name == delivery.queue:
+                consumer.lose(delivery)

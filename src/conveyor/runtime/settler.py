@@ -1,0 +1,80 @@
+"""Settlements on their way to the broker, in batches: what has gathered while one batch was under way is the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from conveyor.broker import Broker, Delivery, Settlement
+from conveyor.core.retry import RetryPolicy
+from conveyor.core.settle import Verdict, describe
+from conveyor.errors import BrokerError
+from conveyor.runtime.points import point
+
+log = logging.getLogger("conveyor.settle")
+
+AGAIN: Final = RetryPolicy(initial=0.05, maximum=5.0)
+"""How soon a settlement is tried again while the broker is away."""
+LARGEST_BATCH: Final = 2_000
+"""Settlements in one call: enough to make the fixed cost vanish, few enough that nobody waits long behind them."""
+
+
+class Settler:
+    """Settles for all workers of a runner.
+
+    Parameters:
+        broker: who carries the settlements out.
+        lost: called with each delivery whose lease was lost.
+    """
+
+    def __init__(self, broker: Broker, lost: Callable[[Delivery], None]) -> None:
+        self._broker = broker
+        self._lost = lost
+        self._waiting: list[Settlement] = []
+        self._wanted = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.problem: str | None = None
+        """Why settling does not succeed now, in words; None while it does."""
+
+    def add(self, delivery: Delivery, verdict: Verdict) -> None:
+        """Settle soon. Returns at once."""
+        self._waiting.append(Settlement(delivery, verdict))
+        if len(self._waiting) == 1:
+            self._wanted.set()
+            self._idle.clear()
+
+    async def flush(self) -> None:
+        """Wait until everything that was added is settled."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """The loop: takes what has gathered, settles it, and tries for as long as the broker is away."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            while self._waiting:
+                batch, self._waiting = self._waiting[:LARGEST_BATCH], self._waiting[LARGEST_BATCH:]
+                for delivery in await self._settle(batch):
+                    self._lost(delivery)
+                point("settled")
+            self._idle.set()
+
+    async def _settle(self, batch: list[Settlement]) -> list[Delivery]:
+        failures = 0
+        while True:
+            try:
+                lost = await self._broker.settle(batch)
+            except BrokerError as error:
+                failures += 1
+                self.problem = f"settling fails: {describe(error)}"
+                if failures == 1:
+                    log.warning("cannot settle %d deliveries, trying on: %s", len(batch), describe(error))
+                await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
+            else:
+                if failures:
+                    log.info("settling works again after %d tries", failures)
+                self.problem = None
+                return lost

@@ -1,0 +1,123 @@
+"""Threads for plain ``def`` handlers: an attempt that is cancelled is interrupted where Python allows it, and never awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import ctypes
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from conveyor.errors import HandlerTimeout
+
+
+class _Job:
+    """One call, and the thread that runs it."""
+
+    __slots__ = ("call", "ended", "future", "interrupted", "lock", "loop", "thread_id")
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[Any] = self.loop.create_future()
+        self.lock = threading.Lock()
+        self.thread_id: int | None = None
+        self.interrupted = False
+        self.ended = False
+
+    def run(self) -> None:
+        with self.lock:
+            if self.interrupted:
+                return
+            self.thread_id = threading.get_ident()
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = self.call()
+        except BaseException as raised:  # SystemExit in a handler ends the handler, not the thread
+            error = raised
+        with self.lock:
+            self.ended = True
+        try:
+            self.loop.call_soon_threadsafe(self._finish, result, error)
+        except RuntimeError:  # the loop has ended before the handler did
+            return
+
+    def interrupt(self) -> bool:
+        """Raise HandlerTimeout in the thread, at its next Python instruction; a call into C is not reached.
+
+        Returns:
+            Whether the thread was still at it.
+        """
+        with self.lock:
+            if self.ended:
+                return False
+            self.interrupted = True
+            if self.thread_id is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread_id), ctypes.py_object(HandlerTimeout))
+            return True
+
+    def _finish(self, result: Any, error: BaseException | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(result)
+        elif isinstance(error, (StopIteration, KeyboardInterrupt, SystemExit)):
+            # asyncio cannot carry these; in a handler they are a failure like any other
+            wrapped = RuntimeError(f"the handler raised {type(error).__name__}({error})")
+            wrapped.__cause__ = error
+            self.future.set_exception(wrapped)
+        else:
+            self.future.set_exception(error)
+
+
+class Threads:
+    """Daemon threads, started when needed and kept; a thread whose job was interrupted takes no further one.
+
+    Daemons, because a handler that hangs in C must not keep the process from ending.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._started = 0
+        self.stuck = 0
+        """Threads that still run an attempt which was given up."""
+
+    async def run(self, call: Callable[[], Any]) -> Any:
+        """Run call in a thread with the caller's context variables, and give its result."""
+        job = _Job(lambda context=contextvars.copy_context(): context.run(call))  # type: ignore[misc]
+        with self._lock:
+            if self._idle:
+                self._idle -= 1
+            else:
+                self._started += 1
+                threading.Thread(target=self._work, name=f"{self._name}-{self._started}", daemon=True).start()
+        self._jobs.put(job)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            if job.interrupt():
+                with self._lock:
+                    self.stuck += 1
+            raise
+
+    def close(self) -> None:
+        """Let idle threads end."""
+        with self._lock:
+            for _ in range(self._started):
+                self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            with self._lock:
+                if job.interrupted:
+                    self.stuck -= 1
+                    self._started -= 1
+                    return
+                self._idle += 1

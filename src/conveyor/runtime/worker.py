@@ -1,0 +1,47 @@
+"""A worker as the runtime sees it: a handler's plan with its queue and its policies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from conveyor.broker import Queue
+from conveyor.core.codec import Codec
+from conveyor.core.handler import Mode, Plan
+from conveyor.core.retry import RetryPolicy
+
+DEFAULT_TIMEOUT_SECONDS: Final = 600.0
+"""Longer than nearly any single step should take, short enough that a hung one is noticed the same hour."""
+DEFAULT_CONCURRENCY: Final[Mapping[Mode, int]] = {Mode.ASYNC: 100, Mode.THREAD: 10, Mode.PROCESS: os.cpu_count() or 1}
+"""Coroutines are nearly free; threads cost memory; more processes than cores only wait for each other."""
+PREFETCH_PER_SLOT: Final = 2
+"""While one message of a slot is handled, the next one is on its way; more would only wait where others could work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A handler, the queue that feeds it, and how it is run.
+
+    Parameters:
+        name: unique in its application.
+        plan: how the handler is called.
+        queue: where its messages wait.
+        codecs: topic → what decodes a payload published under it.
+        retry: when it is run again.
+        concurrency: how many messages (batches) are handled at once in one process.
+        prefetch: how many messages one process holds at most.
+        timeout_seconds: how long one attempt may take; None is as long as it likes.
+        batch: how many messages are handled by one call; 1 is no batch.
+    """
+
+    name: str
+    plan: Plan
+    queue: Queue
+    codecs: Mapping[str, Codec]
+    retry: RetryPolicy
+    concurrency: int
+    prefetch: int
+    timeout_seconds: float | None
+    batch: int
