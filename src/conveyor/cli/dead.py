@@ -1,0 +1,315 @@
+"""``conveyor dead``: list, show, redrive and discard dead letters."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from cyclopts import App, Parameter, validators
+
+from conveyor.broker import Broker, DeadFilter, DeadLetter
+from conveyor.cli import EXIT_CODES
+from conveyor.cli.connection import Where, connected
+from conveyor.cli.terminal import FAILED, OK, Output, moment, out, payload_text, safe, shortened, span, table
+from conveyor.errors import BrokerError, ConfigurationError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+CHUNK: Final = 500
+"""Dead letters per step: many enough that commits cost little, few enough that the bar moves and memory stays flat."""
+HERE = Where()
+PLAIN = Output()
+
+EXAMPLES = """Examples:
+  conveyor dead list --broker sqlite:///shop.queue --queue shop.charge
+  conveyor dead show 0199a1b2-… --app shop:app
+  conveyor dead redrive --error timeout --dry-run
+  conveyor dead redrive --all
+  conveyor dead discard --reason invalid --yes
+"""
+
+command = App(name="dead", help_epilogue=f"{EXAMPLES}\n{EXIT_CODES}")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Which dead letters are meant; several filters must all fit.
+
+    Parameters:
+        queue: Only those of this queue.
+        id: Only those of the message with this id.
+        reason: Only those given up for this reason: rejected, exhausted, invalid, crashed or expired.
+        error: Only those whose error contains this text (any case).
+    """
+
+    queue: str | None = None
+    id: str | None = None
+    reason: str | None = None
+    error: str | None = None
+
+    def filter(self) -> DeadFilter:
+        """The same for a broker."""
+        return DeadFilter(queue=self.queue, id=self.id, reason=self.reason, error=self.error)
+
+    @property
+    def everything(self) -> bool:
+        """Nothing restricts it."""
+        return self.filter() == DeadFilter()
+
+
+ANY = Which()
+
+
+@command.command(name="list", help="List dead letters, oldest first.")
+def list_(
+    *,
+    which: Which = ANY,
+    limit: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 50,
+    where: Where = HERE,
+    output: Output = PLAIN,
+) -> int:
+    """List dead letters, oldest first.
+
+    Parameters:
+        limit: So many at most. Default: 50.
+    """
+    return asyncio.run(_list(where.url(), which, limit, output))
+
+
+@command.command(help="Show a dead letter whole: its error, its traceback, its payload.")
+def show(
+    message_id: Annotated[str, Parameter(name="ID")],
+    /,
+    *,
+    queue: str | None = None,
+    where: Where = HERE,
+    output: Output = PLAIN,
+) -> int:
+    """Show a dead letter whole.
+
+    Parameters:
+        message_id: The message's id.
+        queue: Only the one of this queue.
+    """
+    return asyncio.run(_show(where.url(), message_id, queue, output))
+
+
+@command.command(help="Put dead letters back into their queues, with all counts at zero.")
+def redrive(
+    *,
+    which: Which = ANY,
+    everything: Annotated[bool, Parameter(name="--all")] = False,
+    dry_run: bool = False,
+    where: Where = HERE,
+    output: Output = PLAIN,
+) -> int:
+    """Put dead letters back into their queues.
+
+    Parameters:
+        everything: Every dead letter there is; needed where no filter is given.
+        dry_run: Only say how many.
+    """
+    _guard(which, everything=everything, verb="redrive")
+    return asyncio.run(_act(where.url(), which, output, verb="redrive", dry_run=dry_run))
+
+
+@command.command(help="Delete dead letters for good.")
+def discard(
+    *,
+    which: Which = ANY,
+    everything: Annotated[bool, Parameter(name="--all")] = False,
+    yes: bool = False,
+    dry_run: bool = False,
+    where: Where = HERE,
+    output: Output = PLAIN,
+) -> int:
+    """Delete dead letters for good.
+
+    Parameters:
+        everything: Every dead letter there is; needed where no filter is given.
+        yes: Do not ask. Needed where nobody can be asked.
+        dry_run: Only say how many.
+    """
+    _guard(which, everything=everything, verb="discard")
+    if not (yes or dry_run) and not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigurationError("discarding cannot be undone: say --yes (or look first with --dry-run)")
+    return asyncio.run(_act(where.url(), which, output, verb="discard", dry_run=dry_run, ask=not yes))
+
+
+def _guard(which: Which, *, everything: bool, verb: str) -> None:
+    if which.everything and not everything:
+        raise ConfigurationError(
+            f"{verb} what? Give --queue, --id, --reason or --error, or --all for every dead letter"
+        )
+    if everything and not which.everything:
+        raise ConfigurationError("--all means every dead letter; leave it out, or leave the filters out")
+
+
+async def _list(url: str, which: Which, limit: int, output: Output) -> int:
+    async with connected(url) as broker:
+        await _known(broker, which)
+        found = [letter async for letter in letters(broker, which.filter(), limit + 1)]
+    more = len(found) > limit
+    shown = found[:limit]
+    if output.json:
+        output.document({"dead": [as_json(letter) for letter in shown], "more": more})
+        return OK
+    if not shown:
+        output.say("no dead letter" + ("" if which.everything else " fits"))
+        return OK
+    now = time.time()
+    rows: list[tuple[str | Text, ...]] = [
+        (
+            letter.message.id, letter.queue, letter.message.topic, safe(letter.reason, "red"), f"{letter.attempts}",
+            span(now - letter.died), shortened(letter.error, 100),
+        )
+        for letter in shown
+    ]  # fmt: skip
+    out().print(table(("id", "queue", "topic", "reason", "attempts", "ago", "error"), rows, right=("attempts", "ago")))
+    if more:
+        output.note(f"there are more; --limit {limit * 10} shows more of them, and filters show fewer")
+    return OK
+
+
+async def _show(url: str, message_id: str, queue: str | None, output: Output) -> int:
+    async with connected(url) as broker:
+        found = [letter async for letter in letters(broker, DeadFilter(id=message_id, queue=queue), CHUNK)]
+    if not found:
+        raise BrokerError(f"there is no dead letter with the id {message_id!r}; conveyor dead list shows what there is")
+    if output.json:
+        output.document({"dead": [as_json(letter) for letter in found]})
+        return OK
+    for letter in found:
+        _print(letter, output)
+    return OK
+
+
+def _print(letter: DeadLetter, output: Output) -> None:
+    message = letter.message
+    facts = {
+        "id": message.id,
+        "queue": letter.queue,
+        "topic": message.topic,
+        "key": message.key,
+        "reason": letter.reason,
+        "died": moment(letter.died),
+        "created": moment(message.created),
+        "attempts": f"{letter.attempts} of the handler, {letter.deliveries} deliveries",
+        "caused by": message.causation_id,
+        "journey": message.correlation_id,
+        "content": message.content_type,
+        **{f"header {name}": value for name, value in message.headers.items()},
+    }
+    for name, value in facts.items():
+        if value is not None:
+            output.say(f"{name:<12}{shortened(value, 1_000)}")
+    output.say(f"error       {letter.error}", "red")
+    if letter.traceback:
+        output.say(letter.traceback.rstrip("\n"), "dim")
+    output.say(f"payload     {payload_text(message.body)}\n")
+
+
+async def _act(url: str, which: Which, output: Output, *, verb: str, dry_run: bool, ask: bool = False) -> int:
+    done_word = {"redrive": "redriven", "discard": "discarded"}[verb]
+    async with connected(url) as broker:
+        await _known(broker, which)
+        counts = Counter[tuple[str, str]]()
+        async for letter in letters(broker, which.filter(), None):
+            counts[letter.queue, letter.reason] += 1
+        total = counts.total()
+        if not dry_run and total and (not ask or await asyncio.to_thread(_confirmed, total, verb)):
+            done = await _chunks(broker, which.filter(), total, verb, output)
+        else:
+            done = 0
+    if output.json:
+        found = [
+            {"queue": queue, "reason": reason, "count": count} for (queue, reason), count in sorted(counts.items())
+        ]
+        output.document({"matched": total, done_word: done, "dry_run": dry_run, "by": found})
+    elif not total:
+        output.say("no dead letter" + ("" if which.everything else " fits"))
+    else:
+        for (queue, reason), count in sorted(counts.items()):
+            output.say(f"{count:>9,}  {queue}  {reason}")
+        output.say(f"{total:,} would be {done_word}" if dry_run else f"{done:,} of {total:,} {done_word}")
+    if not total and which.id is not None:
+        return FAILED
+    return OK if dry_run or done == total else FAILED
+
+
+async def _chunks(broker: Broker, which: DeadFilter, total: int, verb: str, output: Output) -> int:
+    """Carry it out, chunk by chunk; never more than there were at first, because what is redriven may die again."""
+    act = broker.redrive if verb == "redrive" else broker.discard
+    left, done, after = total, 0, None
+    with output.progress() as bar:
+        task = bar.add_task(verb, total=total)
+        while left > 0:
+            page = await broker.dead_letters(which, limit=min(CHUNK, left), after=after)
+            if not page:
+                break
+            done += await act(page)
+            left -= len(page)
+            after = page[-1].position
+            bar.advance(task, len(page))
+    return done
+
+
+async def letters(broker: Broker, which: DeadFilter, limit: int | None) -> AsyncIterator[DeadLetter]:
+    """Dead letters, oldest first, page by page."""
+    after, left = None, limit
+    while left is None or left > 0:
+        size = CHUNK if left is None else min(CHUNK, left)
+        page = await broker.dead_letters(which, limit=size, after=after)
+        for letter in page:
+            yield letter
+        if len(page) < size:
+            return
+        after = page[-1].position
+        left = None if left is None else left - len(page)
+
+
+async def _known(broker: Broker, which: Which) -> None:
+    """A queue that is named must exist: a typing error must not look like good news."""
+    if which.queue is None:
+        return
+    names = [queue.name for queue in await broker.queues()]
+    if which.queue not in names:
+        near = difflib.get_close_matches(which.queue, names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
+        raise BrokerError(f"there is no queue {which.queue!r}; {hint}")
+
+
+def _confirmed(total: int, verb: str) -> bool:
+    print(f"{verb} {total:,} dead letter(s) for good? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def as_json(letter: DeadLetter) -> dict[str, Any]:
+    """A dead letter as --json prints it; the payload as text, bytes that are no UTF-8 escaped."""
+    message = letter.message
+    return {
+        "id": message.id,
+        "queue": letter.queue,
+        "topic": message.topic,
+        "key": message.key,
+        "reason": letter.reason,
+        "error": letter.error,
+        "traceback": letter.traceback,
+        "attempts": letter.attempts,
+        "deliveries": letter.deliveries,
+        "died": moment(letter.died),
+        "created": moment(message.created),
+        "correlation_id": message.correlation_id,
+        "causation_id": message.causation_id,
+        "content_type": message.content_type,
+        "headers": dict(message.headers),
+        "payload": payload_text(message.body),
+    }
