@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from sqlalchemy import text
@@ -14,6 +16,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 if TYPE_CHECKING:
     from tests.conftest import Chromium, Postgres
+
+ROOT: Final = Path(__file__).parent.parent
 
 
 async def _answer(url: str, statement: str) -> object:
@@ -85,8 +89,27 @@ def test_a_warning_fails_its_test(tmp_path: Path) -> None:
         def test_a(): warnings.warn("careless")
     """
     (tmp_path / "test_warns.py").write_text(textwrap.dedent(source))
-    config = Path(__file__).parent.parent / "pyproject.toml"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", str(config), str(tmp_path)]
+    config = str(ROOT / "pyproject.toml")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", config, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
     assert done.returncode != 0
     assert "careless" in done.stdout
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda path: path.name)
+def test_locked_requirements_have_exact_versions_and_hashes_and_no_address(lock: Path) -> None:
+    text = "".join(line for line in lock.read_text().splitlines(keepends=True) if not line.startswith("#"))
+    assert "://" not in text
+    entries = re.split(r"\n(?=\S)", text.strip())
+    assert [
+        entry for entry in entries if not re.match(r"[\w.\[\]-]+==\S+ .*--hash=sha256:", entry, flags=re.DOTALL)
+    ] == []
+
+
+def test_every_requirement_of_the_project_is_locked_for_development() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = [item for items in project["project"]["optional-dependencies"].values() for item in items]
+    group = [item for item in project["dependency-groups"]["dev"] if isinstance(item, str)]
+    wanted = {re.split(r"[\[<>=]", item)[0] for item in [*project["project"]["dependencies"], *extras, *group]}
+    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements" / "dev.txt").read_text(), flags=re.MULTILINE))
+    assert wanted - {"conveyor"} <= locked
