@@ -52,9 +52,8 @@ class Codec:
         return explain(error)
 
 
-@functools.cache
 def codec_for(tp: Any) -> Codec:
-    """The codec of a payload type.
+    """The codec of a payload type, made once.
 
     Known are dataclasses, msgspec Structs, pydantic models, TypedDicts and dict as JSON, and whatever these hold:
     Decimal, datetime, date, time, timedelta, UUID, Enum, Path, bytes (base64), lists, sets, tuples, unions, Literals.
@@ -63,11 +62,21 @@ def codec_for(tp: Any) -> Codec:
     Raises:
         HandlerError: a type that cannot travel; names the field and says what to do.
     """
+    try:
+        return _codecs(tp)
+    except TypeError:  # an annotation that cannot be hashed, such as Annotated[int, {}]
+        return _make_codec(tp)
+
+
+def _make_codec(tp: Any) -> Codec:
     if tp is bytes:
         return Codec(bytes, BYTES, bytes, _encode_bytes)
     if is_pydantic_model(tp) or _is_pydantic_dataclass(tp):
         return _pydantic_codec(tp)
     return _json_codec(tp)
+
+
+_codecs: Final = functools.cache(_make_codec)
 
 
 def struct_for(name: str, fields: Sequence[tuple[str, Any] | tuple[str, Any, Any]]) -> type[msgspec.Struct]:

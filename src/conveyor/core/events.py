@@ -81,9 +81,8 @@ def event(topic: str | type[T] | None = None, /, *, key: str | None = None) -> t
     return lambda tp: _record(tp, topic, key)
 
 
-@functools.cache
 def event_type(tp: Any) -> EventType:
-    """The event type of a payload type: as @event says, else the class name in snake_case without a key.
+    """The event type of a payload type, made once: as @event says, else the class name in snake_case without a key.
 
     Raises:
         HandlerError: tp is no type that names an event.
@@ -93,6 +92,11 @@ def event_type(tp: Any) -> EventType:
             f"{_name(tp)} names no event; use a dataclass, msgspec.Struct, pydantic model or TypedDict "
             "(dict and bytes can be published and received with topic=…)"
         )
+    return _event_types(tp)
+
+
+@functools.cache
+def _event_types(tp: type) -> EventType:
     # Only what was said about this very class: a subclass is another event and has a topic of its own.
     topic, key = vars(tp).get(_RECORD, (None, None))
     if topic is None:

@@ -53,7 +53,7 @@ class RetryPolicy:
             raise ConfigurationError("RetryPolicy: attempts and crashes are at least 1")
         if not (0 <= self.initial_seconds <= self.maximum_seconds):
             raise ConfigurationError("RetryPolicy: needs 0 <= initial <= maximum (seconds)")
-        if self.factor < 1 or not (0 <= self.jitter <= 1):
+        if not (self.factor >= 1 and 0 <= self.jitter <= 1):  # said so that NaN is refused, too
             raise ConfigurationError("RetryPolicy: factor is at least 1, jitter between 0 and 1")
 
     @property
@@ -77,7 +77,7 @@ class RetryPolicy:
         try:
             wait = min(maximum, initial * self.factor ** (attempt - 1))
         except OverflowError:
-            wait = maximum
+            wait = maximum if initial else 0.0
         return wait * (1 - self.jitter * chance)
 
 
