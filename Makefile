@@ -25,9 +25,7 @@ kill-test: setup ## Kill runners at random under load for a while (MINUTES=5)
 	@MINUTES=$(MINUTES) $(RUN) pytest -m kill --timeout=0 -s tests
 
 check: setup ## Lint, formatting and types
-	@$(RUN) ruff check
-	@$(RUN) ruff format --check
-	@$(RUN) mypy
+	@failed=0; for tool in "ruff check" "ruff format --check" mypy; do $(RUN) $$tool || failed=1; done; exit $$failed
 
 fmt: setup ## Format, and mend what can be mended safely
 	@$(RUN) ruff check --fix --quiet || true
