@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: RUF022 - by concept
+__all__ = [
     # the application
     "Conveyor",
     "Task",
@@ -68,9 +68,9 @@ def __getattr__(name: str) -> Any:
     if name != "Transaction":
         raise AttributeError(f"module 'conveyor' has no attribute {name!r}")
     try:
-        from conveyor.runtime.ledger import Transaction  # noqa: PLC0415 - see above
+        from conveyor.runtime.ledger import Transaction
     except ModuleNotFoundError as error:
-        from conveyor.errors import MissingExtra  # noqa: PLC0415 - only on this path
+        from conveyor.errors import MissingExtra
 
         raise MissingExtra("Transaction", "ledger") from error
     return Transaction

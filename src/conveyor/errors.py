@@ -1,27 +1,27 @@
 """Every error that Conveyor raises, and the two outcomes that a handler may raise.
 
-    ConveyorError
-    ├── ConfigurationError          a set-up that cannot work; found before any message moves
-    │   ├── HandlerError            a handler whose signature or options cannot work
-    │   ├── MissingExtra            an optional dependency is not installed
-    │   └── MissingFeature          the broker cannot do what a queue asks for
-    ├── PayloadError                a payload that cannot be encoded, decoded or carried
-    │   └── PayloadTooLarge
-    ├── BrokerError                 the broker refused or could not be reached
-    │   ├── BrokerUnavailable       not reachable now; trying again may help
-    │   ├── BrokerFull              no room: disk, memory or a bound; trying again later may help
-    │   ├── QueueConflict           a queue exists with other properties
-    │   └── PublishFailed           some messages of a batch are not (or perhaps not) owned by the broker
-    ├── NoSubscriber                a message that somebody had to receive has no queue
-    ├── LedgerError                 the application's database refused, or is not set up
-    │   └── LedgerUnavailable       it could not do it now; trying again may help
-    ├── LeaseLost                   this delivery belongs to somebody else by now
-    ├── HandlerTimeout              a handler ran longer than its worker allows
-    └── HandlerCrashed              the process that ran a handler died
-    Outcome                         raised by handlers to decide instead of the policy
-    ├── Retry                       again, later
-    └── Reject                      never again: keep it as a dead letter
-    AlreadyHandled                  unwinds a handler whose message was handled before; no error, and not to be caught
+ConveyorError
+├── ConfigurationError          a set-up that cannot work; found before any message moves
+│   ├── HandlerError            a handler whose signature or options cannot work
+│   ├── MissingExtra            an optional dependency is not installed
+│   └── MissingFeature          the broker cannot do what a queue asks for
+├── PayloadError                a payload that cannot be encoded, decoded or carried
+│   └── PayloadTooLarge
+├── BrokerError                 the broker refused or could not be reached
+│   ├── BrokerUnavailable       not reachable now; trying again may help
+│   ├── BrokerFull              no room: disk, memory or a bound; trying again later may help
+│   ├── QueueConflict           a queue exists with other properties
+│   └── PublishFailed           some messages of a batch are not (or perhaps not) owned by the broker
+├── NoSubscriber                a message that somebody had to receive has no queue
+├── LedgerError                 the application's database refused, or is not set up
+│   └── LedgerUnavailable       it could not do it now; trying again may help
+├── LeaseLost                   this delivery belongs to somebody else by now
+├── HandlerTimeout              a handler ran longer than its worker allows
+└── HandlerCrashed              the process that ran a handler died
+Outcome                         raised by handlers to decide instead of the policy
+├── Retry                       again, later
+└── Reject                      never again: keep it as a dead letter
+AlreadyHandled                  unwinds a handler whose message was handled before; no error, and not to be caught
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class HandlerCrashed(ConveyorError):
     """The process that ran a handler died."""
 
 
-class Outcome(Exception):  # noqa: N818 - an outcome that a handler chooses, not an error
+class Outcome(Exception):
     """What a handler raises to decide instead of its policy."""
 
 
@@ -159,7 +159,7 @@ class Reject(Outcome):
         super().__init__(why)
 
 
-class AlreadyHandled(BaseException):  # noqa: N818 - a signal, not an error
+class AlreadyHandled(BaseException):
     """Unwinds a handler whose message was handled before, where it first touches its transaction.
 
     Not an Exception, so that a handler's ``except Exception`` does not take it for a failure to make up for.

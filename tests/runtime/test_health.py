@@ -58,7 +58,7 @@ async def raw(server: HealthServer, data: bytes) -> bytes:
 
 
 async def connections(server: HealthServer, count: int) -> None:
-    while len(server._connections) != count:  # noqa: ASYNC110 - the server has no event for it
+    while len(server._connections) != count:
         await asyncio.sleep(0)
 
 

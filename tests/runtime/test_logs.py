@@ -78,7 +78,7 @@ async def test_concurrent_handlers_do_not_see_each_others_message() -> None:
     configure(logging.INFO, json=True, stream=stream)
     meeting = asyncio.Barrier(2)
 
-    async def handle(id: str) -> None:  # noqa: A002 - the field's word
+    async def handle(id: str) -> None:
         current.set(Current(id, None, "charge", 1))
         await meeting.wait()
         await asyncio.to_thread(logging.getLogger("shop").info, id)

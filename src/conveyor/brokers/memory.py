@@ -662,5 +662,5 @@ def _meant(letter: DeadLetter, which: DeadFilter) -> bool:
     )
 
 
-def _nature(ordered: bool, temporary: bool) -> str:  # noqa: FBT001 - two plain facts, named where they are declared
+def _nature(ordered: bool, temporary: bool) -> str:
     return f"{'temporary' if temporary else 'lasting'} and {'ordered by key' if ordered else 'not ordered'}"

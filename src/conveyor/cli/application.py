@@ -40,7 +40,7 @@ def load_app(path: str, *, broker: str | None = None, database: str | None = Non
             os.environ[name] = value
     app = _find(path)
     if broker is not None:
-        app.broker_url, app._given_broker = broker, None  # noqa: SLF001 - the flag is stronger
+        app.broker_url, app._given_broker = broker, None
     if database is not None:
         app.database_url = database
     return app
@@ -52,7 +52,7 @@ def broker_url(app: Conveyor) -> str:
     Raises:
         ConfigurationError: it was given as an object, which only its own process can use.
     """
-    if app._given_broker is not None:  # noqa: SLF001
+    if app._given_broker is not None:
         raise ConfigurationError(f"the broker of {app.name} is an object made in code; say which one with --broker URL")
     return app.broker_url or os.environ.get("CONVEYOR_BROKER") or f"sqlite:///{app.name}.queue"
 

@@ -129,7 +129,7 @@ def findings(app: Conveyor) -> Iterator[Finding]:
     yield from _shared_queues(app.workers.values())
     yield from _unprovided(app)
     try:
-        made = app._new_broker()  # noqa: SLF001 - not opened: only asked what it lacks
+        made = app._new_broker()
     except ConfigurationError as error:
         yield Finding(Level.ERROR, "broker", str(error))
     else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import collections.abc as abc
 import enum
 import inspect
 import types
 import typing
+from collections import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -88,7 +88,9 @@ def plan_worker(
     who = _who(function)
     parameters, returns = _signature(function, who, names)
     if not parameters:
-        raise HandlerError(f"{who} takes no parameter; the first one says what it receives: def {function.__name__}(order: OrderCreated)")
+        raise HandlerError(
+            f"{who} takes no parameter; the first one says what it receives: def {function.__name__}(order: OrderCreated)"
+        )
     first, *injected = parameters
     payload = first.type
     if batch:
@@ -103,7 +105,11 @@ def plan_worker(
 
 
 def plan_task(
-    function: Callable[..., Any], *, injectable: abc.Container[Any], cpu: bool = False, names: Mapping[str, Any] | None = None
+    function: Callable[..., Any],
+    *,
+    injectable: abc.Container[Any],
+    cpu: bool = False,
+    names: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a job: its own parameters are the payload, except those of an injectable type.
 
@@ -121,15 +127,15 @@ def plan_task(
     return Plan(function, mode, False, (), None, False, fields, tuple(injected), ())
 
 
-def _signature(
-    function: Callable[..., Any], who: str, names: Mapping[str, Any] | None
-) -> tuple[list[Parameter], Any]:
+def _signature(function: Callable[..., Any], who: str, names: Mapping[str, Any] | None) -> tuple[list[Parameter], Any]:
     if not inspect.isroutine(function) or inspect.isclass(function):
         raise HandlerError(f"{who} is no function; decorate a def or async def")
     try:
         hints = typing.get_type_hints(function, localns=dict(names or {}), include_extras=False)
     except NameError as error:
-        raise HandlerError(f"{who}: the annotation {error.name!r} names nothing that can be found; import or define it above") from error
+        raise HandlerError(
+            f"{who}: the annotation {error.name!r} names nothing that can be found; import or define it above"
+        ) from error
     except TypeError as error:
         raise HandlerError(f"{who}: an annotation is no type: {error}") from error
     parameters = []
@@ -137,7 +143,9 @@ def _signature(
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise HandlerError(f"{who}: *{parameter.name} cannot be filled in; name every parameter")
         if parameter.name not in hints:
-            raise HandlerError(f"{who}: parameter {parameter.name!r} has no annotation; its type says what is handed in: {parameter.name}: SomeType")
+            raise HandlerError(
+                f"{who}: parameter {parameter.name!r} has no annotation; its type says what is handed in: {parameter.name}: SomeType"
+            )
         if parameters and parameter.kind is parameter.POSITIONAL_ONLY:
             raise HandlerError(f"{who}: parameter {parameter.name!r} is positional-only; only the first one may be")
         parameters.append(Parameter(parameter.name, hints[parameter.name], parameter.default))
@@ -161,7 +169,7 @@ def _received(payload: Any, who: str, name: str, topic: str | None) -> tuple[Eve
         return found if topic is None else (EventType(found[0].type, topic, found[0].key),)
     if payload is bytes or payload is dict or typing.get_origin(payload) is dict:
         if topic is None:
-            raise HandlerError(f"{who} receives {_name(payload)}, which names no topic; say @app.worker(topic=\"…\")")
+            raise HandlerError(f'{who} receives {_name(payload)}, which names no topic; say @app.worker(topic="…")')
         return (EventType(payload, topic, None),)
     raise HandlerError(
         f"{who}: the first parameter, {name}: {_name(payload)}, is no payload; "
@@ -176,7 +184,9 @@ def _emitted(returns: Any, who: str, *, yields: bool) -> tuple[EventType, ...]:
         if leaf is None:
             if returns is type(None):
                 raise HandlerError(f"{who} yields, so it needs a return annotation such as Iterator[OrderCreated]")
-            raise HandlerError(f"{who} yields, but is annotated -> {_name(returns)}; write Iterator[…] or AsyncIterator[…]")
+            raise HandlerError(
+                f"{who} yields, but is annotated -> {_name(returns)}; write Iterator[…] or AsyncIterator[…]"
+            )
     emits = []
     for member in _members(leaf):
         item = _item_of(member, _LISTS) if not yields else None

@@ -105,7 +105,10 @@ def verdict_on_arrival(
         last_error: what is known about the last one.
     """
     if crashes >= policy.crashes:
-        return Dead(Reason.CRASHED, f"{crashes} processes died while handling it" + (f"; last: {last_error}" if last_error else ""))
+        return Dead(
+            Reason.CRASHED,
+            f"{crashes} processes died while handling it" + (f"; last: {last_error}" if last_error else ""),
+        )
     if message.expires is not None and message.expires <= now:
         return Dead(Reason.EXPIRED, f"expired {now - message.expires:.1f} s before it was delivered")
     return None

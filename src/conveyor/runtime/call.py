@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import asyncio
 
 from conveyor.broker import Delivery
 from conveyor.core.handler import Mode, Plan
@@ -49,7 +48,7 @@ Next = Callable[[Call], Awaitable[Any]]
 Middleware = Callable[[Call, Next], Awaitable[Any]]
 
 
-class AlreadyDone(Exception):  # noqa: N818 - an outcome, not an error
+class AlreadyDone(Exception):
     """The ledger knows that this worker has handled this message."""
 
 
@@ -86,11 +85,19 @@ class Caller:
         self._threads = Threads(worker.name) if plan.mode is Mode.THREAD else None
         self._run = self._runner()
         self._emits: dict[Any, Any] = {event.type: None for event in plan.emits}
-        typed_dicts = [event.type for event in plan.emits if isinstance(event.type, type) and issubclass(event.type, dict)]
+        typed_dicts = [
+            event.type for event in plan.emits if isinstance(event.type, type) and issubclass(event.type, dict)
+        ]
         if typed_dicts:
             self._emits[dict] = typed_dicts[0]
         self._transactional = any(is_transaction(p.type) for p in plan.injected)
-        self._plain = not plan.injected and not around.middleware and plan.mode is Mode.ASYNC and not plan.yields and plan.fields is None
+        self._plain = (
+            not plan.injected
+            and not around.middleware
+            and plan.mode is Mode.ASYNC
+            and not plan.yields
+            and plan.fields is None
+        )
 
     async def __call__(self, deliveries: tuple[Delivery, ...], payload: Any) -> tuple[Message, ...]:
         """Run one attempt.
@@ -147,7 +154,9 @@ class Caller:
         arguments: dict[str, Any] = {}
         for parameter in self._plan.injected:
             if parameter.type is Context:
-                arguments[parameter.name] = Context(deliveries[0], self._worker.name, emitter, self._around.shutting_down)
+                arguments[parameter.name] = Context(
+                    deliveries[0], self._worker.name, emitter, self._around.shutting_down
+                )
             elif parameter.type is Message:
                 arguments[parameter.name] = deliveries[0].message
             elif is_transaction(parameter.type):

@@ -152,7 +152,9 @@ class Consumer:
             await self._hungry.wait()
             self._hungry.clear()
             await self.gate.wait()
-            while (free := room - len(self._ready) - self._busy * self.worker.batch) >= half or (free > 0 and not self._ready):
+            while (free := room - len(self._ready) - self._busy * self.worker.batch) >= half or (
+                free > 0 and not self._ready
+            ):
                 assert self._subscription is not None
                 arrived = await self._subscription.fetch(free)
                 self.progressed = time.monotonic()
@@ -180,7 +182,9 @@ class Consumer:
     async def run_alone(self, delivery: Delivery) -> None:
         """Handle one delivery while nothing else runs."""
         lane = Lane()
-        lane.task = asyncio.get_running_loop().create_task(self._handle(lane, (delivery,)), name=f"{self.worker.name} alone")
+        lane.task = asyncio.get_running_loop().create_task(
+            self._handle(lane, (delivery,)), name=f"{self.worker.name} alone"
+        )
         self._lanes.append(lane)
         lane.task.add_done_callback(lambda _: self._lanes.remove(lane) if lane in self._lanes else None)
         await asyncio.wait([lane.task])
@@ -278,7 +282,7 @@ class Consumer:
         lane.started = started = time.monotonic()
         lane.deadline = FOREVER if timeout is None else started + timeout
         wait = self._clock() - max(deliveries[0].message.created, deliveries[0].message.due)
-        self.metrics.wait.observe(wait if wait > 0.0 else 0.0)
+        self.metrics.wait.observe(max(0.0, wait))
         try:
             if self.worker.batch == 1:
                 verdict = await self._attempt(lane, deliveries[0])
@@ -305,7 +309,11 @@ class Consumer:
         message = delivery.message
         if delivery.deliveries > 1 or message.expires is not None:
             end = verdict_on_arrival(
-                message, crashes=delivery.crashes, policy=self.worker.retry, now=self._clock(), last_error=delivery.error
+                message,
+                crashes=delivery.crashes,
+                policy=self.worker.retry,
+                now=self._clock(),
+                last_error=delivery.error,
             )
             if end is not None:
                 return end
@@ -380,7 +388,9 @@ class Consumer:
             return codecs[delivery.message.topic]
         except KeyError:
             known = ", ".join(codecs)
-            raise PayloadError(f"its topic {delivery.message.topic!r} is none of those that the worker knows: {known}") from None
+            raise PayloadError(
+                f"its topic {delivery.message.topic!r} is none of those that the worker knows: {known}"
+            ) from None
 
     def _explain(self, delivery: Delivery, error: Exception) -> str:
         return str(error) if isinstance(error, PayloadError) else self._codec(delivery).explain(error)
@@ -422,7 +432,9 @@ class Consumer:
         self._settler.add(delivery, verdict)
 
     def _tell(self, delivery: Delivery, verdict: Verdict) -> None:
-        current.set(Current(delivery.message.id, delivery.message.correlation_id, self.worker.name, delivery.attempts + 1))
+        current.set(
+            Current(delivery.message.id, delivery.message.correlation_id, self.worker.name, delivery.attempts + 1)
+        )
         if isinstance(verdict, RetryAt):
             self.metrics.retried += 1
             wait = max(0.0, verdict.due - self._clock())
@@ -435,7 +447,9 @@ class Consumer:
         """The handler swallows cancellation: settle without it, and give its place to a new lane."""
         assert lane.task is not None
         for delivery in lane.deliveries:
-            verdict = self._on_error(delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled"))
+            verdict = self._on_error(
+                delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled")
+            )
             self._settle(delivery, verdict)
         log.error("worker %s: a handler ignores cancellation and was left behind", self.worker.name)
         self._lanes.remove(lane)

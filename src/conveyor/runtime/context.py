@@ -51,5 +51,3 @@ class Context:
 def idempotency_key(worker: str, message_id: str) -> str:
     """A key for the effects of worker on a message, in services that recognise repeats by a key."""
     return hashlib.sha256(f"{worker}\0{message_id}".encode()).hexdigest()
-
-

@@ -58,7 +58,9 @@ class Loops:
                 failures = 1 if loop.time() - started > CALM_SECONDS else failures + 1
                 self.problems[name] = describe(error)
                 wait = RESTARTS.wait_seconds(failures, 0.0)
-                log.warning("%s failed, starting again in %.2f s: %s", name, wait, describe(error), exc_info=failures == 1)
+                log.warning(
+                    "%s failed, starting again in %.2f s: %s", name, wait, describe(error), exc_info=failures == 1
+                )
             finally:
                 calm.cancel()
             await asyncio.sleep(wait)

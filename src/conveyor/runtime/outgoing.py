@@ -84,10 +84,14 @@ class Outgoing:
         id = options.id or uuid7(self.clock(), os.urandom(10))
         return self._message(event, options, kind, id, correlation_id=id, causation_id=None)
 
-    def emitted(self, event: object, cause: Message, worker: str, position: int, options: Options = NO_OPTIONS, kind: Any = None) -> Message:
+    def emitted(
+        self, event: object, cause: Message, worker: str, position: int, options: Options = NO_OPTIONS, kind: Any = None
+    ) -> Message:
         """The message of the position-th event that worker emits on cause; a repeat makes the same id."""
         id = options.id or emitted_id(cause.id, worker, position)
-        return self._message(event, options, kind, id, correlation_id=cause.correlation_id or cause.id, causation_id=cause.id)
+        return self._message(
+            event, options, kind, id, correlation_id=cause.correlation_id or cause.id, causation_id=cause.id
+        )
 
     def raw(self, topic: str, body: bytes, options: Options, content_type: str) -> Message:
         """The message of a payload that is encoded already."""
@@ -152,7 +156,9 @@ def _due(now: float, options: Options) -> float:
             raise PayloadError("say either delay= or at=, not both")
         if isinstance(options.at, datetime):
             if options.at.tzinfo is None:
-                raise PayloadError(f"at={options.at.isoformat()} has no time zone; use an aware datetime such as datetime.now(UTC)")
+                raise PayloadError(
+                    f"at={options.at.isoformat()} has no time zone; use an aware datetime such as datetime.now(UTC)"
+                )
             return options.at.astimezone(UTC).timestamp()
         return float(options.at)
     return now + _seconds(options.delay) if options.delay else 0.0
@@ -171,7 +177,9 @@ def _headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
             raise PayloadError(f"headers are text to text, {name!r} is not")
         size += len(name) + len(value)
     if size > HEADERS_LIMIT:
-        raise PayloadTooLarge(f"the headers have {size:,} characters, the limit is {HEADERS_LIMIT:,}; put data into the payload")
+        raise PayloadTooLarge(
+            f"the headers have {size:,} characters, the limit is {HEADERS_LIMIT:,}; put data into the payload"
+        )
     return dict(headers)
 
 

@@ -26,7 +26,9 @@ def arm(wanted: str | None = None) -> None:
         return
     name, _, number = text.partition(":")
     if name not in points.POINTS or not (number or "1").isdecimal() or number == "0":
-        raise ConfigurationError(f"{VARIABLE}={text!r}: needs name:number, with one of these names: {', '.join(points.POINTS)}")
+        raise ConfigurationError(
+            f"{VARIABLE}={text!r}: needs name:number, with one of these names: {', '.join(points.POINTS)}"
+        )
     left = int(number or "1")
 
     def hook(passed: str) -> None:
