@@ -41,7 +41,7 @@ class Config:
         http: host:port (or :port) of health and metrics; None serves none.
         log_level: the least severe entries that are written.
         log_format: human, json, or auto: human on a terminal and JSON lines elsewhere.
-        max_rss_mb: a runner process above so many mebibytes is replaced; None is no limit.
+        max_rss_mb: a runner process above so many megabytes is replaced; None is no limit.
         max_messages: a runner process that handled so many is replaced; None is no limit.
         hang_limit_seconds: a runner process that stood still for so long is killed; None leaves it to the supervisor.
 
@@ -87,7 +87,8 @@ def load(directory: Path, environment: Mapping[str, str], flags: Mapping[str, ob
     values = read_file(directory) | read_environment(environment)
     for name, value in flags.items():
         if value is not None:
-            values[name] = _checked(name, value, "--" + name.replace("_", "-"), strict=True)
+            flag = "--" + name.removesuffix("_seconds").removesuffix("_mb").replace("_", "-")
+            values[name] = _checked(name, value, flag, strict=True)
     return Config(**values)
 
 

@@ -76,7 +76,7 @@ def test_a_value_that_makes_no_sense_is_refused_with_its_place(variable: str, va
 
 
 def test_a_value_is_checked_wherever_it_comes_from(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="--max-rss-mb"):
+    with pytest.raises(ConfigurationError, match="--max-rss: max_rss_mb cannot be 0"):
         load(tmp_path, {}, {"max_rss_mb": 0})
     with pytest.raises(ConfigurationError, match=r"Config\(processes"):
         Config(processes=0)

@@ -1,0 +1,165 @@
+"""``conveyor doctor``: the promises of the conformance suite, proved on a broker of the user's own."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from cyclopts import App
+
+from conveyor import brokers
+from conveyor.broker import Feature
+from conveyor.cli import EXIT_CODES
+from conveyor.cli.connection import Where
+from conveyor.cli.terminal import FAILED, OK, Output, errors, out, safe
+from conveyor.config import masked
+from conveyor.errors import ConfigurationError
+from conveyor.testing.promises import PROMISES, Ended, Makers, Result
+from conveyor.testing.promises import run as prove_all
+
+HERE = Where()
+PLAIN = Output()
+COLOURS = {Ended.PASSED: "green", Ended.FAILED: "bold red", Ended.SKIPPED: "yellow"}
+WORDS = {Ended.PASSED: "kept", Ended.FAILED: "BROKEN", Ended.SKIPPED: "not asked"}
+RISKS = {
+    Feature.DURABLE: "what it holds is lost with its process",
+    Feature.FENCE: "a process that slept past its lease can settle what another one has by now",
+    Feature.RECLAIM: "what a dead process held comes back only when its leases end",
+}
+"""What it means for every app that a broker lacks one of these; the others only matter to those who ask for them."""
+
+command = App(
+    name="doctor",
+    help_epilogue=f"""Examples:
+  conveyor doctor --broker sqlite:///shop.queue
+  conveyor doctor --app shop:app --only publishing,leases
+  conveyor doctor --json | jq '.promises[] | select(.verdict == "failed")'
+
+It works with names that nobody else uses, beside what is in the broker, and
+deletes its messages afterwards. It takes a minute or two.
+
+{EXIT_CODES}""",
+)
+
+
+@command.default
+def doctor(
+    *,
+    only: str | None = None,
+    where: Where = HERE,
+    output: Output = PLAIN,
+) -> int:
+    """Prove on a broker of yours that it keeps Conveyor's promises.
+
+    Parameters:
+        only: Only these promises or areas, with commas between. Default: all.
+    """
+    chosen = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    known = sorted({promise.area for promise in PROMISES.values()})
+    unknown = [name for name in chosen or () if name not in known and name not in PROMISES]
+    if unknown:
+        raise ConfigurationError(f"there is no promise or area {unknown[0]!r}; the areas are {', '.join(known)}")
+    return asyncio.run(_examine(where.url(), chosen, output))
+
+
+async def _examine(url: str, only: Sequence[str] | None, output: Output) -> int:
+    parts = urlsplit(url)
+    if parts.scheme == "memory" and not parts.netloc:
+        raise ConfigurationError("memory:// is another broker each time it is opened; examine memory://NAME")
+    makers = Makers(functools.partial(brokers.from_url, url))
+    missing, risks = await _look(makers)
+    if not output.json:
+        output.say(masked(url), "bold")
+        for feature, why in missing.items():
+            output.say(f"  lacks {feature}: {why}", "yellow")
+        for risk in risks:
+            output.say(f"  risk: {risk}", "yellow")
+    results = await _prove(makers, only, output)
+    failed = [result for result in results if result.ended is Ended.FAILED]
+    kept = sum(result.ended is Ended.PASSED for result in results)
+    if output.json:
+        output.document(
+            {
+                "broker": masked(url),
+                "ok": not failed,
+                "missing": {str(feature): why for feature, why in missing.items()},
+                "risks": [masked(risk) for risk in risks],
+                "promises": [as_json(result) for result in results],
+            }
+        )
+    else:
+        output.say(
+            f"{kept} of {len(results)} promises kept" + (f", {len(failed)} BROKEN" if failed else ""),
+            "bold red" if failed else "green",
+        )
+    return FAILED if failed else OK
+
+
+async def _look(makers: Makers) -> tuple[dict[Feature, str], list[str]]:
+    """Open the broker once: what it lacks, and what it warns of (its settings, its disk, its server)."""
+    warnings = _Warnings()
+    logger = logging.getLogger("conveyor")
+    logger.addHandler(warnings)
+    logger.propagate = False  # from here on the proofs provoke warnings on purpose
+    broker = makers.broker()
+    await broker.open()
+    await broker.close()
+    logger.removeHandler(warnings)
+    logger.addHandler(logging.NullHandler())
+    missing = dict(broker.missing)
+    lacking = [f"no {feature}: {risk}" for feature, risk in RISKS.items() if feature in missing]
+    return missing, [*lacking, *warnings.said]
+
+
+async def _prove(makers: Makers, only: Sequence[str] | None, output: Output) -> list[Result]:
+    chosen = [p for p in PROMISES.values() if only is None or p.name in only or p.area in only]
+    with output.progress() as bar:
+        task = bar.add_task("proving", total=len(chosen))
+
+        def tell(result: Result) -> None:
+            bar.advance(task)
+            if not output.json:
+                _print(result)
+            elif errors().is_terminal:
+                output.note(f"{result.promise.name}: {WORDS[result.ended]}")
+
+        return await prove_all(makers, only, tell=tell)
+
+
+def _print(result: Result) -> None:
+    sentence = " ".join(result.promise.sentence.split())
+    out().print(
+        safe(f"  {WORDS[result.ended]:<10}", COLOURS[result.ended]),
+        safe(f"{sentence}"),
+        safe(f"({result.promise.name}, {result.seconds:.2f} s)", "dim"),
+        soft_wrap=True,
+    )
+    if result.error:
+        out().print(safe(f"            {masked(result.error)}", COLOURS[result.ended]), soft_wrap=True)
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """One promise as --json prints it."""
+    return {
+        "name": result.promise.name,
+        "area": result.promise.area,
+        "sentence": " ".join(result.promise.sentence.split()),
+        "verdict": str(result.ended),
+        "seconds": round(result.seconds, 3),
+        "error": masked(result.error),
+    }
+
+
+class _Warnings(logging.Handler):
+    """Keeps what is logged as a warning or worse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(masked(record.getMessage()))

@@ -1,0 +1,266 @@
+"""``conveyor run``: an app's workers in supervised processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import difflib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, TypedDict
+
+from cyclopts import App
+
+from conveyor import config
+from conveyor.app import Conveyor
+from conveyor.broker import Broker, Feature
+from conveyor.cli import EXIT_CODES
+from conveyor.cli.application import broker_url, load_app
+from conveyor.cli.terminal import FAILED, OK, Output
+from conveyor.config import Config, LogFormat, LogLevel, masked
+from conveyor.errors import ConfigurationError
+from conveyor.runtime import logs
+from conveyor.runtime.channel import Ask, ChildLink
+from conveyor.runtime.health import STARTING, Health, HealthServer
+from conveyor.runtime.metrics import Metrics, prometheus_text
+from conveyor.runtime.runner import Runner
+from conveyor.runtime.supervisor import MB, Limits, Supervisor
+
+log = logging.getLogger("conveyor.run")
+
+UNHURRIED_SECONDS: Final = 1e6
+"""A drain that is not cut off by the runner itself: whoever asked for it says when it is enough."""
+PLAIN = Output()
+
+command = App(
+    name="run",
+    help_epilogue=f"""Examples:
+  conveyor run shop:app
+  conveyor run shop:app --processes 4 --http :9000
+  conveyor run shop:app --workers charge,ship --broker sqlite:////var/lib/shop.queue
+  conveyor run shop:app --max-rss 500 --max-messages 100000
+
+A supervisor keeps the processes alive, hands back what a dead one held, and
+replaces one that hangs or grows. SIGTERM (or Ctrl-C) drains: running handlers get
+the grace period, everything else goes back to its queue. A second one hurries.
+Logs are for people on a terminal, else one JSON object a line, on stderr; with
+--json on stdout.
+
+{EXIT_CODES}""",
+)
+
+
+class _Flags(TypedDict):
+    """What the command line may set."""
+
+    broker: str | None
+    database: str | None
+    processes: int | None
+    http: str | None
+    grace_seconds: float | None
+    max_rss_mb: int | None
+    max_messages: int | None
+    hang_limit_seconds: float | None
+    log_level: str | None
+    log_format: str | None
+
+
+@command.default
+def run(
+    app: str,
+    /,
+    *,
+    processes: int | None = None,
+    workers: str | None = None,
+    broker: str | None = None,
+    database: str | None = None,
+    http: str | None = None,
+    grace: float | None = None,
+    max_rss: int | None = None,
+    max_messages: int | None = None,
+    hang_limit: float | None = None,
+    log_level: LogLevel | None = None,
+    log_format: LogFormat | None = None,
+    output: Output = PLAIN,
+) -> int:
+    """Run an app's workers.
+
+    Parameters:
+        app: The app, as module:attribute.
+        processes: So many processes. Default: 1.
+        workers: Only these, with commas between. Default: all.
+        broker: The broker's URL. Default: the app's, else $CONVEYOR_BROKER, else a SQLite file.
+        database: The ledger's SQLAlchemy URL. Default: the app's, else $CONVEYOR_DATABASE.
+        http: Serve /livez, /readyz and /metrics here, for example :9000.
+        grace: Seconds that running handlers may take to finish at the end. Default: 25.
+        max_rss: Replace a process that uses more megabytes of memory.
+        max_messages: Replace a process after so many messages.
+        hang_limit: Kill a process that stood still for so many seconds. Default: 30.
+        log_level: The least severe entries that are written. Default: info.
+        log_format: human, json, or auto: human on a terminal, else json. Default: auto.
+    """
+    link = ChildLink.from_environment()  # first of all: from here on this process ends with its supervisor
+    flags = _Flags(
+        broker=broker,
+        database=database,
+        processes=processes,
+        http=http,
+        grace_seconds=grace,
+        max_rss_mb=max_rss,
+        max_messages=max_messages,
+        hang_limit_seconds=hang_limit,
+        log_level=log_level,
+        log_format="json" if output.json else log_format,
+    )
+    settings = config.load(Path.cwd(), os.environ, flags)
+    as_json = {"auto": None, "human": False, "json": True}[settings.log_format]
+    stream = sys.stdout if output.json else sys.stderr
+    logs.configure(settings.log_level, as_json, process="run" if link is None else link.process, stream=stream)
+    loaded = load_app(app, broker=broker, database=database)
+    chosen = _chosen(loaded, workers)
+    if link is None:
+        child = _command(app, chosen, flags, json=output.json)
+        return asyncio.run(_supervise(loaded, chosen, settings, child))
+    loaded.owner = link.owner
+    loaded.metrics = Metrics(link.process)
+    return _work(loaded, chosen, settings, link)
+
+
+def _chosen(app: Conveyor, workers: str | None) -> list[str]:
+    if not app.workers:
+        raise ConfigurationError(f"{app.name} has no workers; decorate functions with @app.worker or @app.task")
+    if workers is None:
+        return list(app.workers)
+    names = [name.strip() for name in workers.split(",") if name.strip()]
+    for name in names:
+        if name not in app.workers:
+            near = difflib.get_close_matches(name, app.workers, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(app.workers)}"
+            raise ConfigurationError(f"{app.name} has no worker {name!r}; {hint}")
+    if not names:
+        raise ConfigurationError("--workers names none; leave it out for all")
+    return names
+
+
+# --- the supervisor -----------------------------------------------------------------------------------------------------
+
+
+async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, child: Sequence[str]) -> int:
+    broker = app._new_broker()
+    shared = Feature.DURABLE not in broker.missing
+    if not shared and settings.processes > 1:
+        raise ConfigurationError(
+            f"the broker of {app.name} lives inside one process, so {settings.processes} could not share it; "
+            "leave --processes out, or use sqlite:///NAME.queue"
+        )
+    async with contextlib.AsyncExitStack() as stack:
+        if shared:
+            await broker.open()
+            stack.push_async_callback(broker.close)
+            await broker.declare([worker.queue for worker in app.workers.values()])
+
+        async def hand_back(owner: str, why: str) -> None:
+            if shared and (count := await broker.reclaim(owner, why)):
+                log.info("handed back %d messages of a dead process", count)
+
+        supervisor = Supervisor(child, settings.processes, on_death=hand_back, limits=_limits(settings))
+        if settings.http_address is not None:
+            server = HealthServer(
+                settings.http_address,
+                health=supervisor.health,
+                metrics=lambda: _metrics(supervisor, broker if shared else None),
+            )
+            await stack.enter_async_context(server)
+            log.info("health and metrics on port %d: /livez /readyz /metrics", server.port)
+        log.info(
+            "running %s: %s; %d process(es); broker %s", app.name, ", ".join(workers), settings.processes, _shown(app)
+        )
+        return await supervisor.run()
+
+
+def _command(app: str, workers: Sequence[str], flags: _Flags, *, json: bool) -> list[str]:
+    """What starts a process that works: this very command, with what the command line said about it."""
+    said = {
+        "--workers": ",".join(workers),
+        "--broker": flags["broker"],
+        "--database": flags["database"],
+        "--grace": flags["grace_seconds"],
+        "--log-level": flags["log_level"],
+        "--log-format": flags["log_format"],
+    }
+    given = [f"{flag}={value}" for flag, value in said.items() if value is not None]
+    return [sys.executable, "-m", "conveyor", "run", *given, *(["--json"] if json else []), "--", app]
+
+
+def _limits(settings: Config) -> Limits:
+    limits = Limits(
+        grace_seconds=settings.grace_seconds,
+        max_rss_bytes=None if settings.max_rss_mb is None else settings.max_rss_mb * MB,
+        max_messages=settings.max_messages,
+    )
+    if settings.hang_limit_seconds is None:
+        return limits
+    return dataclasses.replace(limits, hang_limit_seconds=settings.hang_limit_seconds)
+
+
+async def _metrics(supervisor: Supervisor, broker: Broker | None) -> bytes:
+    return prometheus_text(supervisor.snapshots(), [] if broker is None else await broker.queues())
+
+
+def _shown(app: Conveyor) -> str:
+    try:
+        return masked(broker_url(app))
+    except ConfigurationError:
+        return "made in code"
+
+
+# --- a process that works -----------------------------------------------------------------------------------------------
+
+
+def _work(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
+    finished, health = asyncio.run(_drained(app, workers, settings, link))
+    link.goodbye(health, app.metrics.snapshot())
+    return OK if finished else FAILED
+
+
+async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> tuple[bool, Health]:
+    """Run the workers until a signal or the supervisor asks to end, then until they have drained."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    runner: Runner | None = None
+    hurry: asyncio.TimerHandle | None = None
+
+    def health() -> Health:
+        return STARTING if runner is None else Health(runner.unready, runner.unhealthy)
+
+    def cut() -> None:
+        for consumer in runner.consumers.values() if runner is not None else ():
+            consumer.cancel_all()
+
+    def drain(ask: Ask) -> None:
+        nonlocal hurry
+        if asked.is_set() and hurry is not None:
+            hurry.cancel()
+        if ask.grace_seconds is not None:
+            hurry = loop.call_later(ask.grace_seconds, cut)
+        asked.set()
+
+    def on_signal(name: str) -> None:
+        drain(Ask(name, 0.0 if asked.is_set() else settings.grace_seconds))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number.name)
+    beats = asyncio.create_task(link.run(health, app.metrics.snapshot, drain), name="signs of life")
+    try:
+        async with app.running(workers, grace_seconds=UNHURRIED_SECONDS) as runner:
+            await asked.wait()
+    finally:
+        if hurry is not None:
+            hurry.cancel()
+        beats.cancel()
+    return True, health()
