@@ -447,6 +447,7 @@ class MemoryBroker:
     def __init__(self, *, store: MemoryStore | None = None, owner: str | None = None, clock: Clock = time.time) -> None:
         self.owner = owner or uuid.uuid4().hex
         self.store = store or MemoryStore()
+        self._alone = store is None
         self.clock = clock
 
     async def open(self) -> None:
@@ -454,7 +455,7 @@ class MemoryBroker:
         self.store.brokers.add(self)
 
     async def close(self) -> None:
-        """See conveyor.broker.Broker. What waits is lost with the last broker object on its store; the log says how much."""
+        """See conveyor.broker.Broker. What waits in a store of its own is lost; the log says how much."""
         if self not in self.store.brokers:
             return
         now = self.clock()
@@ -469,7 +470,7 @@ class MemoryBroker:
                 queue.give_back(lease, 0.0, now)
         self.store.brokers.discard(self)
         left = sum(map(len, self.store.queues.values()))
-        if left and not self.store.brokers:
+        if left and self._alone:
             log.warning("the memory broker is closed with %d message(s) that nobody has handled", left)
 
     def clock_turned(self) -> None:
