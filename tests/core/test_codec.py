@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from hypothesis import strategies as st
 from conveyor.core.codec import BYTES, LONGEST_EXPLANATION, Codec, codec_for, explain, struct_for
 from conveyor.core.message import JSON
 from conveyor.errors import HandlerError, PayloadError
+
+WIRE_FORMAT = Path(__file__).parents[2] / "docs" / "wire-format.md"
 
 
 class Colour(enum.Enum):
@@ -548,3 +551,29 @@ def test_a_models_errors_name_their_places() -> None:
     assert sentence.startswith("at `$.id`: ")
     assert sentence.endswith(" more")
     assert "input" not in sentence.lower().replace("input should", "")
+
+
+def test_a_models_errors_inside_another_type_name_their_places_without_the_payload() -> None:
+    sentence = outcome(codec_for(Mixed), b'{"models":[],"name":"","model":{"id":"secret"}}')
+    assert sentence.startswith("at `$.model`: at `.id`: Input should be a valid UUID")
+    assert "secret" not in sentence
+    sentence = outcome(codec_for(Everything), b'{"path":7}')
+    assert sentence == "at `$.path`: Expected `str`, got `int`"
+
+
+DOCUMENTED = {
+    "str": str, "int": int, "float": float, "Decimal": Decimal, "datetime": datetime, "date": date, "time": time,
+    "timedelta": timedelta, "UUID": UUID, "Enum": Colour, "Path": Path, "bytes": Annotated[bytes, "a field"],
+    "list": list[int], "dict": dict[str, int],
+}  # fmt: skip
+
+
+def test_the_examples_in_the_documentation_are_read_as_it_says() -> None:
+    table = WIRE_FORMAT.read_text().split("| in Python |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)`.*\| ([^|]*) \|$", table, re.MULTILINE)
+    examples = [(name, text) for name, cell in rows for text in re.findall(r"`([^`]+)`", cell) if name in DOCUMENTED]
+    assert {name for name, _ in examples} == DOCUMENTED.keys()
+    for name, text in examples:
+        codec = codec_for(DOCUMENTED[name])
+        payload = codec.decode(text.encode())
+        assert codec.decode(codec.encode(payload)) == payload

@@ -153,12 +153,15 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(tp: Any, value: Any) -> Any:
-    """The other way round, for the types that _has_hook() names."""
+    """The other way round, for the types that _has_hook() names; msgspec adds the place to a ValueError."""
     if is_pydantic_model(tp):
-        return tp.model_validate_json(msgspec.json.encode(value), strict=True)
+        try:
+            return tp.model_validate_json(msgspec.json.encode(value), strict=True)
+        except ValueError as error:  # pydantic's own text repeats the payload
+            raise ValueError(_explained_pydantic(error, "")) from error
     if isinstance(value, str):
         return tp(value)
-    raise msgspec.ValidationError(f"Expected `str`, got `{_json_name(value)}`")
+    raise ValueError(f"Expected `str`, got `{_json_name(value)}`")
 
 
 def _has_hook(tp: Any) -> bool:
@@ -343,12 +346,12 @@ def _explained(error: BaseException) -> str:
     return f"{type(error).__name__}: {_bounded(str(error), LONGEST_EXPLANATION)}"
 
 
-def _explained_pydantic(error: Any) -> str:
+def _explained_pydantic(error: Any, root: str = "$") -> str:
     found = error.errors(include_url=False, include_context=False, include_input=False)
     said = []
     for one in found[:_NAMED_ERRORS]:
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
-        said.append(f"at `${_bounded(path)}`: {one['msg']}" if path else one["msg"])
+        path = root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
+        said.append(f"at `{_bounded(path)}`: {one['msg']}" if one["loc"] else one["msg"])
     more = f"; and {len(found) - _NAMED_ERRORS} more" if len(found) > _NAMED_ERRORS else ""
     return "; ".join(said) + more
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -27,7 +28,6 @@ _ENVELOPE: Final = frozenset(
     {"specversion", "id", "source", "type", "time", "datacontenttype", "partitionkey"}
     | {"correlationid", "causationid", "duetime", "expirytime", "priority"}
 )
-_OVERRIDABLE: Final = frozenset({"source", "type"})
 _ATTRIBUTE: Final = re.compile(r"(?:ce[-_]|cloudevents[:_])([a-z0-9]+)", re.IGNORECASE)
 _LONGEST_INT: Final = 128
 """Bits. No protocol has longer ones; Python refuses to write very long ones in decimal."""
@@ -103,29 +103,33 @@ def to_headers(message: Message, prefix: str = PREFIX) -> dict[str, str]:
     Parameters:
         prefix: what the protocol writes before the name of an attribute.
     """
-    envelope = {
-        "specversion": "1.0",
-        "id": message.id,
-        "source": SOURCE,
-        "type": message.topic,
-        "time": _timestamp(message.created) if message.created else None,
-        "partitionkey": message.key,
-        "correlationid": message.correlation_id,
-        "causationid": message.causation_id,
-        "duetime": _timestamp(message.due) if message.due else None,
-        "expirytime": None if message.expires is None else _timestamp(message.expires),
-        "priority": str(message.priority) if message.priority else None,
-    }
-    headers = {}
+    headers: dict[str, str] = {}
+    said = {"source": SOURCE, "type": message.topic}
     for name, value in message.headers.items():
         attribute = _attribute(name)
         if attribute is None:
-            if name.lower() != _CONTENT_TYPE:
-                headers[name] = value
-        elif value and (attribute in _OVERRIDABLE or attribute not in _ENVELOPE):
-            envelope[attribute] = value
-    headers.update({prefix + name: value for name, value in envelope.items() if value})
-    headers[_CONTENT_TYPE] = message.content_type
+            headers[name] = value
+        elif value and (attribute in said or attribute not in _ENVELOPE):
+            said[attribute] = value
+    headers["content-type"] = message.content_type
+    headers[prefix + "specversion"] = "1.0"
+    headers[prefix + "id"] = message.id
+    for attribute, value in said.items():
+        headers[prefix + attribute] = value
+    if message.created:
+        headers[prefix + "time"] = _timestamp(message.created)
+    if message.key:
+        headers[prefix + "partitionkey"] = message.key
+    if message.correlation_id:
+        headers[prefix + "correlationid"] = message.correlation_id
+    if message.causation_id:
+        headers[prefix + "causationid"] = message.causation_id
+    if message.due:
+        headers[prefix + "duetime"] = _timestamp(message.due)
+    if message.expires is not None:
+        headers[prefix + "expirytime"] = _timestamp(message.expires)
+    if message.priority:
+        headers[prefix + "priority"] = str(message.priority)
     return headers
 
 
@@ -144,60 +148,70 @@ def from_headers(topic: str, body: bytes, headers: Mapping[str, Any], *, fallbac
     """
     envelope: dict[str, Any] = {}
     own: dict[str, str] = {}
-    content_type: str | None = None
     for name, value in headers.items():
-        text = _text(value)
         attribute = _attribute(name)
+        if attribute in _ENVELOPE and isinstance(value, (int, float, datetime)):
+            envelope[attribute] = value  # a protocol's own type says more than its text
+            continue
+        text = _text(value)
         if text is None:
             continue
-        if name.lower() == _CONTENT_TYPE:
-            content_type = text
-        elif attribute is None:
+        if attribute is None:
             own[name] = text
         elif attribute in _ENVELOPE:
-            envelope[attribute] = value if isinstance(value, (int, float, datetime)) else text
+            envelope[attribute] = text
         else:
             own[PREFIX + attribute] = text
-    for attribute, usual in (("source", SOURCE), ("type", topic)):
-        said = _text(envelope.get(attribute))
-        if said is not None and said != usual:
-            own[PREFIX + attribute] = said
-    created, expires = _seconds(envelope.get("time")), _seconds(envelope.get("expirytime"))
+    get = envelope.get
+    source, kind = _text(get("source")), _text(get("type"))
+    if source is not None and source != SOURCE:
+        own["ce-source"] = source
+    if kind is not None and kind != topic:
+        own["ce-type"] = kind
+    created = _seconds(get("time"))
     return Message(
-        id=_text(envelope.get("id")) or fallback_id,
+        id=_text(get("id")) or fallback_id,
         topic=topic,
         body=body,
-        key=_text(envelope.get("partitionkey")),
+        key=_text(get("partitionkey")),
         headers=own or NO_HEADERS,
-        content_type=content_type or _text(envelope.get("datacontenttype")) or JSON,
-        correlation_id=_text(envelope.get("correlationid")),
-        causation_id=_text(envelope.get("causationid")),
+        content_type=_text(get("datacontenttype")) or JSON,
+        correlation_id=_text(get("correlationid")),
+        causation_id=_text(get("causationid")),
         created=now if created is None else created,
-        due=_seconds(envelope.get("duetime")) or 0.0,
-        expires=expires,
-        priority=_priority(envelope.get("priority")),
+        due=_seconds(get("duetime")) or 0.0,
+        expires=_seconds(get("expirytime")),
+        priority=_priority(get("priority")),
     )
 
 
+@functools.lru_cache(maxsize=1024)  # the names of headers are few, and the same in every message
 def _attribute(header: str) -> str | None:
     """The CloudEvents attribute that a header carries: its name is lower-case letters and digits (section 3.1)."""
+    if header.lower() == _CONTENT_TYPE:
+        return "datacontenttype"
     found = _ATTRIBUTE.fullmatch(header)
     return found[1].lower() if found else None
 
 
 def _text(value: Any) -> str | None:
     """A header's value as text that every store can keep; None where there is none."""
+    text: str = value if type(value) is str else _in_words(value)
+    if not text or "\0" in text:
+        return None
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, str):
+        return str(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    elif isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= _LONGEST_INT):
-        value = str(value)
-    elif isinstance(value, datetime):
-        value = value.isoformat()
-    if not isinstance(value, str) or not value or "\0" in value:
-        return None
-    return value if value.isascii() else value.encode("utf-8", "replace").decode()
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= _LONGEST_INT):
+        return str(value)
+    return value.isoformat() if isinstance(value, datetime) else ""
 
 
 def _timestamp(unix_seconds: float) -> str:
@@ -208,6 +222,8 @@ def _timestamp(unix_seconds: float) -> str:
 
 def _seconds(value: Any) -> float | None:
     """A timestamp, as RFC 3339 or as a protocol's own type, in Unix seconds; None where it is none. No zone is UTC."""
+    if value is None:
+        return None
     try:
         if isinstance(value, (int, float)):
             return float(value) if math.isfinite(value) else None
@@ -218,6 +234,8 @@ def _seconds(value: Any) -> float | None:
 
 
 def _priority(value: Any) -> int:
+    if value is None:
+        return 0
     try:
         return min(max(int(value), PRIORITIES[0]), PRIORITIES[-1])
     except (ValueError, OverflowError, TypeError):
