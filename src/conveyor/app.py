@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar, Unpack, overload
@@ -67,7 +68,7 @@ class Task(Generic[P, R]):
     def options(self, **options: Unpack[Publishing]) -> Task[P, R]:
         """The same task, sent with these options (delay, key, priority …); see Conveyor.publish."""
         other = Task(self._app, self.name, self.function, self._make)
-        other._options = Options(**options)  # noqa: SLF001 - its own kind
+        other._options = Options(**options)
         return other
 
     async def send(self, *args: P.args, **kwargs: P.kwargs) -> Message:
@@ -84,7 +85,9 @@ class Task(Generic[P, R]):
         return self._app.publish_sync(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
 
     def _publishing(self) -> Publishing:
-        return {name: getattr(self._options, name) for name in Publishing.__annotations__ if name != "topic"} | {"topic": self._topic}  # type: ignore[return-value]
+        return {name: getattr(self._options, name) for name in Publishing.__annotations__ if name != "topic"} | {
+            "topic": self._topic
+        }  # type: ignore[return-value]
 
     @property
     def _topic(self) -> str:
@@ -96,7 +99,9 @@ class Task(Generic[P, R]):
         signature = inspect.signature(self.function)
         payload_names = set(struct.__struct_fields__)
         parameters = [parameter for name, parameter in signature.parameters.items() if name in payload_names]
-        bound = signature.replace(parameters=parameters).bind(*args, **{k: v for k, v in kwargs.items() if k in payload_names or k not in signature.parameters})
+        bound = signature.replace(parameters=parameters).bind(
+            *args, **{k: v for k, v in kwargs.items() if k in payload_names or k not in signature.parameters}
+        )
         bound.apply_defaults()
         return struct(**bound.arguments)
 
@@ -117,9 +122,15 @@ class Conveyor:
     """
 
     def __init__(
-        self, name: str, *, broker: str | Broker | None = None, database: str | None = None, body_limit: int = DEFAULT_BODY_LIMIT,
-        migrate: bool | None = None, clock: Clock = time.time,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        *,
+        broker: str | Broker | None = None,
+        database: str | None = None,
+        body_limit: int = DEFAULT_BODY_LIMIT,
+        migrate: bool | None = None,
+        clock: Clock = time.time,
+    ) -> None:
         self.name: Final = check_topic(name)
         self.broker_url: str | None = None
         self.database_url: str | None = database
@@ -138,6 +149,7 @@ class Conveyor:
         self._built: dict[str, Worker] = {}
         self._providers: dict[Any, Provider] = {}
         self._middleware: list[Middleware] = []
+        self._replaced: dict[Any, Any] = {}
         self._connection: _Connection | None = None
         self._connecting: asyncio.Lock | None = None
         self._entered = 0
@@ -150,17 +162,40 @@ class Conveyor:
     def worker(self, function: F, /) -> F: ...
     @overload
     def worker(
-        self, /, *, name: str | None = None, queue: str | None = None, topic: str | None = None, retry: RetryPolicy | None = None,
-        concurrency: int | None = None, prefetch: int | None = None, timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS,
-        batch: int | None = None, cpu: bool = False, ordered: bool = False, lease: Seconds = DEFAULT_LEASE_SECONDS,
+        self,
+        /,
+        *,
+        name: str | None = None,
+        queue: str | None = None,
+        topic: str | None = None,
+        retry: RetryPolicy | None = None,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS,
+        batch: int | None = None,
+        cpu: bool = False,
+        ordered: bool = False,
+        lease: Seconds = DEFAULT_LEASE_SECONDS,
         max_length: int | None = None,
-    ) -> Callable[[F], F]: ...  # fmt: skip
+    ) -> Callable[[F], F]: ...
     def worker(
-        self, function: F | None = None, /, *, name: str | None = None, queue: str | None = None, topic: str | None = None,
-        retry: RetryPolicy | None = None, concurrency: int | None = None, prefetch: int | None = None,
-        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS, batch: int | None = None, cpu: bool = False, ordered: bool = False,
-        lease: Seconds = DEFAULT_LEASE_SECONDS, max_length: int | None = None,
-    ) -> F | Callable[[F], F]:  # fmt: skip
+        self,
+        function: F | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str | None = None,
+        topic: str | None = None,
+        retry: RetryPolicy | None = None,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS,
+        batch: int | None = None,
+        cpu: bool = False,
+        ordered: bool = False,
+        lease: Seconds = DEFAULT_LEASE_SECONDS,
+        max_length: int | None = None,
+    ) -> F | Callable[[F], F]:
         """Declare a worker: it receives its first parameter's type and publishes what it returns. The function stays what it was.
 
         Parameters:
@@ -180,7 +215,7 @@ class Conveyor:
         Raises:
             HandlerError: the signature or an option cannot work; says what to change.
         """
-        frame = sys._getframe(1)  # noqa: SLF001 - annotations may name types that are local to the caller
+        frame = sys._getframe(1)
         names = frame.f_locals if frame.f_locals is not frame.f_globals else None
 
         def register(function: F) -> F:
@@ -191,16 +226,26 @@ class Conveyor:
             held = prefetch or lanes * PREFETCH_PER_SLOT * (batch or 1)
             _at_least_one(function, prefetch=held, batch=batch or 1, max_length=max_length or 1)
             declared = Queue(
-                name=check_topic(queue or f"{self.name}.{known_as}"), topics=tuple(event.topic for event in plan.receives),
-                ordered=ordered, max_length=max_length, lease_seconds=_seconds(lease),
-            )  # fmt: skip
+                name=check_topic(queue or f"{self.name}.{known_as}"),
+                topics=tuple(event.topic for event in plan.receives),
+                ordered=ordered,
+                max_length=max_length,
+                lease_seconds=_seconds(lease),
+            )
             codecs = {event.topic: codec_for(event.type) for event in plan.receives}
             for event in plan.emits:
                 codec_for(event.type)
             built = Worker(
-                known_as, plan, declared, codecs, retry or RetryPolicy(), lanes, held,
-                None if timeout is None else _seconds(timeout), batch or 1,
-            )  # fmt: skip
+                known_as,
+                plan,
+                declared,
+                codecs,
+                retry or RetryPolicy(),
+                lanes,
+                held,
+                None if timeout is None else _seconds(timeout),
+                batch or 1,
+            )
             self._add(known_as, lambda: built)
             return function
 
@@ -210,22 +255,40 @@ class Conveyor:
     def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
     @overload
     def task(
-        self, /, *, name: str | None = None, queue: str | None = None, retry: RetryPolicy | None = None, concurrency: int | None = None,
-        prefetch: int | None = None, timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS, cpu: bool = False,
-        lease: Seconds = DEFAULT_LEASE_SECONDS, max_length: int | None = None,
-    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...  # fmt: skip
-    def task(
-        self, function: Callable[P, R] | None = None, /, *, name: str | None = None, queue: str | None = None,
-        retry: RetryPolicy | None = None, concurrency: int | None = None, prefetch: int | None = None,
-        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS, cpu: bool = False, lease: Seconds = DEFAULT_LEASE_SECONDS,
+        self,
+        /,
+        *,
+        name: str | None = None,
+        queue: str | None = None,
+        retry: RetryPolicy | None = None,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS,
+        cpu: bool = False,
+        lease: Seconds = DEFAULT_LEASE_SECONDS,
         max_length: int | None = None,
-    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:  # fmt: skip
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+    def task(
+        self,
+        function: Callable[P, R] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str | None = None,
+        retry: RetryPolicy | None = None,
+        concurrency: int | None = None,
+        prefetch: int | None = None,
+        timeout: Seconds | None = DEFAULT_TIMEOUT_SECONDS,
+        cpu: bool = False,
+        lease: Seconds = DEFAULT_LEASE_SECONDS,
+        max_length: int | None = None,
+    ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
         """Declare a job: the function's own parameters, except injected ones, are the payload. The options are those of worker().
 
         Raises:
             HandlerError: the signature or an option cannot work; says what to change.
         """
-        frame = sys._getframe(1)  # noqa: SLF001 - annotations may name types that are local to the caller
+        frame = sys._getframe(1)
         names = frame.f_locals if frame.f_locals is not frame.f_globals else None
 
         def register(function: Callable[P, R]) -> Task[P, R]:
@@ -237,11 +300,20 @@ class Conveyor:
                 plan = plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
                 struct = struct_for(known_as, [(p.name, p.type, p.default) for p in plan.fields or ()])
                 lanes = self._concurrency(function, plan.mode, concurrency)
-                declared = Queue(name=own, topics=(f"{self.name}.{known_as}",), max_length=max_length, lease_seconds=_seconds(lease))
+                declared = Queue(
+                    name=own, topics=(f"{self.name}.{known_as}",), max_length=max_length, lease_seconds=_seconds(lease)
+                )
                 return Worker(
-                    known_as, plan, declared, {declared.topics[0]: codec_for(struct)}, retry or RetryPolicy(), lanes,
-                    prefetch or lanes * PREFETCH_PER_SLOT, None if timeout is None else _seconds(timeout), 1,
-                )  # fmt: skip
+                    known_as,
+                    plan,
+                    declared,
+                    {declared.topics[0]: codec_for(struct)},
+                    retry or RetryPolicy(),
+                    lanes,
+                    prefetch or lanes * PREFETCH_PER_SLOT,
+                    None if timeout is None else _seconds(timeout),
+                    1,
+                )
 
             self._add(known_as, build)
             return Task(self, known_as, function, lambda: self.workers[known_as])
@@ -254,7 +326,7 @@ class Conveyor:
         Raises:
             HandlerError: the annotations do not say what it provides or needs.
         """
-        frame = sys._getframe(1)  # noqa: SLF001 - annotations may name types that are local to the caller
+        frame = sys._getframe(1)
         provider = provider_of(function, frame.f_locals)
         self._providers[provider.type] = provider
         self._built.clear()
@@ -279,7 +351,9 @@ class Conveyor:
 
     # --- publishing ---------------------------------------------------------------------------------------------------
 
-    async def publish(self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]) -> Message:
+    async def publish(
+        self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]
+    ) -> Message:
         """Publish an event; returns when the broker durably has it.
 
         Parameters:
@@ -300,7 +374,9 @@ class Conveyor:
             self._note_unrouted(message, required=require_subscriber)
         return message
 
-    def publish_sync(self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]) -> Message:
+    def publish_sync(
+        self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]
+    ) -> Message:
         """publish() for code without an event loop: scripts, threads, synchronous frameworks.
 
         Raises:
@@ -330,13 +406,20 @@ class Conveyor:
         connection = self._connection or await self.connect()
         ledger, relay = connection.ledger, connection.relay
         if ledger is None or relay is None:
-            raise ConfigurationError(f"{self.name} has no database; say Conveyor({self.name!r}, database=\"…\") or set CONVEYOR_DATABASE")
-        async with ledger.transaction(inbox=None, make=self._outgoing.fresh) as transaction:
+            raise ConfigurationError(
+                f'{self.name} has no database; say Conveyor({self.name!r}, database="…") or set CONVEYOR_DATABASE'
+            )
+        async with ledger.transaction(inbox=None, make=self._outgoing.fresh_now) as transaction:
             yield transaction
-        relay.hand_off(transaction.messages)
+        relay.hand_off(transaction.committed)
 
     def watch(
-        self, event: type[T], *, topic: str | None = None, where: Callable[[T], bool] | None = None, buffer: int = BUFFER
+        self,
+        event: type[T],
+        *,
+        topic: str | None = None,
+        where: Callable[[T], bool] | None = None,
+        buffer: int = BUFFER,
     ) -> Watch[T]:
         """A live tail: the events of a type as they are published, from now on. Needs a connected application.
 
@@ -346,8 +429,9 @@ class Conveyor:
         """
         if self._connection is None:
             raise ConfigurationError("watch() needs a connected application: async with app: … (or app.running())")
-        kind = EventType(event, topic) if topic is not None else event_type(event)
-        return self._connection.watches.watch(kind.topic, codec_for(event), where, buffer)
+        payload: Any = event
+        kind = EventType(payload, topic) if topic is not None else event_type(payload)
+        return self._connection.watches.watch(kind.topic, codec_for(kind.type), where, buffer)
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -378,7 +462,9 @@ class Conveyor:
         self._entered += 1
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._entered -= 1
         if self._entered == 0:
             await self.close()
@@ -388,10 +474,11 @@ class Conveyor:
         loop = asyncio.get_running_loop()
         if self._connection is not None and self._connection.loop is not loop:
             if self._connection.loop.is_running():
-                raise ConveyorError(f"{self.name} is connected in another event loop that still runs; use publish_sync from threads")
-            self._connection = None  # the loop it belonged to has ended without closing it
-        if self._connecting is None or self._connection is None:
-            self._connecting = self._connecting or asyncio.Lock()
+                raise ConveyorError(
+                    f"{self.name} is connected in another event loop that still runs; use publish_sync from threads"
+                )
+            self._connection = self._connecting = None  # the loop that they belonged to has ended without closing it
+        self._connecting = self._connecting or asyncio.Lock()
         async with self._connecting:
             if self._connection is None:
                 self._connection = await _Connection.open(self)
@@ -433,13 +520,45 @@ class Conveyor:
         Raises:
             ConfigurationError: the application has no database.
         """
-        ledger = self._new_ledger()
+        ledger = self._new_ledger(uuid.uuid4().hex)
         if ledger is None:
-            raise ConfigurationError(f"{self.name} has no database; say Conveyor({self.name!r}, database=\"…\") or set CONVEYOR_DATABASE")
+            raise ConfigurationError(
+                f'{self.name} has no database; say Conveyor({self.name!r}, database="…") or set CONVEYOR_DATABASE'
+            )
         try:
             return await ledger.migrate()
         finally:
             await ledger.close()
+
+    async def handing_off(self) -> bool:
+        """Whether events of finished transactions are still on their way to the broker."""
+        if self._connection is None or self._connection.ledger is None:
+            return False
+        pending = await self._connection.ledger.pending()
+        return pending.rows > pending.parked
+
+    @contextlib.contextmanager
+    def replaced(
+        self, *, broker: Broker, clock: Clock, provide: Mapping[Any, Any] | None = None, database: str | None = None
+    ) -> Iterator[None]:
+        """For tests: another (open) broker, clock, database and other provided objects, while the block lasts.
+
+        Raises:
+            ConfigurationError: the application is connected.
+        """
+        if self._connection is not None:
+            raise ConfigurationError(f"{self.name} is connected; replace things before it is")
+        before = self._given_broker, self._clock, self._outgoing.clock, self.database_url, self._replaced, self.metrics
+        self._given_broker, self._clock, self._outgoing.clock = broker, clock, clock
+        self.database_url = database or self.database_url
+        self._replaced = dict(provide or {})
+        self.metrics = Metrics(self.name, clock=clock)
+        try:
+            yield
+        finally:
+            self._given_broker, self._clock, self._outgoing.clock, self.database_url, self._replaced, self.metrics = (
+                before
+            )
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -453,7 +572,9 @@ class Conveyor:
             return list(self.workers.values())
         unknown = [name for name in names if name not in self.workers]
         if unknown:
-            raise ConfigurationError(f"{self.name} has no worker named {unknown[0]!r}; it has: {', '.join(self.workers) or 'none'}")
+            raise ConfigurationError(
+                f"{self.name} has no worker named {unknown[0]!r}; it has: {', '.join(self.workers) or 'none'}"
+            )
         return [self.workers[name] for name in names]
 
     def _concurrency(self, function: Callable[..., Any], mode: Mode, asked: int | None) -> int:
@@ -463,16 +584,18 @@ class Conveyor:
 
     @staticmethod
     def _check_batch(plan: Plan, batch: int | None) -> None:
-        single = next((p for p in plan.injected if p.type in (Message, Context) or is_transaction(p.type)), None)
+        single = next((p for p in plan.injected if p.type is Message or p.type is Context), None)
         if batch is not None and single is not None:
             raise HandlerError(
-                f"handler {plan.function.__qualname__} has batch=…, so {single.name!r} could only be about one message of many; leave it out"
+                f"handler {plan.function.__qualname__} has batch=…, so {single.name!r} would tell of one message of many; leave it out"
             )
 
     def _note_unrouted(self, message: Message, *, required: bool) -> None:
         self.metrics.unrouted += 1
         if required:
-            raise NoSubscriber(f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists")
+            raise NoSubscriber(
+                f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists"
+            )
         if message.topic not in self._unrouted:
             self._unrouted.add(message.topic)
             log.warning("no queue receives %r: such events go nowhere (said once)", message.topic)
@@ -483,19 +606,22 @@ class Conveyor:
         url = self.broker_url or os.environ.get("CONVEYOR_BROKER") or f"sqlite:///{self.name}.queue"
         return brokers.from_url(url, owner=self.owner, clock=self._clock)
 
-    def _new_ledger(self) -> Ledger | None:
+    def _new_ledger(self, owner: str) -> Ledger | None:
         url = self.database_url or os.environ.get("CONVEYOR_DATABASE")
         if not url:
             return None
-        from conveyor.runtime.ledger import Ledger  # noqa: PLC0415 - needs the extra `ledger`
+        from conveyor.runtime.ledger import Ledger
 
-        return Ledger(url, clock=self._clock)
+        # Without a clock of ours, PostgreSQL's own decides, which all processes share.
+        return Ledger(url, owner=owner, clock=None if self._clock is time.time else self._clock)
 
 
 class _Connection:
     """What an application has open while it is connected."""
 
-    def __init__(self, broker: Broker, ledger: Ledger | None, relay: Relay | None, watches: Watches, owned: bool) -> None:
+    def __init__(
+        self, broker: Broker, ledger: Ledger | None, relay: Relay | None, watches: Watches, owned: bool
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.broker = broker
         self.ledger = ledger
@@ -507,18 +633,18 @@ class _Connection:
     @classmethod
     async def open(cls, app: Conveyor) -> _Connection:
         async with contextlib.AsyncExitStack() as stack:
-            broker = app._new_broker()  # noqa: SLF001 - the application's own
-            owned = broker is not app._given_broker  # noqa: SLF001
+            broker = app._new_broker()
+            owned = broker is not app._given_broker
             if owned:
                 await broker.open()
                 stack.push_async_callback(broker.close)
             await broker.declare([worker.queue for worker in app.workers.values()])
-            ledger, relay = app._new_ledger(), None  # noqa: SLF001
+            ledger, relay = app._new_ledger(broker.owner), None
             if ledger is not None:
-                from conveyor.runtime.relay import Relay  # noqa: PLC0415 - needs the extra `ledger`
+                from conveyor.runtime.relay import Relay
 
                 stack.push_async_callback(ledger.close)
-                migrate = app._migrate if app._migrate is not None else ledger.is_sqlite  # noqa: SLF001
+                migrate = app._migrate if app._migrate is not None else ledger.url.get_backend_name() == "sqlite"
                 if migrate:
                     await ledger.migrate()
                 await ledger.open()
@@ -541,11 +667,11 @@ class _Connection:
 
     async def runner(self, app: Conveyor, workers: list[Worker], stack: contextlib.AsyncExitStack) -> Runner:
         wanted = [p.type for worker in workers for p in worker.plan.injected if p.type not in _Injectable({})]
-        provided = await open_all(app.providers, wanted, stack)
+        provided = await open_all(app.providers, wanted, stack, app._replaced)
         pool = None
         on_cores = [worker for worker in workers if worker.plan.mode is Mode.PROCESS]
         if on_cores:
-            from conveyor.runtime.pool import CpuPool  # noqa: PLC0415 - multiprocessing is not for everyone
+            from conveyor.runtime.pool import CpuPool
 
             pool = CpuPool(max(worker.concurrency for worker in on_cores))
             stack.push_async_callback(pool.close)
@@ -553,10 +679,10 @@ class _Connection:
             if self.ledger is None and any(is_transaction(p.type) for p in worker.plan.injected):
                 raise ConfigurationError(
                     f"worker {worker.name} takes a Transaction, but {app.name} has no database; "
-                    f"say Conveyor({app.name!r}, database=\"…\") or set CONVEYOR_DATABASE"
+                    f'say Conveyor({app.name!r}, database="…") or set CONVEYOR_DATABASE'
                 )
-        around = Surroundings(app._outgoing, provided, tuple(app._middleware), self.ledger, self.relay, pool)  # noqa: SLF001
-        return Runner(workers, self.broker, around, app.metrics, app._clock)  # noqa: SLF001
+        around = Surroundings(app._outgoing, provided, tuple(app._middleware), self.ledger, self.relay, pool)
+        return Runner(workers, self.broker, around, app.metrics, app._clock)
 
 
 class _Injectable:
@@ -576,4 +702,6 @@ def _seconds(value: Seconds) -> float:
 def _at_least_one(function: Callable[..., Any], **values: int) -> None:
     for name, value in values.items():
         if value < 1:
-            raise HandlerError(f"handler {getattr(function, '__qualname__', function)}: {name} is at least 1, not {value}")
+            raise HandlerError(
+                f"handler {getattr(function, '__qualname__', function)}: {name} is at least 1, not {value}"
+            )

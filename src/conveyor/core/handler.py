@@ -70,9 +70,13 @@ class Plan:
 
 
 def plan_worker(
-    function: Callable[..., Any], *, topic: str | None = None, batch: bool = False, cpu: bool = False,
+    function: Callable[..., Any],
+    *,
+    topic: str | None = None,
+    batch: bool = False,
+    cpu: bool = False,
     names: Mapping[str, Any] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The plan of a worker: its first parameter is the payload, its return type what it publishes.
 
     Parameters:
@@ -138,7 +142,7 @@ def _signature(function: Callable[..., Any], who: str, names: Mapping[str, Any] 
         ) from error
     except TypeError as error:
         raise HandlerError(f"{who}: an annotation is no type: {error}") from error
-    parameters = []
+    parameters: list[Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise HandlerError(f"{who}: *{parameter.name} cannot be filled in; name every parameter")

@@ -9,10 +9,12 @@ import msgspec
 
 from conveyor.core.message import Message
 from conveyor.core.retry import RetryPolicy
-from conveyor.errors import PayloadError, Reject, Retry
+from conveyor.errors import BrokerUnavailable, LedgerUnavailable, PayloadError, Reject, Retry
 
 SUSPECT_AFTER_CRASHES: Final = 2
 """One death may be anybody's (a deployment, the kernel); after a second one the message runs alone."""
+OUTAGE_SECONDS: Final = 2.0
+"""How long a message waits, at least, when the broker or the database could not be reached for it."""
 LONGEST_ERROR: Final = 4_000
 """Characters of an error's text that are kept with a message."""
 
@@ -69,7 +71,7 @@ DONE: Final = Done()
 
 def verdict_on_error(
     error: BaseException, *, attempts: int, policy: RetryPolicy, now: float, chance: float, traceback: str = ""
-) -> RetryAt | Dead:
+) -> Verdict:
     """What becomes of a message whose handler raised error.
 
     Parameters:
@@ -80,6 +82,9 @@ def verdict_on_error(
         traceback: kept beside the error.
     """
     text = describe(error)
+    if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):
+        # An outage is not the message's fault, and may outlast any number of attempts.
+        return Release(now + OUTAGE_SECONDS * (1 + chance))
     if isinstance(error, Reject):
         return Dead(Reason.REJECTED, text, traceback)
     if isinstance(error, PayloadError):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from conveyor.broker import Delivery
 from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
-from conveyor.errors import HandlerError
+from conveyor.errors import AlreadyHandled, HandlerError
 from conveyor.runtime.context import Context
+from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Emitter, Outgoing, collected
 from conveyor.runtime.threads import Threads
 from conveyor.runtime.worker import Worker
@@ -49,7 +50,7 @@ Middleware = Callable[[Call, Next], Awaitable[Any]]
 
 
 class AlreadyDone(Exception):
-    """The ledger knows that this worker has handled this message."""
+    """The ledger knows that this worker has handled all of these messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +77,12 @@ class Caller:
     Parameters:
         worker: whose handler.
         around: what it shares with the others.
+        metrics: counts duplicates.
     """
 
-    def __init__(self, worker: Worker, around: Surroundings) -> None:
+    def __init__(self, worker: Worker, around: Surroundings, metrics: WorkerMetrics) -> None:
         self._worker = worker
+        self._metrics = metrics
         self._around = around
         self._plan = plan = worker.plan
         self._threads = Threads(worker.name) if plan.mode is Mode.THREAD else None
@@ -116,10 +119,10 @@ class Caller:
             emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.name)
             self._collect(result, emitter)
             return tuple(emitter.messages)
-        emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.name)
         if self._transactional:
-            await self._in_transaction(deliveries, payload, emitter)
+            await self._in_transaction(deliveries, payload)
             return ()
+        emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.name)
         self._collect(await self._handle(deliveries, payload, emitter, None), emitter)
         return tuple(emitter.messages)
 
@@ -133,22 +136,31 @@ class Caller:
         if self._threads:
             self._threads.close()
 
-    async def _in_transaction(self, deliveries: tuple[Delivery, ...], payload: Any, emitter: Emitter) -> None:
-        from conveyor.runtime.ledger import AlreadyHandled
-
+    async def _in_transaction(self, deliveries: tuple[Delivery, ...], payload: Any) -> None:
+        """Run the handler in the ledger's transaction, which holds its writes, what it emits, and the note that it did this."""
         ledger, relay = self._around.ledger, self._around.relay
         if ledger is None or relay is None:
             raise HandlerError(f"worker {self._worker.name} takes a Transaction, but the application has no database")
-        inbox = (self._worker.name, deliveries[0].message.id)
-        if await ledger.seen(*inbox):
+        name, batch = self._worker.name, self._worker.batch > 1
+        if not batch and await ledger.seen(name, deliveries[0].message.id):
+            self._metrics.duplicates += 1
             raise AlreadyDone
-        try:
-            async with ledger.transaction(inbox=inbox, make=emitter.make) as transaction:
-                self._collect(await self._handle(deliveries, payload, emitter, transaction), emitter)
-                transaction.add(emitter.take())
-        except AlreadyHandled as repeat:
-            raise AlreadyDone from repeat
-        relay.hand_off(transaction.messages)
+        while True:
+            emitter = Emitter(self._around.outgoing, deliveries[0].message, name)
+            ids = tuple(delivery.message.id for delivery in deliveries)
+            try:
+                async with ledger.transaction(inbox=(name, ids), make=emitter.make_now) as transaction:
+                    self._collect(await self._handle(deliveries, payload, emitter, transaction), emitter)
+                    transaction.add(emitter.take())
+            except AlreadyHandled as repeat:
+                self._metrics.duplicates += len(repeat.message_ids)
+                fresh = [i for i, id in enumerate(ids) if id not in repeat.message_ids]
+                if not fresh:
+                    raise AlreadyDone from repeat
+                deliveries, payload = tuple(deliveries[i] for i in fresh), [payload[i] for i in fresh]
+            else:
+                relay.hand_off(transaction.committed)
+                return
 
     async def _handle(self, deliveries: tuple[Delivery, ...], payload: Any, emitter: Emitter, transaction: Any) -> Any:
         arguments: dict[str, Any] = {}
@@ -188,7 +200,7 @@ class Caller:
             positional, named = unpack(call.payload)
             pool = self._around.pool
             assert pool is not None
-            return await pool.run(f"{function.__module__}:{function.__qualname__}", positional, named)
+            return await pool.run(f"{function.__module__}:{function.__qualname__}", positional, {**named, **arguments})
 
         return {Mode.ASYNC: in_loop, Mode.THREAD: in_thread, Mode.PROCESS: in_process}[plan.mode]
 

@@ -23,10 +23,11 @@ from conveyor.core.settle import (
     Release,
     RetryAt,
     Verdict,
+    describe,
     verdict_on_arrival,
     verdict_on_error,
 )
-from conveyor.errors import HandlerTimeout, PayloadError
+from conveyor.errors import BrokerUnavailable, HandlerTimeout, LedgerUnavailable, PayloadError
 from conveyor.runtime.call import AlreadyDone, Caller
 from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
@@ -85,9 +86,15 @@ class Consumer:
     """
 
     def __init__(
-        self, worker: Worker, broker: Broker, caller: Caller, settler: Settler, metrics: WorkerMetrics, clock: Clock,
+        self,
+        worker: Worker,
+        broker: Broker,
+        caller: Caller,
+        settler: Settler,
+        metrics: WorkerMetrics,
+        clock: Clock,
         suspect: Callable[[Consumer, Delivery], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.worker = worker
         self.metrics = metrics
         self._broker = broker
@@ -327,7 +334,6 @@ class Consumer:
         except asyncio.CancelledError:
             return self._on_cancel(lane, delivery)
         except AlreadyDone:
-            self.metrics.duplicates += 1
             return DONE
         except BaseException as error:
             return self._on_cancel(lane, delivery) if lane.why is not None else self._on_error(delivery, error)
@@ -368,6 +374,8 @@ class Consumer:
         for delivery in good:
             if cancelled:
                 verdict = self._on_cancel(lane, delivery)
+            elif isinstance(failure, AlreadyDone):
+                verdict = DONE
             elif failure is not None:
                 verdict = self._on_error(delivery, failure)
             else:  # what the batch emits goes out with the settlement of its first message
@@ -398,10 +406,17 @@ class Consumer:
     # --- how it ends --------------------------------------------------------------------------------------------------
 
     def _on_error(self, delivery: Delivery, error: BaseException) -> Verdict:
+        if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):
+            log.warning("given back until it works again, uncounted: %s", describe(error))
         text = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
         return verdict_on_error(
-            error, attempts=delivery.attempts, policy=self.worker.retry, now=self._clock(), chance=random.random(), traceback=text
-        )  # fmt: skip
+            error,
+            attempts=delivery.attempts,
+            policy=self.worker.retry,
+            now=self._clock(),
+            chance=random.random(),
+            traceback=text,
+        )
 
     def _on_cancel(self, lane: Lane, delivery: Delivery) -> Verdict | None:
         if lane.why is None:  # nobody here asked for it: the lane itself is ended, or the handler cancelled itself
@@ -424,7 +439,7 @@ class Consumer:
         kind = type(verdict)
         if kind is Done:
             metrics.succeeded += 1
-        elif kind is Release:
+        elif isinstance(verdict, Release):
             metrics.released += 1
         else:
             metrics.failed += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, Unpack
 
 import msgspec
 
@@ -84,6 +84,10 @@ class Outgoing:
         id = options.id or uuid7(self.clock(), os.urandom(10))
         return self._message(event, options, kind, id, correlation_id=id, causation_id=None)
 
+    def fresh_now(self, event: object, **options: Unpack[Publishing]) -> Message:
+        """fresh() with the options as keyword arguments."""
+        return self.fresh(event, Options(**options))
+
     def emitted(
         self, event: object, cause: Message, worker: str, position: int, options: Options = NO_OPTIONS, kind: Any = None
     ) -> Message:
@@ -113,13 +117,28 @@ class Outgoing:
         if key is None and event_type.key is not None:
             key = event_type.key_of(event)
         return self._envelope(
-            event_type.topic, key, codec.encode(event), codec.content_type, options, id, correlation_id=correlation_id, causation_id=causation_id
-        )  # fmt: skip
+            event_type.topic,
+            key,
+            codec.encode(event),
+            codec.content_type,
+            options,
+            id,
+            correlation_id=correlation_id,
+            causation_id=causation_id,
+        )
 
     def _envelope(
-        self, topic: str, key: str | None, body: bytes, content_type: str, options: Options, id: str, *,
-        correlation_id: str, causation_id: str | None,
-    ) -> Message:  # fmt: skip
+        self,
+        topic: str,
+        key: str | None,
+        body: bytes,
+        content_type: str,
+        options: Options,
+        id: str,
+        *,
+        correlation_id: str,
+        causation_id: str | None,
+    ) -> Message:
         if len(body) > self.body_limit:
             raise PayloadTooLarge(
                 f"the payload for {topic!r} has {len(body):,} bytes, the limit is {self.body_limit:,}; "
@@ -131,9 +150,19 @@ class Outgoing:
         if options.priority not in PRIORITIES:
             raise PayloadError(f"priority is 0 (ordinary) to 9 (first), not {options.priority!r}")
         return Message(
-            id, topic, body, key, _headers(options.headers), content_type, correlation_id, causation_id, now,
-            _due(now, options), None if options.expires is None else now + _seconds(options.expires), options.priority,
-        )  # fmt: skip
+            id,
+            topic,
+            body,
+            key,
+            _headers(options.headers),
+            content_type,
+            correlation_id,
+            causation_id,
+            now,
+            _due(now, options),
+            None if options.expires is None else now + _seconds(options.expires),
+            options.priority,
+        )
 
 
 def _known(kind: Any, topic: str | None) -> tuple[EventType, Codec]:
@@ -168,7 +197,7 @@ def _seconds(value: float | timedelta) -> float:
     return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
-def _headers(headers: Mapping[str, str] | None) -> Mapping[str, str]:
+def _headers(headers: Mapping[Any, Any] | None) -> Mapping[str, str]:
     if not headers:
         return NO_HEADERS
     size = 0
@@ -206,6 +235,10 @@ class Emitter:
         message = self._outgoing.emitted(event, self._cause, self._worker, self._position, options, kind)
         self._position += 1
         return message
+
+    def make_now(self, event: object, **options: Unpack[Publishing]) -> Message:
+        """make() with the options as keyword arguments."""
+        return self.make(event, Options(**options))
 
     def add(self, event: object, options: Options = NO_OPTIONS, kind: Any = None) -> Message:
         """Collect an event."""

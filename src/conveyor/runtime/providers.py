@@ -40,32 +40,46 @@ def provider_of(function: Callable[..., Any], names: Mapping[str, Any] | None = 
         arguments = typing.get_args(provided)
         provided = arguments[0] if arguments else None
     if provided is None or provided is type(None):
-        raise HandlerError(f"{who} needs a return annotation that says what it provides, such as -> AsyncIterator[httpx.AsyncClient]")
+        raise HandlerError(
+            f"{who} needs a return annotation that says what it provides, such as -> AsyncIterator[httpx.AsyncClient]"
+        )
     for name in inspect.signature(function).parameters:
         if name not in hints:
-            raise HandlerError(f"{who}: parameter {name!r} has no annotation; it can only take what other providers provide")
+            raise HandlerError(
+                f"{who}: parameter {name!r} has no annotation; it can only take what other providers provide"
+            )
     return Provider(provided, function, hints)
 
 
-async def open_all(providers: Mapping[Any, Provider], wanted: Iterable[Any], stack: contextlib.AsyncExitStack) -> dict[Any, Any]:
+async def open_all(
+    providers: Mapping[Any, Provider],
+    wanted: Iterable[Any],
+    stack: contextlib.AsyncExitStack,
+    instead: Mapping[Any, Any],
+) -> dict[Any, Any]:
     """Open the wanted types and what they need.
 
     Parameters:
         stack: closes them, in reverse order.
+        instead: objects that are there already, by type.
 
     Raises:
         ConfigurationError: something needs a type that nobody provides, or needs itself.
     """
-    opened: dict[Any, Any] = {}
+    opened: dict[Any, Any] = dict(instead)
 
     async def open_one(kind: Any, asked_by: tuple[Any, ...]) -> Any:
         if kind in opened:
             return opened[kind]
         if kind in asked_by:
-            raise ConfigurationError(f"providers need each other in a circle: {' → '.join(_name(k) for k in (*asked_by, kind))}")
+            raise ConfigurationError(
+                f"providers need each other in a circle: {' → '.join(_name(k) for k in (*asked_by, kind))}"
+            )
         provider = providers.get(kind)
         if provider is None:
-            raise ConfigurationError(f"nobody provides {_name(kind)}; write a function that does and decorate it with @app.provide")
+            raise ConfigurationError(
+                f"nobody provides {_name(kind)}; write a function that does and decorate it with @app.provide"
+            )
         needs = {name: await open_one(need, (*asked_by, kind)) for name, need in provider.needs.items()}
         opened[kind] = await _open(provider.function, needs, stack)
         return opened[kind]

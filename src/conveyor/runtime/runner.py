@@ -15,8 +15,9 @@ from conveyor.core.settle import Release, describe
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
 from conveyor.runtime.consumer import Consumer
+from conveyor.runtime.health import Health
 from conveyor.runtime.loop import Loops
-from conveyor.runtime.metrics import Metrics
+from conveyor.runtime.metrics import Metrics, Snapshot
 from conveyor.runtime.settler import Settler
 from conveyor.runtime.worker import Worker
 
@@ -30,6 +31,8 @@ STALL_SECONDS: Final = 30.0
 """A queue with ready messages of which nothing was fetched for so long is a stall."""
 QUIET_SECONDS: Final = 10.0
 """How long the runner waits for other handlers to finish before a suspect has to wait for a better moment."""
+LONGEST_FLUSH_SECONDS: Final = 5.0
+"""At the end, settlements wait so long (or for the grace) for a broker that is away; then their leases end by themselves."""
 LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
 
@@ -45,7 +48,14 @@ class Runner:
         clock: gives Unix seconds.
     """
 
-    def __init__(self, workers: Sequence[Worker], broker: Broker, around: Surroundings, metrics: Metrics, clock: Clock = time.time) -> None:
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        broker: Broker,
+        around: Surroundings,
+        metrics: Metrics,
+        clock: Clock = time.time,
+    ) -> None:
         self._broker = broker
         self._around = around
         self._metrics = metrics
@@ -57,12 +67,12 @@ class Runner:
         self._stalled: dict[str, str] = {}
         self._state = "starting"
         self._clock = clock
-        self.consumers = {
-            worker.name: Consumer(
-                worker, broker, Caller(worker, around), self._settler, metrics.worker(worker.name), clock, self._suspect
-            )
-            for worker in workers
-        }  # fmt: skip
+        self.consumers = {worker.name: self._consumer(worker) for worker in workers}
+
+    def _consumer(self, worker: Worker) -> Consumer:
+        metrics = self._metrics.worker(worker.name)
+        caller = Caller(worker, self._around, metrics)
+        return Consumer(worker, self._broker, caller, self._settler, metrics, self._clock, self._suspect)
 
     async def start(self) -> None:
         """Subscribe and begin."""
@@ -77,22 +87,25 @@ class Runner:
             self._loops.start(f"fetch {name}", consumer.fetch)
         self._state = "running"
 
-    async def drain(self, grace_seconds: float = DEFAULT_GRACE_SECONDS) -> bool:
+    async def drain(self, grace_seconds: float | None = DEFAULT_GRACE_SECONDS) -> bool:
         """Stop in order: not ready, fetch no more, give back what has not started, finish what runs, settle, close.
 
         Parameters:
             grace_seconds: how long handlers may take to finish; what still runs then is cancelled and released, uncounted.
+                None waits for as long as they take.
 
         Returns:
             Whether every handler finished by itself.
         """
         self._state = "draining"
         self._around.shutting_down.set()
-        await self._loops.stop("stalls", "suspects", *(f"fetch {name}" for name in self.consumers))
         consumers = self.consumers.values()
         for consumer in consumers:
             consumer.gate.clear()
             consumer.release_unstarted()
+        await self._loops.stop("stalls", "suspects", *(f"fetch {name}" for name in self.consumers))
+        for consumer in consumers:
+            consumer.gate.clear()
         while self._suspects:
             self._settler.add(self._suspects.popleft()[1], Release())
         finished = await self._all_still(grace_seconds)
@@ -102,7 +115,7 @@ class Runner:
             if not await self._all_still(1.0):
                 log.error("some handlers ignore being cancelled; they are left behind")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(5.0, grace_seconds)):
+            async with asyncio.timeout(max(LONGEST_FLUSH_SECONDS, grace_seconds or 0.0)):
                 await self._settler.flush()
         for consumer in consumers:
             with contextlib.suppress(BrokerError):
@@ -111,36 +124,29 @@ class Runner:
         self._state = "stopped"
         return finished
 
-    async def abort(self) -> None:
-        """Stop at once: cancel what runs, release what can be released."""
-        await self.drain(0.0)
-
     # --- health -------------------------------------------------------------------------------------------------------
 
-    @property
-    def unready(self) -> tuple[str, ...]:
-        """Why it should get no work now; empty where it should."""
-        reasons = list(self.unhealthy)
-        if self._state != "running":
-            reasons.append(self._state)
-        if self._settler.problem:
-            reasons.append(self._settler.problem)
-        reasons.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
-        return tuple(reasons)
-
-    @property
-    def unhealthy(self) -> tuple[str, ...]:
-        """Why it should be replaced; empty where all is well."""
-        reasons = list(self._stalled.values())
+    def health(self) -> Health:
+        """How it is: unready says why it should get no work now, unhealthy why it should be replaced."""
+        unhealthy = list(self._stalled.values())
         for name, consumer in self.consumers.items():
             if consumer.stuck >= consumer.worker.concurrency:
-                reasons.append(f"worker {name}: {consumer.stuck} attempts hang and cannot be stopped")
-        return tuple(reasons)
+                unhealthy.append(f"worker {name}: {consumer.stuck} attempts hang and cannot be stopped")
+        unready = list(unhealthy)
+        if self._state != "running":
+            unready.append(self._state)
+        if self._settler.problem:
+            unready.append(self._settler.problem)
+        if self._around.relay is not None and self._around.relay.problem:
+            unready.append(f"outbox: {self._around.relay.problem}")
+        unready.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
+        return Health(unready=tuple(unready), unhealthy=tuple(unhealthy))
 
-    def snapshot_in_flight(self) -> None:
-        """Bring the gauges up to date."""
+    def snapshot(self) -> Snapshot:
+        """What it has done so far, in numbers."""
         for consumer in self.consumers.values():
             consumer.metrics.in_flight = len(consumer.held())
+        return self._metrics.snapshot()
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
@@ -178,6 +184,8 @@ class Runner:
         waiting_since: dict[str, float] = {}
         while True:
             await asyncio.sleep(STALL_SECONDS / 3)
+            if self._around.ledger is not None:
+                self._metrics.outbox_pending = (await self._around.ledger.pending()).rows
             now = time.monotonic()
             idle = [c for c in self.consumers.values() if not c.busy and now - c.progressed > STALL_SECONDS / 3]
             ready = {info.name: info.ready for info in await self._broker.queues()} if idle else {}
@@ -226,11 +234,13 @@ class Runner:
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
         await self._settler.flush()
-        log.warning("message %s is run alone: %d processes died while they handled it", delivery.message.id, delivery.crashes)
+        log.warning(
+            "message %s is run alone: %d processes died while they handled it", delivery.message.id, delivery.crashes
+        )
         await consumer.run_alone(delivery)
         await self._settler.flush()
 
-    async def _all_still(self, seconds: float) -> bool:
+    async def _all_still(self, seconds: float | None) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 for consumer in self.consumers.values():

@@ -56,7 +56,9 @@ class _Job:
                 return False
             self.interrupted = True
             if self.thread_id is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread_id), ctypes.py_object(HandlerTimeout))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self.thread_id), ctypes.py_object(HandlerTimeout)
+                )
             return True
 
     def _finish(self, result: Any, error: BaseException | None) -> None:
@@ -64,8 +66,8 @@ class _Job:
             return
         if error is None:
             self.future.set_result(result)
-        elif isinstance(error, (StopIteration, KeyboardInterrupt, SystemExit)):
-            # asyncio cannot carry these; in a handler they are a failure like any other
+        elif isinstance(error, StopIteration) or not isinstance(error, Exception):
+            # These mean something to asyncio and to coroutines; in a handler they are a failure like any other.
             wrapped = RuntimeError(f"the handler raised {type(error).__name__}({error})")
             wrapped.__cause__ = error
             self.future.set_exception(wrapped)
@@ -90,7 +92,8 @@ class Threads:
 
     async def run(self, call: Callable[[], Any]) -> Any:
         """Run call in a thread with the caller's context variables, and give its result."""
-        job = _Job(lambda context=contextvars.copy_context(): context.run(call))  # type: ignore[misc]
+        context = contextvars.copy_context()
+        job = _Job(lambda: context.run(call))
         with self._lock:
             if self._idle:
                 self._idle -= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -12,6 +13,8 @@ from conveyor.broker import Broker, Queue, Settlement
 from conveyor.core.codec import Codec
 from conveyor.core.settle import DONE
 from conveyor.runtime.loop import Loops
+
+log = logging.getLogger("conveyor.watch")
 
 T = TypeVar("T")
 
@@ -98,7 +101,8 @@ class _Hub:
                 for delivery in deliveries:
                     try:
                         event = self._codec.decode(delivery.message.body)
-                    except Exception:
+                    except Exception as error:
+                        log.debug("a tail leaves out what it cannot read: %s", self._codec.explain(error))
                         continue
                     for watch in tuple(self.watches):
                         watch.offer(event)

@@ -1,0 +1,495 @@
+"""The runner: fetch, call, settle; and everything that can go wrong in between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
+from conveyor.broker import DeadFilter, DeadLetter, Delivery, QueueInfo, Settlement
+from conveyor.brokers.memory import MemoryBroker, MemoryStore
+from conveyor.core.message import Message as Envelope
+from conveyor.errors import BrokerUnavailable
+from conveyor.testing.harness import Harness
+
+
+@dataclass(frozen=True)
+class Order:
+    number: int
+
+
+@dataclass(frozen=True)
+class Paid:
+    number: int
+
+
+AT_ONCE = RetryPolicy(attempts=3, initial=0.0)
+
+
+async def queue_info(app: Conveyor, worker: str) -> QueueInfo:
+    name = app.workers[worker].queue.name
+    return next(info for info in await app.broker.queues() if info.name == name)
+
+
+async def dead_letters(app: Conveyor) -> list[DeadLetter]:
+    return await app.broker.dead_letters(DeadFilter(), limit=100)
+
+
+@contextlib.asynccontextmanager
+async def opened(broker: MemoryBroker) -> AsyncIterator[MemoryBroker]:
+    await broker.open()
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
+async def test_what_a_handler_returns_reaches_the_next_one_with_its_correlation() -> None:
+    app = Conveyor("t")
+
+    @app.worker
+    async def charge(order: Order) -> Paid:
+        return Paid(order.number)
+
+    seen: list[Message] = []
+
+    @app.worker
+    async def ship(paid: Paid, message: Message) -> None:
+        seen.append(message)
+
+    async with Harness(app) as run:
+        first = await run.publish(Order(7))
+        assert run.published(Paid) == [Paid(7)]
+    assert seen[0].correlation_id == first.id
+    assert seen[0].causation_id == first.id
+
+
+async def test_every_kind_of_handler_runs_and_publishes() -> None:
+    app = Conveyor("t")
+
+    @app.worker(name="async_one")
+    async def async_one(order: Order) -> Paid | None:
+        return Paid(1) if order.number else None
+
+    @app.worker(name="sync_list")
+    def sync_list(order: Order) -> list[Paid]:
+        return [Paid(2), Paid(3)]
+
+    @app.worker(name="sync_generator")
+    def sync_generator(order: Order) -> Iterator[Paid]:
+        yield Paid(4)
+        yield Paid(5)
+
+    @app.worker(name="async_generator")
+    async def async_generator(order: Order) -> AsyncIterator[Paid]:
+        yield Paid(6)
+
+    @app.worker(name="with_context")
+    def with_context(order: Order, context: Context) -> None:
+        context.publish(Paid(7))
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        assert sorted(paid.number for paid in run.published(Paid)) == [1, 2, 3, 4, 5, 6, 7]
+
+
+async def test_a_repeated_attempt_emits_the_same_ids() -> None:
+    app = Conveyor("t")
+    ids: list[str] = []
+
+    @app.worker(retry=AT_ONCE)
+    async def charge(order: Order, context: Context) -> Paid:
+        ids.append(context.publish(Paid(order.number)).id)
+        if context.attempt < 3:
+            raise ValueError("not yet")
+        return Paid(order.number)
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        assert len(ids) == 3
+        assert len(set(ids)) == 1
+        assert len(run.published(Paid)) == 2  # the last attempt's only
+
+
+async def test_a_failing_handler_is_retried_and_then_kept_whole_as_a_dead_letter() -> None:
+    app = Conveyor("t")
+
+    @app.worker(retry=RetryPolicy(attempts=3))
+    async def charge(order: Order) -> None:
+        raise ValueError("the bank is closed")
+
+    async with Harness(app) as run:
+        message = await run.publish(Order(1), headers={"shop": "north"})
+        assert len(run.retried()) == 2
+        (letter,) = await run.dead("charge")
+    assert letter.message.id == message.id
+    assert letter.message.headers == {"shop": "north"}
+    assert letter.reason == "exhausted"
+    assert letter.error == "ValueError: the bank is closed"
+    assert "the bank is closed" in letter.traceback
+
+
+async def test_reject_and_payloads_that_do_not_decode_burn_no_retries() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        raise Reject("unknown customer")
+
+    async with opened(broker), app.running():
+        await app.publish(Order(1))
+        for body in (b'{"number": "one"}', b"\xff\xfe", b"[" * 100_000, b""):
+            await broker.publish([Envelope("x", "order", body)])
+        letters: list[DeadLetter] = []
+        async with asyncio.timeout(5):
+            while len(letters) < 5:
+                letters = await dead_letters(app)
+                await asyncio.sleep(0)
+    assert sorted(letter.reason for letter in letters) == ["invalid"] * 4 + ["rejected"]
+    assert all(letter.attempts == 0 for letter in letters)
+    assert {letter.message.body for letter in letters if letter.reason == "invalid"} >= {b"\xff\xfe", b"[" * 100_000}
+
+
+async def test_retry_with_a_delay_overrides_the_policy() -> None:
+    app = Conveyor("t")
+    ran_at: list[float] = []
+
+    @app.worker
+    async def charge(order: Order, context: Context) -> None:
+        ran_at.append(run.clock())
+        if context.attempt == 1:
+            raise Retry("rate limited", after=3600.0)
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+    assert ran_at[1] - ran_at[0] == pytest.approx(3600.0)
+
+
+async def test_a_handler_over_its_time_is_cancelled_and_counts_as_failed() -> None:
+    app = Conveyor("t")
+    cancelled = asyncio.Event()
+
+    @app.worker(timeout=0.05, retry=RetryPolicy(attempts=1))
+    async def charge(order: Order) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        assert cancelled.is_set()
+        (letter,) = await run.dead()
+    assert letter.error.startswith("HandlerTimeout")
+
+
+async def test_a_handler_that_swallows_cancellation_is_left_behind_and_its_place_taken() -> None:
+    app = Conveyor("t")
+    release = asyncio.Event()
+
+    @app.worker(timeout=0.02, concurrency=1, retry=RetryPolicy(attempts=1))
+    async def charge(order: Order) -> None:
+        while order.number == 1 and not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        await run.publish(Order(2))
+        (letter,) = await run.dead()
+        assert "ignores being cancelled" in letter.error
+        release.set()
+
+
+async def test_a_thread_that_loops_forever_is_interrupted() -> None:
+    app = Conveyor("t")
+    ended = threading.Event()
+
+    @app.worker(timeout=0.05, retry=RetryPolicy(attempts=1))
+    def charge(order: Order) -> None:
+        try:
+            while True:
+                time.monotonic()
+        finally:
+            ended.set()
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        assert ended.wait(10)
+        (letter,) = await run.dead()
+    assert letter.reason == "exhausted"
+
+
+@pytest.mark.parametrize(
+    "raised", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration, asyncio.CancelledError]
+)
+@pytest.mark.parametrize("threaded", [False, True], ids=["async", "thread"])
+async def test_whatever_a_handler_raises_only_its_message_fails(raised: type[BaseException], threaded: bool) -> None:
+    app = Conveyor("t")
+    done: list[int] = []
+    once = RetryPolicy(attempts=1)
+
+    def work(order: Order) -> None:
+        if order.number == 1:
+            raise raised
+        done.append(order.number)
+
+    if threaded:
+        app.worker(name="work", retry=once)(work)
+    else:
+
+        @app.worker(name="work", retry=once)
+        async def work_async(order: Order) -> None:
+            work(order)
+
+    async with Harness(app) as run:
+        await app.publish(Order(1))
+        await run.publish(Order(2))
+        assert len(await run.dead()) == 1
+    assert done == [2]
+
+
+async def test_a_bad_message_in_a_batch_does_not_take_its_neighbours_down() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+    handled: list[int] = []
+    enough = asyncio.Event()
+
+    @app.worker(batch=100, retry=AT_ONCE, concurrency=1)
+    async def charge(orders: list[Order]) -> list[Paid]:
+        if any(order.number == 13 for order in orders):
+            raise ValueError("unlucky")
+        handled.extend(order.number for order in orders)
+        if len(handled) >= 19:
+            enough.set()
+        return [Paid(order.number) for order in orders]
+
+    async with opened(broker), app:
+        for number in range(20):
+            await app.publish(Order(number))
+        await broker.publish([Envelope("bad", "order", b"{}")])
+        async with app.running():
+            async with asyncio.timeout(10):
+                await enough.wait()
+                while len(letters := await dead_letters(app)) < 2:
+                    await asyncio.sleep(0)
+    assert sorted(handled) == [n for n in range(20) if n != 13]
+    assert sorted(letter.reason for letter in letters) == ["exhausted", "invalid"]
+
+
+async def test_an_expired_message_is_not_handled() -> None:
+    app = Conveyor("t")
+    handled: list[Order] = []
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        handled.append(order)
+
+    async with Harness(app) as run:
+        await app.publish(Order(1), delay=60.0, expires=30.0)
+        await run.turn(61.0)
+        (letter,) = await run.dead()
+    assert letter.reason == "expired"
+    assert handled == []
+
+
+async def test_drain_finishes_what_runs_and_gives_back_what_does_not() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+    started = asyncio.Event()
+    finish = asyncio.Event()
+    finished: list[int] = []
+
+    @app.worker(concurrency=1, prefetch=10)
+    async def charge(order: Order) -> None:
+        started.set()
+        await finish.wait()
+        finished.append(order.number)
+
+    async with opened(broker), app:
+        for number in range(5):
+            await app.publish(Order(number))
+        async with app.running() as runner:
+            await started.wait()
+            draining = asyncio.ensure_future(runner.drain(10.0))
+            while runner.health().ready:
+                await asyncio.sleep(0)
+            finish.set()
+            assert await draining
+            assert "stopped" in runner.health().unready
+        assert finished == [0]
+        info = await queue_info(app, "charge")
+        assert (info.ready, info.in_flight) == (4, 0)
+        subscription = await broker.subscribe(app.workers["charge"].queue.name, 10)
+        assert [delivery.deliveries for delivery in await subscription.fetch(10)] == [1, 1, 1, 1]
+
+
+async def test_drain_releases_uncounted_what_does_not_finish_in_its_grace() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+    started = asyncio.Event()
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    async with opened(broker), app:
+        await app.publish(Order(1))
+        async with app.running() as runner:
+            await started.wait()
+            assert not await runner.drain(0.05)
+        subscription = await broker.subscribe(app.workers["charge"].queue.name, 10)
+        (delivery,) = await subscription.fetch(10)
+        assert (delivery.deliveries, delivery.attempts) == (1, 0)
+
+
+async def test_a_message_that_processes_died_of_runs_alone_and_is_given_up_at_the_limit() -> None:
+    store = MemoryStore()
+    app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
+    at_work: set[int] = set()
+    together: dict[int, set[int]] = {}
+    done = asyncio.Event()
+
+    @app.worker(retry=RetryPolicy(crashes=3))
+    async def charge(order: Order) -> None:
+        at_work.add(order.number)
+        await asyncio.sleep(0.001)
+        together[order.number] = set(at_work)
+        at_work.discard(order.number)
+        if len(together) == 19:
+            done.set()
+
+    async with opened(broker), app:
+        queue = app.workers["charge"].queue.name
+        for number in (0, 1):  # number 0 kills two processes, number 1 three
+            for _ in range(2 + number):
+                victim = MemoryBroker(store=store)
+                await victim.open()
+                if _ == 0:
+                    await app.publish(Order(number))
+                await (await victim.subscribe(queue, 1)).fetch(1)
+                await broker.reclaim(victim.owner, "killed by SIGKILL")
+            if number == 0:  # out of the way of the next victim
+                subscription = await broker.subscribe(queue, 1)
+                (held,) = await subscription.fetch(1)
+        from conveyor.core.settle import Release
+
+        await broker.settle([Settlement(held, Release())])
+        for number in range(2, 20):
+            await app.publish(Order(number))
+        async with app.running():
+            async with asyncio.timeout(10):
+                await done.wait()
+                while not (letters := await dead_letters(app)):
+                    await asyncio.sleep(0)
+    assert together[0] == {0}
+    assert max(len(others) for others in together.values()) > 1
+    assert [letter.reason for letter in letters] == ["crashed"]
+    assert "killed by SIGKILL" in letters[0].error
+
+
+async def test_a_lost_lease_stops_the_handler_and_settles_nothing() -> None:
+    store = MemoryStore()
+    app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
+    started, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.worker(lease=0.15)
+    async def charge(order: Order) -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    async with opened(broker), opened(MemoryBroker(store=store)) as other, app.running():
+        await app.publish(Order(1))
+        await started.wait()
+        await other.reclaim(broker.owner, "somebody thought it dead")
+        subscription = await other.subscribe(app.workers["charge"].queue.name, 1)
+        (taken,) = await subscription.fetch(1)
+        async with asyncio.timeout(10):
+            await stopped.wait()
+        assert await other.extend([taken]) == []
+        assert app.metrics.worker("charge").lost_leases == 1
+
+
+class FlakyBroker(MemoryBroker):
+    """Unreachable for settlements until it is mended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried = asyncio.Event()
+        self.mended = False
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+        if not self.mended:
+            self.tried.set()
+            raise BrokerUnavailable("the cable is out")
+        return await super().settle(settlements)
+
+
+async def test_settlements_wait_for_a_broker_that_is_away_and_the_runner_says_so() -> None:
+    app = Conveyor("t", broker=(broker := FlakyBroker()))
+    handled: list[int] = []
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        handled.append(order.number)
+
+    async with opened(broker), app.running() as runner:
+        await app.publish(Order(1))
+        await broker.tried.wait()
+        assert any("the cable is out" in reason for reason in runner.health().unready)
+        broker.mended = True
+        async with asyncio.timeout(10):
+            while (await queue_info(app, "charge")).in_flight:
+                await asyncio.sleep(0.001)
+        assert runner.health().ready
+    assert handled == [1]
+
+
+async def test_middleware_wraps_every_handler_in_the_order_of_use() -> None:
+    from conveyor import Call, Next
+
+    app = Conveyor("t")
+    heard: list[str] = []
+
+    async def outer(call: Call, next: Next) -> object:
+        heard.append(f"outer {call.worker}")
+        return await next(call)
+
+    async def inner(call: Call, next: Next) -> object:
+        heard.append(f"inner {call.payload}")
+        result = await next(call)
+        heard.append(f"result {result}")
+        return result
+
+    app.use(outer)
+    app.use(inner)
+
+    @app.worker
+    def charge(order: Order) -> Paid:
+        return Paid(order.number)
+
+    async with Harness(app) as run:
+        await run.publish(Order(3))
+        assert run.published(Paid) == [Paid(3)]
+    assert heard == ["outer charge", "inner Order(number=3)", "result Paid(number=3)"]
+
+
+async def test_an_event_of_an_undeclared_type_is_a_clear_failure() -> None:
+    app = Conveyor("t")
+
+    @app.worker(retry=RetryPolicy(attempts=1))
+    async def charge(order: Order) -> Paid:
+        return Order(1)  # type: ignore[return-value]
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        (letter,) = await run.dead()
+    assert "returned Order, but its return annotation says Paid" in letter.error
