@@ -353,6 +353,11 @@ class MeasuredModel(pydantic.BaseModel):
     value: float | None
 
 
+@dataclass
+class MeasuredInside:
+    model: MeasuredModel
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
     ("make", "place"),
@@ -360,6 +365,7 @@ class MeasuredModel(pydantic.BaseModel):
         (Measured, "$.value"),
         (lambda number: Measured(None, [1.0, None, number]), "$.more[2]"),
         (lambda number: MeasuredModel(value=number), "$.value"),
+        (lambda number: MeasuredInside(MeasuredModel(value=number)), "$.model.value"),
         (lambda number: {"a": {"b": [None, number]}}, "$.a.b[1]"),
     ],
 )

@@ -26,6 +26,7 @@ BYTES: Final = "application/octet-stream"
 LONGEST_EXPLANATION: Final = 500
 """Characters: enough for a field and a reason, too few to carry a payload into a log."""
 _BACKSLASH: Final = ord("\\")
+_MAY_HOLD_FLOATS: Final = (msgspec.inspect.FloatType, msgspec.inspect.AnyType, msgspec.inspect.CustomType)
 _LONGEST_VALUE: Final = 60
 _NAMED_ERRORS: Final = 3
 _DEEPEST_BLAME: Final = 20
@@ -128,7 +129,7 @@ def _json_codec(tp: Any) -> Codec:
     decode = decoder.decode
     if msgspec.inspect.DecimalType in kinds:
         decode = functools.partial(_decode_finite, decode)
-    may_hold_floats = not kinds.isdisjoint((msgspec.inspect.FloatType, msgspec.inspect.AnyType))
+    may_hold_floats = not kinds.isdisjoint(_MAY_HOLD_FLOATS)
     to_json = msgspec.json.Encoder(enc_hook=_to_json).encode
 
     def encode(payload: Any) -> bytes:
