@@ -1,0 +1,1 @@
+"""Applications built on Conveyor's public API, each a folder of its own."""
