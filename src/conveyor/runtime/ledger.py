@@ -10,13 +10,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 import re
-import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -24,20 +21,31 @@ import msgspec
 from conveyor.broker import Clock
 from conveyor.core.message import Message
 from conveyor.core.settle import describe
-from conveyor.errors import AlreadyHandled, ConfigurationError, LedgerError, LedgerUnavailable, MissingExtra
+from conveyor.errors import AlreadyHandled, ConfigurationError, LedgerError, LedgerUnavailable
+from conveyor.runtime.database import Database, create_private, watch
 from conveyor.runtime.points import point
 
-try:
-    from sqlalchemy import ARRAY, BigInteger, Connection, Engine, Float, Integer, LargeBinary, String, TextClause
-    from sqlalchemy import bindparam, event, inspect, text
-    from sqlalchemy.engine import URL, Dialect, ExceptionContext, make_url
-    from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidRequestError
-    from sqlalchemy.exc import TimeoutError as PoolTimeout
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
-    from sqlalchemy.orm import Session, SessionTransaction
-    from sqlalchemy.types import TypeEngine
-except ModuleNotFoundError as missing:
-    raise MissingExtra("the ledger", "ledger") from missing
+# After database, which says what to install where SQLAlchemy is missing.
+# isort: split
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Connection,
+    Engine,
+    Float,
+    Integer,
+    LargeBinary,
+    String,
+    TextClause,
+    bindparam,
+    event,
+    inspect,
+    text,
+)
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.types import TypeEngine
 
 T = TypeVar("T")
 log = logging.getLogger("conveyor.ledger")
@@ -51,8 +59,6 @@ DEFAULT_IDLE_SECONDS: Final = 30.0
 """PostgreSQL ends a transaction whose process has fallen silent for so long, so that a frozen handler blocks nobody for longer."""
 DEFAULT_CONNECTIONS: Final = 10
 """Per process on PostgreSQL, whose own default allows a hundred in all. SQLite has one writer and a few readers."""
-SQLITE_READERS: Final = 4
-CONNECT_SECONDS: Final = 10.0
 HAND_OFF_SECONDS: Final = 10.0
 """How long rows belong to the process that wrote them; then anybody's relay sends them."""
 ROWS_PER_STATEMENT: Final = 200
@@ -190,7 +196,10 @@ MIGRATIONS: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
     },
 )
 
-_MESSAGE_COLUMNS: Final = "id, topic, key, headers, body, content_type, correlation_id, causation_id, created, due, expires, priority, required"
+_MESSAGE_COLUMNS: Final = (
+    "id, topic, key, headers, body, content_type, correlation_id, causation_id, "
+    "created, due, expires, priority, required"
+)
 _TYPES: Final[Mapping[str, TypeEngine[Any]]] = {
     # PostgreSQL wants to know the types of parameters, also where a value is NULL; those not named here are text.
     "body": LargeBinary(),
@@ -234,7 +243,7 @@ _SQL: Final = {
             SELECT seq FROM {p}outbox AS this
             WHERE claim_until <= {now} AND (key IS NULL OR NOT EXISTS (
                 SELECT 1 FROM {p}outbox AS older
-                WHERE older.key = this.key AND older.seq < this.seq AND older.claim_until > {now} AND {blocks}))
+                WHERE older.key = this.key AND older.seq < this.seq AND older.claim_until > {now}))
             ORDER BY seq LIMIT :limit)
         RETURNING seq, attempts, error, {columns}""",
     "sent": "DELETE FROM {p}outbox WHERE claim = :me AND seq IN :seqs",
@@ -265,13 +274,8 @@ class _Statements:
         now: the SQL expression for the time in Unix seconds, the same all through a statement.
     """
 
-    def __init__(self, prefix: str, now: str, *, parked_blocks_key: bool) -> None:
-        self._names = {
-            "p": prefix,
-            "now": now,
-            "columns": _MESSAGE_COLUMNS,
-            "blocks": "true" if parked_blocks_key else "older.claim_until < 1e300",
-        }
+    def __init__(self, prefix: str, now: str) -> None:
+        self._names = {"p": prefix, "now": now, "columns": _MESSAGE_COLUMNS}
         self._made = {name: self._typed(sql.format(**self._names)) for name, sql in _SQL.items()}
         self.inbox_insert = functools.lru_cache(64)(self._inbox_insert)
         self.outbox_insert = functools.lru_cache(64)(self._outbox_insert)
@@ -305,23 +309,27 @@ class _Statements:
 
 # -- what a transaction is -------------------------------------------------------------------------------------------------------
 
-_MARK: Final = "conveyor.transaction"
-"""In the info of a database connection: the Transaction that it is at work for."""
+
+class _Outgoing(msgspec.Struct, frozen=True):
+    """A message on its way into the outbox."""
+
+    message: Message
+    required: bool
 
 
 class _Session(Session):
-    """The session of a Transaction: begins with the inbox, and leaves COMMIT to the transaction's end."""
+    """The session of a transaction: begins with the inbox, and leaves COMMIT to the transaction's end."""
 
-    def __init__(self, *arguments: Any, transaction: Transaction, **options: Any) -> None:
+    def __init__(self, *arguments: Any, work: _Work, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.owner = transaction
+        self.work = work
 
     def get_bind(self, *arguments: Any, **options: Any) -> Engine | Connection:
         """Passed before every statement, whoever sends it: a doomed transaction sends none."""
-        self.owner._check()  # noqa: SLF001 - the two classes are one thing, split because SQLAlchemy wants a subclass
+        self.work.check()
         return super().get_bind(*arguments, **options)
 
-    def begin(self, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - SQLAlchemy's signature
+    def begin(self, nested: bool = False) -> SessionTransaction:
         if not nested:
             raise InvalidRequestError(
                 "a Conveyor transaction begins by itself and is committed when its block or handler ends; "
@@ -335,7 +343,7 @@ class _Session(Session):
             super().begin()
 
     def commit(self) -> None:
-        if not self.owner._committing:  # noqa: SLF001
+        if not self.work.ended:
             raise InvalidRequestError(
                 "a Conveyor transaction is committed when its block or handler ends, together with its inbox and outbox rows; "
                 "use session.flush() to send what is pending, or session.begin_nested() for a savepoint"
@@ -343,11 +351,120 @@ class _Session(Session):
         super().commit()
 
 
-class _Outgoing(msgspec.Struct, frozen=True):
-    """A message on its way into the outbox."""
+@event.listens_for(_Session, "after_begin")
+def _after_begin(session: _Session, part: SessionTransaction, connection: Connection) -> None:
+    if not part.nested:
+        session.work.begun(connection)
 
-    message: Message
-    required: bool
+
+@event.listens_for(_Session, "after_transaction_create")
+def _after_transaction_create(session: _Session, part: SessionTransaction) -> None:
+    session.work.part_begun(part)
+
+
+@event.listens_for(_Session, "after_soft_rollback")
+def _after_soft_rollback(session: _Session, part: SessionTransaction) -> None:
+    session.work.part_rolled_back(part)
+
+
+class _Work:
+    """The inner side of a Transaction: what it has to write, and whether it still may be committed.
+
+    Parameters:
+        message_ids: what it handles, for the inbox of worker.
+    """
+
+    def __init__(self, ledger: Ledger, worker: str, message_ids: Sequence[str]) -> None:
+        self.session: Final = AsyncSession(
+            ledger.database.writer,
+            sync_session_class=_Session,
+            work=self,
+            expire_on_commit=False,
+            close_resets_only=False,  # a session kept beyond its end would begin what nobody ends
+        )
+        self.ended = False
+        """The block is over; now it may be committed."""
+        self.doom: BaseException | None = None
+        """Why it never can be committed."""
+        self._lost: LedgerError | None = None
+        self._had_error = False
+        self._ledger = ledger
+        self._worker = worker
+        self._message_ids = message_ids
+        self._outgoing: list[_Outgoing] = []
+        self._marks: dict[SessionTransaction, int] = {}
+
+    def check(self) -> None:
+        if (reason := self.doom or self._lost) is not None:
+            raise reason
+
+    def add(self, outgoing: Iterable[_Outgoing]) -> None:
+        self.check()
+        session = self.session.sync_session
+        assert isinstance(session, _Session)
+        session.begin_here()
+        self._outgoing += outgoing
+
+    def begun(self, connection: Connection) -> None:
+        """The database transaction has just begun: note the messages as handled, before anything else."""
+        watch(connection, self)
+        self._lost, self._had_error = None, False
+        if not self._message_ids:
+            return
+        try:
+            handled_before = self._ledger.note_handled(connection, self._worker, self._message_ids)
+        except BaseException:
+            self._lost = LedgerError("the transaction could not begin; session.rollback() begins anew")
+            raise
+        if handled_before:
+            self.doom = AlreadyHandled(self._worker, handled_before)
+            raise self.doom
+        point("inbox.inserted")
+
+    def part_begun(self, part: SessionTransaction) -> None:
+        self._marks[part] = len(self._outgoing)
+
+    def part_rolled_back(self, part: SessionTransaction) -> None:
+        """A rollback, whole or to a savepoint, takes back what was published since that began."""
+        del self._outgoing[self._marks.pop(part, len(self._outgoing)) :]
+        if part.parent is None:
+            self._lost = None
+
+    def committing(self) -> None:
+        if not self.ended:
+            self.doom = InvalidRequestError("a Conveyor transaction was committed from inside; nothing of it is kept")
+            raise self.doom
+
+    def failed(self, *, still_open: bool) -> None:
+        self._had_error = True
+        if not still_open:
+            self._lost = LedgerError("the database rolled this transaction back; session.rollback() begins anew")
+
+    async def commit(self) -> Claimed:
+        """The block has ended well: write inbox and outbox, and COMMIT."""
+        self.check()
+        if not (self._message_ids or self._outgoing or self.session.in_transaction()):
+            return Claimed()
+        try:
+            return await self.session.run_sync(self._commit)
+        except DBAPIError as error:
+            if self.ended and error.connection_invalidated:
+                unknown = f"the connection was lost during COMMIT, nobody can tell its outcome: {describe(error)}"
+                raise LedgerUnavailable(unknown, unknown=True) from error
+            raise
+
+    def _commit(self, session: Session) -> Claimed:
+        connection = session.connection()
+        session.flush()
+        point("work.written")
+        claimed = self._ledger.write_outbox(connection, self._outgoing)
+        if self._had_error:  # PostgreSQL turns the COMMIT of a failed transaction into a rollback, and says nothing
+            connection.execute(text("SELECT 1"))
+        point("outbox.inserted")
+        self.ended = True
+        session.commit()
+        point("committed")
+        return claimed
 
 
 class Transaction:
@@ -357,26 +474,13 @@ class Transaction:
     so that slow work before that holds no lock and no connection; it is committed at the end of the block.
     """
 
-    def __init__(self, ledger: Ledger, worker: str, message_ids: tuple[str, ...], make: Make | None) -> None:
-        self.session: Final = AsyncSession(
-            ledger._writer,  # noqa: SLF001 - a ledger makes its transactions
-            sync_session_class=_Session,
-            transaction=self,
-            expire_on_commit=False,
-            close_resets_only=False,  # a session kept beyond its end would begin what nobody ends
-        )
+    def __init__(self, work: _Work, make: Make | None) -> None:
+        self.session: Final = work.session
+        """A SQLAlchemy session. What is left open to it: everything but ending the transaction."""
         self.committed = Claimed()
         """After the end: what is to be handed off now."""
-        self._ledger = ledger
-        self._worker = worker
-        self._message_ids = message_ids
+        self._work = work
         self._make = make
-        self._outgoing: list[_Outgoing] = []
-        self._marks: dict[SessionTransaction, int] = {}
-        self._doom: BaseException | None = None
-        self._lost: LedgerError | None = None
-        self._had_error = False
-        self._committing = False
 
     async def publish(self, event: object, *, require_subscriber: bool = False, **options: Any) -> Message:
         """Publish with this transaction: the message leaves when it is committed, and never if it is not.
@@ -395,101 +499,16 @@ class Transaction:
         self.add((message,), require_subscriber=require_subscriber)
         return message
 
-    def add(self, messages: Sequence[Message], *, require_subscriber: bool = False) -> None:
+    def add(self, messages: Iterable[Message], *, require_subscriber: bool = False) -> None:
         """Publish messages that are made already; see publish()."""
-        self._check()
-        _sync(self.session).begin_here()
-        self._outgoing += [_Outgoing(message, require_subscriber) for message in messages]
-
-    def _check(self) -> None:
-        if (reason := self._doom or self._lost) is not None:
-            raise reason
-
-    def _begun(self, connection: Connection) -> None:
-        """The database transaction has just begun: note the messages as handled, before anything else."""
-        connection.info[_MARK] = self
-        self._lost, self._had_error = None, False
-        if not self._message_ids:
-            return
-        # Sorted, so that two transactions with some messages in common wait for each other in one order only.
-        ids = sorted(self._message_ids)
-        values = self._ledger._with_now(worker=self._worker, **{f"message_id_{i}": id for i, id in enumerate(ids)})  # noqa: SLF001
-        fresh = connection.execute(self._ledger._sql.inbox_insert(len(ids)), values).scalars().all()  # noqa: SLF001
-        if len(fresh) < len(ids):
-            self._doom = AlreadyHandled(self._worker, tuple(sorted(set(ids).difference(fresh))))
-            raise self._doom
-        point("inbox.inserted")
-
-    def _created(self, part: SessionTransaction) -> None:
-        self._marks[part] = len(self._outgoing)
-
-    def _rolled_back(self, part: SessionTransaction) -> None:
-        """A rollback, whole or to a savepoint, takes back what was published since that began."""
-        del self._outgoing[self._marks.pop(part, len(self._outgoing)) :]
-
-    def _refuse_commit(self) -> None:
-        """COMMIT is about to be sent by something other than the end of this transaction."""
-        if not self._committing:
-            self._doom = InvalidRequestError("a Conveyor transaction was committed from inside; nothing of it is kept")
-            raise self._doom
-
-    def _failed(self, *, still_open: bool) -> None:
-        """A statement failed. PostgreSQL turns a later COMMIT into a silent rollback; SQLite may have rolled back at once."""
-        self._had_error = True
-        if not still_open:
-            self._lost = LedgerError("the database rolled this transaction back; session.rollback() begins anew")
-
-    async def _commit(self) -> None:
-        self._check()
-        session = self.session
-        if not (self._message_ids or self._outgoing or session.in_transaction()):
-            return
-        connection = await session.connection()
-        await session.flush()
-        point("work.written")
-        claimed = await self._ledger._write(connection, self._outgoing)  # noqa: SLF001
-        if self._had_error:
-            await connection.execute(text("SELECT 1"))
-        point("outbox.inserted")
-        self._committing = True
-        try:
-            await session.commit()
-        except DBAPIError as error:
-            if error.connection_invalidated:
-                text_ = f"the connection was lost during COMMIT, nobody can tell its outcome: {describe(error)}"
-                raise LedgerUnavailable(text_, unknown=True) from error
-            raise
-        point("committed")
-        self.committed = claimed
+        self._work.add(_Outgoing(message, require_subscriber) for message in messages)
 
 
-def _sync(session: AsyncSession) -> _Session:
-    found = session.sync_session
-    assert isinstance(found, _Session)
-    return found
-
-
-@event.listens_for(_Session, "after_begin")
-def _after_begin(session: _Session, part: SessionTransaction, connection: Connection) -> None:
-    if not part.nested:
-        session.owner._begun(connection)  # noqa: SLF001
-
-
-@event.listens_for(_Session, "after_transaction_create")
-def _after_transaction_create(session: _Session, part: SessionTransaction) -> None:
-    session.owner._created(part)  # noqa: SLF001
-
-
-@event.listens_for(_Session, "after_soft_rollback")
-def _after_soft_rollback(session: _Session, part: SessionTransaction) -> None:
-    session.owner._rolled_back(part)  # noqa: SLF001
-
-
-# -- the database ----------------------------------------------------------------------------------------------------------------
+# -- the ledger ------------------------------------------------------------------------------------------------------------------
 
 
 class Ledger:
-    """The application's database as Conveyor uses it.
+    """Inbox and outbox in the application's database.
 
     Parameters:
         url: ``postgresql+asyncpg://…`` or ``sqlite+aiosqlite:///file``.
@@ -506,7 +525,7 @@ class Ledger:
         MissingExtra: the database's driver is not installed.
     """
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         url: str,
         *,
@@ -524,33 +543,22 @@ class Ledger:
             log.warning(
                 "the inbox forgets after %.2f days; a message repeated later than that is handled twice", inbox_days
             )
-        self.url: Final = _checked(url)
+        self.database: Final = Database(
+            url, connections=connections, lock_seconds=lock_seconds, idle_seconds=idle_seconds
+        )
         self.owner: Final = owner
         self.hands_off = False
         """A relay of this process is at work: what is written here is claimed for it."""
         self._inbox_seconds = inbox_days * 86_400
-        self._clock = clock
-        self._postgresql = self.url.get_backend_name() == "postgresql"
-        self._server_clock = self._postgresql and clock is None
+        self._clock = clock or time.time
+        self._server_clock = clock is None and self.database.dialect == "postgresql"
         # statement_timestamp(): the server's time, and the same for every row that a statement looks at.
         now = "extract(epoch FROM statement_timestamp())::double precision" if self._server_clock else ":now"
-        self._sql = _Statements(prefix, now, parked_blocks_key=True)
         self._prefix = prefix
-        try:
-            if self._postgresql:
-                self._writer = _postgresql_engine(self.url, connections, lock_seconds, idle_seconds)
-                self._reader = self._writer.execution_options(postgresql_readonly=True)
-                self._looker = self._writer.execution_options(isolation_level="AUTOCOMMIT")
-            else:
-                self._writer = _sqlite_engine(self.url, lock_seconds, writes=True)
-                self._reader = self._looker = _sqlite_engine(self.url, lock_seconds, writes=False)
-        except ModuleNotFoundError as error:
-            raise MissingExtra(
-                f"a ledger on {self.url.get_backend_name()}", "ledger,postgresql" if self._postgresql else "ledger"
-            ) from error
+        self._sql = _Statements(prefix, now)
 
     def __repr__(self) -> str:
-        return f"Ledger({_shown(self.url)!r})"
+        return f"Ledger({self.database.shown!r})"
 
     # -- life
 
@@ -561,23 +569,22 @@ class Ledger:
             LedgerUnavailable: the database cannot be reached now.
             LedgerError: it refuses, or lacks Conveyor's tables; says what to do.
         """
-        path = _file(self.url)
-        if path is not None and not await asyncio.to_thread(path.exists):
-            raise LedgerError(f"{_shown(self.url)} does not exist yet; create it with `conveyor migrate`")
-        async with self._looking() as connection:
+        shown, file = self.database.shown, self.database.file
+        if file is not None and not await asyncio.to_thread(file.exists):
+            raise LedgerError(f"{shown} does not exist yet; create it with `conveyor migrate`")
+        async with self.database.looking() as connection:
             version = await self._version(connection)
+        if version == 0:
+            raise LedgerError(f"{shown} has no Conveyor tables yet; create them with `conveyor migrate`")
         if version < len(MIGRATIONS):
-            said = (
-                f"has Conveyor tables of version {version}, this Conveyor needs {len(MIGRATIONS)}"
-                if version
-                else "has no Conveyor tables yet"
+            raise LedgerError(
+                f"{shown} has Conveyor tables of version {version}, this Conveyor needs version {len(MIGRATIONS)}; "
+                "bring them up to date with `conveyor migrate`"
             )
-            raise LedgerError(f"{_shown(self.url)} {said}; bring it up to date with `conveyor migrate`")
 
     async def close(self) -> None:
         """Let go of all connections."""
-        await self._reader.dispose()
-        await self._writer.dispose()
+        await self.database.close()
 
     async def migrate(self) -> list[str]:
         """Bring the tables up to date; any number of times, from any number of processes at once.
@@ -585,18 +592,17 @@ class Ledger:
         Returns:
             The statements that were executed; none where everything was up to date.
         """
-        path = _file(self.url)
-        if path is not None:
-            await asyncio.to_thread(_create_private, path)
+        if (file := self.database.file) is not None:
+            await asyncio.to_thread(create_private, file)
         done: list[str] = []
-        async with self._writing() as connection:
-            if self._postgresql:
+        async with self.database.writing() as connection:
+            if self.database.dialect == "postgresql":
                 await connection.execute(self._sql["lock_claims"])
             version = await self._version(connection)
-            if version < len(MIGRATIONS):
+            if version == 0:
                 await connection.execute(self._sql["schema"])
             for number, step in enumerate(MIGRATIONS[version:], version + 1):
-                for template in step[self.url.get_backend_name()]:
+                for template in step[self.database.dialect]:
                     statement = template.format(p=self._prefix)
                     await connection.exec_driver_sql(statement)
                     done.append(statement)
@@ -614,8 +620,8 @@ class Ledger:
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
         """A session that only reads, all of it as of one moment."""
-        with self._translated():
-            async with AsyncSession(self._reader, expire_on_commit=False, close_resets_only=False) as session:
+        with self.database.translated():
+            async with AsyncSession(self.database.reader, expire_on_commit=False, close_resets_only=False) as session:
                 yield session
 
     @asynccontextmanager
@@ -633,35 +639,36 @@ class Ledger:
             LedgerUnavailable: the database could not do it now; nothing was done, unless the error says that this is unknown.
         """
         worker, ids = inbox if inbox is not None else ("", ())
-        tx = Transaction(self, worker, (ids,) if isinstance(ids, str) else tuple(ids), make)
+        work = _Work(self, worker, (ids,) if isinstance(ids, str) else tuple(ids))
+        tx = Transaction(work, make)
         point("transaction.opening")
         try:
-            with self._translated():
-                async with tx.session:
+            with self.database.translated():
+                async with work.session:
                     yield tx
-                    await tx._commit()
+                    tx.committed = await work.commit()
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            if tx._doom is not None and error is not tx._doom:
-                raise tx._doom from error
+            if work.doom is not None and error is not work.doom:
+                raise work.doom from error
             raise
 
     async def seen(self, worker: str, message_id: str) -> bool:
         """Whether the worker has handled this message; a cheap look, the decision falls when a transaction begins."""
-        async with self._looking() as connection:
+        async with self.database.looking() as connection:
             found = await connection.execute(self._sql["seen"], {"worker": worker, "message_id": message_id})
             return found.first() is not None
 
     async def pending(self) -> Pending:
         """What waits in the outbox."""
-        async with self._looking() as connection:
+        async with self.database.looking() as connection:
             rows, oldest, parked, now = (await connection.execute(self._sql["pending"], self._with_now())).one()
         return Pending(rows, 0.0 if oldest is None else max(0.0, now - oldest), parked)
 
     async def parked(self, limit: int = 100) -> list[Row]:
         """The messages that the broker refuses for good, oldest first; each blocks the later ones of its key."""
-        async with self._looking() as connection:
+        async with self.database.looking() as connection:
             return [_row(found) for found in await connection.execute(self._sql["parked"], {"limit": limit})]
 
     async def unpark(self, ids: Sequence[str]) -> int:
@@ -680,13 +687,13 @@ class Ledger:
 
     async def claim(self, limit: int, hold_seconds: float) -> Claimed:
         """Take rows that nobody holds, such that no older row of their keys is held by another or put off."""
-        async with self._looking() as connection:
+        async with self.database.looking() as connection:
             if (await connection.execute(self._sql["free"], self._with_now())).first() is None:
                 return Claimed()
         until = steady() + hold_seconds
         values = self._with_now(me=self.owner, hold=hold_seconds, limit=limit)
-        async with self._writing() as connection:
-            if self._postgresql:
+        async with self.database.writing() as connection:
+            if self.database.dialect == "postgresql":
                 await connection.execute(self._sql["lock_claims"])
             rows = [_row(found) for found in await connection.execute(self._sql["claim"], values)]
         return Claimed(tuple(sorted(rows, key=lambda row: row.seq)), until)
@@ -711,66 +718,50 @@ class Ledger:
 
     # -- within
 
-    async def _write(self, connection: AsyncConnection, outgoing: Sequence[_Outgoing]) -> Claimed:
+    def note_handled(self, connection: Connection, worker: str, message_ids: Sequence[str]) -> tuple[str, ...]:
+        """Put messages into the worker's inbox; those that were there before are returned.
+
+        Where another transaction is just handling one of them, this waits until that ends.
+        """
+        ids = sorted(message_ids)  # so that two transactions wait for each other in one order only
+        values = self._with_now(worker=worker, **{f"message_id_{i}": id for i, id in enumerate(ids)})
+        noted = self.database.fetch(connection, self._sql.inbox_insert(len(ids)), values)
+        return () if len(noted) == len(ids) else tuple(sorted(set(ids).difference(id for (id,) in noted)))
+
+    def write_outbox(self, connection: Connection, outgoing: Sequence[_Outgoing]) -> Claimed:
         """Insert outbox rows; those that may go at once are claimed for this process, which hands them off after COMMIT."""
         if not outgoing:
             return Claimed()
         keys = sorted({each.message.key for each in outgoing if each.message.key is not None})
         waiting: set[str] = set()
-        if keys:
-            if self._postgresql:
-                await connection.execute(self._sql["lock_keys"], {"key_array": keys})
-            for some in _chunks(keys):
-                waiting.update((await connection.execute(self._sql["older"], {"keys": some})).scalars())
+        if keys and self.database.dialect == "postgresql":
+            connection.execute(self._sql["lock_keys"], {"key_array": keys})
+        for some in _chunks(keys):
+            waiting.update(connection.execute(self._sql["older"], {"keys": some}).scalars())
+        direct = [self.hands_off and each.message.key not in waiting for each in outgoing]
         until = steady() + HAND_OFF_SECONDS
         rows: list[Row] = []
-        left = 0
-        for chunk in _chunks(outgoing):
-            values: dict[str, object] = self._with_now()
-            for i, each in enumerate(chunk):
-                direct = self.hands_off and each.message.key not in waiting
-                values.update(_values(each, i))
-                values[f"claim_{i}"], values[f"hold_{i}"] = (self.owner, HAND_OFF_SECONDS) if direct else (None, 0.0)
-            written = await connection.execute(self._sql.outbox_insert(len(chunk)), values)
-            seqs = {id: seq for seq, id in written}
-            for each in chunk:
-                if (seq := seqs.pop(each.message.id, None)) is None:
-                    continue
-                if self.hands_off and each.message.key not in waiting:
-                    rows.append(Row(seq, each.message, required=each.required))
-                else:
-                    left += 1
-        return Claimed(tuple(sorted(rows, key=lambda row: row.seq)), until, left)
+        for chunk in _chunks(list(zip(outgoing, direct, strict=True))):
+            values = self._with_now()
+            for i, (each, claims) in enumerate(chunk):
+                values |= _values(each, i)
+                values[f"claim_{i}"], values[f"hold_{i}"] = (self.owner, HAND_OFF_SECONDS) if claims else (None, 0.0)
+            seqs = {id: seq for seq, id in self.database.fetch(connection, self._sql.outbox_insert(len(chunk)), values)}
+            rows += [
+                Row(seqs[each.message.id], each.message, required=each.required)
+                for each, claims in chunk
+                if claims and each.message.id in seqs
+            ]
+        return Claimed(tuple(sorted(rows, key=lambda row: row.seq)), until, left=direct.count(False))
 
     def _with_now(self, **values: object) -> dict[str, object]:
         if not self._server_clock:
-            values["now"] = (self._clock or time.time)()
+            values["now"] = self._clock()
         return values
 
     async def _change(self, statement: str, **values: object) -> int:
-        async with self._writing() as connection:
+        async with self.database.writing() as connection:
             return (await connection.execute(self._sql[statement], values)).rowcount
-
-    @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[AsyncConnection]:
-        with self._translated():
-            async with self._writer.begin() as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def _looking(self) -> AsyncIterator[AsyncConnection]:
-        with self._translated():
-            async with self._looker.connect() as connection:
-                yield connection
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (DBAPIError, PoolTimeout) as error:
-            if not is_transient(error):
-                raise
-            raise LedgerUnavailable(f"{_shown(self.url)} could not do it now: {describe(error)}") from error
 
 
 def _values(outgoing: _Outgoing, i: int) -> dict[str, object]:
@@ -813,173 +804,3 @@ def _row(found: Any) -> Row:
 def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
     for start in range(0, len(items), ROWS_PER_STATEMENT):
         yield items[start : start + ROWS_PER_STATEMENT]
-
-
-# -- engines ---------------------------------------------------------------------------------------------------------------------
-
-
-def wal_is_safe(version: tuple[int, int, int]) -> bool:
-    """Whether this SQLite is without the WAL-reset bug, which can lose commits when several connections write (sqlite.org/wal.html)."""
-    if version == (3, 52, 0):  # withdrawn
-        return False
-    return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same transaction may well succeed when tried again: it met a lock, a conflict, a full disk or a lost connection."""
-    if isinstance(error, PoolTimeout):
-        return True
-    if not isinstance(error, DBAPIError):
-        return False
-    if error.connection_invalidated:
-        return True
-    state = getattr(error.orig, "sqlstate", None)
-    if isinstance(state, str):
-        return _is_transient_state(state)
-    code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
-    return code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-
-
-def _is_transient_state(state: str) -> bool:
-    """PostgreSQL's error codes (appendix A): connection, transaction rollback, resources, operator intervention, lock and idle time-outs."""
-    return state[:2] in {"08", "40", "53"} or state[:3] == "57P" or state in {"55P03", "25P03"}
-
-
-def _checked(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except ArgumentError as error:
-        raise ConfigurationError(
-            f"{url!r} is no database URL; write postgresql+asyncpg://user@host/database or sqlite+aiosqlite:///file.db"
-        ) from error
-    backend = "postgresql" if parsed.get_backend_name() == "postgres" else parsed.get_backend_name()
-    drivers = {"postgresql": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
-    if backend not in drivers:
-        raise ConfigurationError(f"a ledger on {backend} is not supported; it works on PostgreSQL and SQLite")
-    if parsed.drivername != drivers[backend]:
-        better = parsed.set(drivername=drivers[backend])
-        raise ConfigurationError(
-            f"the ledger needs an asynchronous driver; write {_shown(better)} instead of {_shown(parsed)}"
-        )
-    if backend == "sqlite" and parsed.database in {None, "", ":memory:"}:
-        raise ConfigurationError("a ledger needs a file, which all processes share: sqlite+aiosqlite:///file.db")
-    return parsed
-
-
-def _shown(url: URL) -> str:
-    """The URL without anything secret."""
-    return url.set(query={}).render_as_string(hide_password=True)
-
-
-def _file(url: URL) -> Path | None:
-    """The file of a SQLite URL; None where there is none, or where the URL is SQLite's own kind."""
-    if url.get_backend_name() != "sqlite" or url.database is None or url.database.startswith("file:"):
-        return None
-    return Path(url.database)
-
-
-def _create_private(path: Path) -> None:
-    """Create the file, for this user only, unless it exists (an existing one must not even be opened: SQLite's locks would go)."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise LedgerError(f"{path} cannot be created: {error.strerror}") from error
-
-
-def _postgresql_engine(url: URL, connections: int, lock_seconds: float, idle_seconds: float) -> AsyncEngine:
-    engine = create_async_engine(
-        url,
-        pool_size=connections,
-        max_overflow=0,
-        pool_timeout=lock_seconds,
-        pool_pre_ping=True,  # after a restart of the server nobody meets a dead connection
-        isolation_level="READ COMMITTED",  # the order of the outbox is read after waiting for a lock, whatever the server's default
-        connect_args={
-            "timeout": CONNECT_SECONDS,
-            "server_settings": {
-                "application_name": "conveyor",
-                "lock_timeout": str(int(lock_seconds * 1000)),
-                "idle_in_transaction_session_timeout": str(int(idle_seconds * 1000)),
-            },
-        },
-    )
-    _listen(engine, lambda _: True)
-    return engine
-
-
-def _sqlite_engine(url: URL, lock_seconds: float, *, writes: bool) -> AsyncEngine:
-    engine = create_async_engine(
-        url,
-        # One writer: whoever waits for it in this process waits in line, not in SQLite's sleeps.
-        pool_size=1 if writes else SQLITE_READERS,
-        max_overflow=0,
-        pool_timeout=lock_seconds,
-        connect_args={"timeout": lock_seconds, "isolation_level": None},  # BEGIN is ours
-    )
-    journal = "WAL" if wal_is_safe(sqlite3.sqlite_version_info) else "TRUNCATE"
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def prepare(connection: Any, record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys = ON")
-        if writes:
-            cursor.execute("PRAGMA synchronous = FULL")
-            cursor.execute(f"PRAGMA journal_mode = {journal}")
-            if (found := cursor.fetchone()[0].upper()) != journal:
-                raise LedgerError(
-                    f"{_shown(url)} is in journal mode {found} and in use, so that it cannot be changed to {journal}, which is safe "
-                    f"with SQLite {sqlite3.sqlite_version}; stop the other programs that use it"
-                )
-        else:
-            cursor.execute("PRAGMA query_only = ON")
-        cursor.close()
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    _listen(engine, lambda connection: bool(connection.driver_connection.in_transaction))
-    return engine
-
-
-def _listen(engine: AsyncEngine, is_open: Callable[[Any], bool]) -> None:
-    """Watch what happens on the engine's connections.
-
-    Parameters:
-        is_open: whether a failed statement left the transaction of this database connection open.
-    """
-    sync = engine.sync_engine
-
-    @event.listens_for(sync, "do_connect")
-    def connect(dialect: Dialect, record: object, arguments: list[Any], options: dict[str, Any]) -> Any:
-        try:
-            return dialect.connect(*arguments, **options)
-        except Exception as error:
-            said = f"{_shown(engine.url)} cannot be reached: {describe(error)}"
-            state = getattr(error, "sqlstate", None)
-            later = isinstance(error, (OSError, TimeoutError)) or (
-                isinstance(state, str) and _is_transient_state(state)
-            )
-            raise (LedgerUnavailable if later else LedgerError)(said) from error
-
-    @event.listens_for(sync, "commit")
-    def commit(connection: Connection) -> None:
-        owner = connection.info.get(_MARK)
-        if isinstance(owner, Transaction):
-            owner._refuse_commit()  # noqa: SLF001
-            del connection.info[_MARK]
-
-    @event.listens_for(sync, "rollback")
-    def rollback(connection: Connection) -> None:
-        connection.info.pop(_MARK, None)
-
-    @event.listens_for(sync, "handle_error")
-    def handle_error(context: ExceptionContext) -> None:
-        connection = context.connection
-        if connection is None or connection.closed or connection.invalidated:
-            return
-        owner = connection.info.get(_MARK)
-        if isinstance(owner, Transaction):
-            owner._failed(still_open=is_open(connection.connection))  # noqa: SLF001

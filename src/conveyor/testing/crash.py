@@ -13,7 +13,7 @@ VARIABLE: Final = "CONVEYOR_CRASH"
 
 
 def arm(wanted: str | None = None) -> None:
-    """Arm a point, as ``outbox.inserted:3``: the process kills itself (SIGKILL, no clean-up of any kind) when it passes it for the third time.
+    """Arm a point: with ``outbox.inserted:3`` the process kills itself (SIGKILL) when it passes that for the third time.
 
     Parameters:
         wanted: name and number; None takes it from $CONVEYOR_CRASH, and does nothing where that is unset.
