@@ -219,12 +219,12 @@ class Conveyor:
         names = frame.f_locals if frame.f_locals is not frame.f_globals else None
 
         def register(function: F) -> F:
-            known_as = check_topic(name or function.__name__)
             plan = plan_worker(function, topic=topic, batch=batch is not None, cpu=cpu, names=names)
+            known_as = check_topic(name or function.__name__)
             self._check_batch(plan, batch)
             lanes = self._concurrency(function, plan.mode, concurrency)
+            _at_least_one(function, prefetch=prefetch, batch=batch, max_length=max_length)
             held = prefetch or lanes * PREFETCH_PER_SLOT * (batch or 1)
-            _at_least_one(function, prefetch=held, batch=batch or 1, max_length=max_length or 1)
             declared = Queue(
                 name=check_topic(queue or f"{self.name}.{known_as}"),
                 topics=tuple(event.topic for event in plan.receives),
@@ -292,8 +292,9 @@ class Conveyor:
         names = frame.f_locals if frame.f_locals is not frame.f_globals else None
 
         def register(function: Callable[P, R]) -> Task[P, R]:
-            known_as = check_topic(name or function.__name__)
+            _at_least_one(function, prefetch=prefetch, max_length=max_length)
             plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
+            known_as = check_topic(name or function.__name__)
             own = check_topic(queue or f"{self.name}.{known_as}")
 
             def build() -> Worker:  # only when it is used: a provider may be declared below the task
@@ -699,9 +700,9 @@ def _seconds(value: Seconds) -> float:
     return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
-def _at_least_one(function: Callable[..., Any], **values: int) -> None:
+def _at_least_one(function: Callable[..., Any], **values: int | None) -> None:
     for name, value in values.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise HandlerError(
                 f"handler {getattr(function, '__qualname__', function)}: {name} is at least 1, not {value}"
             )

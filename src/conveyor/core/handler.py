@@ -95,8 +95,13 @@ def plan_worker(
         raise HandlerError(
             f"{who} takes no parameter; the first one says what it receives: def {function.__name__}(order: OrderCreated)"
         )
-    first, *injected = parameters
-    payload = first.type
+    first, *others = parameters
+    if inspect.signature(function).parameters[first.name].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise HandlerError(
+            f"{who}: its first parameter, {first.name!r}, is keyword-only; the payload is handed in by position"
+        )
+    injected = [Parameter(p.name, _plain(p.type), p.default) for p in others]
+    payload = _bare(first.type)
     if batch:
         payload = _item_of(payload, _LISTS)
         if payload is None:
@@ -122,8 +127,8 @@ def plan_task(
     """
     who = _who(function)
     parameters, _ = _signature(function, who, names)
-    fields = tuple(p for p in parameters if not _is_in(p.type, injectable))
-    injected = [p for p in parameters if _is_in(p.type, injectable)]
+    fields = tuple(p for p in parameters if not _is_in(_plain(p.type), injectable))
+    injected = [Parameter(p.name, _plain(p.type), p.default) for p in parameters if _is_in(_plain(p.type), injectable)]
     mode, yields = _mode(function, who, cpu=cpu)
     if yields:
         raise HandlerError(f"{who} is a task and yields; a task returns its result (a worker may yield events)")
@@ -135,7 +140,7 @@ def _signature(function: Callable[..., Any], who: str, names: Mapping[str, Any] 
     if not inspect.isroutine(function) or inspect.isclass(function):
         raise HandlerError(f"{who} is no function; decorate a def or async def")
     try:
-        hints = typing.get_type_hints(function, localns=dict(names or {}), include_extras=False)
+        hints = typing.get_type_hints(function, localns=dict(names or {}), include_extras=True)
     except NameError as error:
         raise HandlerError(
             f"{who}: the annotation {error.name!r} names nothing that can be found; import or define it above"
@@ -145,7 +150,8 @@ def _signature(function: Callable[..., Any], who: str, names: Mapping[str, Any] 
     parameters: list[Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise HandlerError(f"{who}: *{parameter.name} cannot be filled in; name every parameter")
+            stars = "*" if parameter.kind is parameter.VAR_POSITIONAL else "**"
+            raise HandlerError(f"{who}: {stars}{parameter.name} cannot be filled in; name every parameter")
         if parameter.name not in hints:
             raise HandlerError(
                 f"{who}: parameter {parameter.name!r} has no annotation; its type says what is handed in: {parameter.name}: SomeType"
@@ -170,6 +176,10 @@ def _received(payload: Any, who: str, name: str, topic: str | None) -> tuple[Eve
         if topic is not None and len(members) > 1:
             raise HandlerError(f"{who} receives several types, so topic={topic!r} cannot stand for all; leave it out")
         found = tuple(event_type(member) for member in members)
+        if len({event.topic for event in found}) < len(found):
+            raise HandlerError(
+                f"{who} receives several types of one topic ({found[0].topic}), which it could not tell apart"
+            )
         return found if topic is None else (EventType(found[0].type, topic, found[0].key),)
     if payload is bytes or payload is dict or typing.get_origin(payload) is dict:
         if topic is None:
@@ -182,7 +192,7 @@ def _received(payload: Any, who: str, name: str, topic: str | None) -> tuple[Eve
 
 
 def _emitted(returns: Any, who: str, *, yields: bool) -> tuple[EventType, ...]:
-    leaf = returns
+    leaf = _bare(returns)
     if yields:
         leaf = _item_of(returns, _ITERATORS + _ASYNC_ITERATORS)
         if leaf is None:
@@ -211,6 +221,17 @@ def _check_injected(injected: abc.Sequence[Parameter], who: str, mode: Mode) -> 
         raise HandlerError(
             f"{who} has cpu=True and runs in another process, so {injected[0].name!r} cannot be handed in; take the payload only"
         )
+
+
+def _bare(kind: Any) -> Any:
+    """The T of Annotated[T, …]."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
+def _plain(kind: Any) -> Any:
+    """The T of T | None and of Annotated[T, …]: how a parameter may be written that is filled in here, and left out elsewhere."""
+    members = [member for member in _members(_bare(kind)) if member is not type(None)]
+    return _bare(members[0]) if len(members) == 1 else kind
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
