@@ -1,0 +1,392 @@
+"""The CPU pool: processes for ``cpu=True`` handlers; one that crashes, hangs or eats memory takes only its own job with it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import functools
+import importlib
+import inspect
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.resource_tracker import ensure_running
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import msgspec
+
+from conveyor.core.settle import describe
+from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout
+from conveyor.runtime import logs
+from conveyor.runtime.channel import die_with_parent
+from conveyor.runtime.metrics import resident_bytes
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+START_SECONDS: Final = 300.0
+"""How long a process may take to start and to import the module of its first job."""
+DEATH_SECONDS: Final = 1.0
+"""Between the end of a process' line and its own end."""
+MEMORY_LOOK_SECONDS: Final = 0.5
+"""How often the memory of a busy process is looked at."""
+HEADER: Final = struct.Struct("!Q")
+"""Each pickle on the line comes behind its length."""
+MB: Final = 1_000_000
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a process is to run.
+
+    Parameters:
+        target: "module:qualified name" of a function, from the application's own registration, never from a message.
+        about: what its log records are about.
+    """
+
+    target: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    about: logs.Current | None
+
+
+class Started(msgspec.Struct, frozen=True):
+    """The function was found; it begins to run."""
+
+
+class Returned(msgspec.Struct, frozen=True):
+    """What it returned."""
+
+    value: Any
+
+
+class Raised(msgspec.Struct, frozen=True):
+    """What it raised, or why that, its result or the function itself could not be had."""
+
+    error: Exception
+    traceback: str
+
+
+class CpuPool:
+    """Runs functions in processes of their own, one job each at a time. Processes are started when needed, and kept.
+
+    They are spawned, not forked: a fork of a process with threads and connections inherits their locks and sockets.
+
+    Parameters:
+        size: processes at most.
+        max_jobs: jobs after which a process is replaced.
+        max_rss_bytes: memory over which a process is killed at its job, or replaced after it.
+    """
+
+    def __init__(self, size: int, *, max_jobs: int | None = None, max_rss_bytes: int | None = None) -> None:
+        self._free = asyncio.Semaphore(size)
+        self._idle: list[_Process] = []
+        self._all: set[_Process] = set()
+        self._reaping: set[asyncio.Task[None]] = set()
+        self._max_jobs = max_jobs
+        self._max_rss_bytes = max_rss_bytes
+
+    async def run(
+        self,
+        target: str,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout_seconds: float | None = None,
+    ) -> Any:
+        """Run a function in a process and give its result; a generator's results come as a list.
+
+        Cancelling kills the process.
+
+        Parameters:
+            target: "module:qualified name" of the function, or of what keeps it as its ``function`` (a task).
+            timeout_seconds: for the run itself: not for the wait for a free process, nor for its start.
+
+        Raises:
+            HandlerTimeout: it ran too long, and was killed.
+            HandlerCrashed: its process died, or used too much memory.
+            HandlerError: the function cannot be found, or its arguments, result or error cannot be sent between processes.
+            Exception: what the function raised.
+        """
+        try:
+            job = pickle.dumps(Job(target, args, kwargs or {}, logs.current.get()), pickle.HIGHEST_PROTOCOL)
+        except Exception as error:
+            raise HandlerError(
+                f"the arguments of {target} cannot be sent to another process: {describe(error)}"
+            ) from error
+        async with self._free:
+            process = await self._take()
+            try:
+                reply = await process.run(job, target, timeout_seconds, self._max_rss_bytes)
+            except BaseException:
+                self._discard(process, "it was given up")
+                raise
+            self._put_back(process)
+        if isinstance(reply, Raised):
+            raise reply.error from RemoteTraceback(reply.traceback)
+        return reply.value
+
+    async def close(self) -> None:
+        """Kill every process, with what it runs, and wait until they have ended."""
+        atexit.unregister(self._kill_all)
+        for process in tuple(self._all):
+            self._discard(process, "the pool was closed")
+        self._idle.clear()
+        await asyncio.gather(*self._reaping)
+
+    async def _take(self) -> _Process:
+        while self._idle:
+            process = self._idle.pop()
+            if process.alive:
+                return process
+            self._discard(process, "it died between two jobs")
+        # multiprocessing's own clean-up at exit would wait for processes that ignore SIGTERM; this one runs before it.
+        atexit.unregister(self._kill_all)
+        atexit.register(self._kill_all)
+        process = await _Process.start()
+        self._all.add(process)
+        return process
+
+    def _put_back(self, process: _Process) -> None:
+        worn = self._max_jobs is not None and process.jobs >= self._max_jobs
+        if worn or (self._max_rss_bytes is not None and process.resident_bytes > self._max_rss_bytes):
+            self._discard(process, "it was replaced")
+        elif process in self._all:  # else the pool was closed meanwhile
+            self._idle.append(process)
+
+    def _discard(self, process: _Process, why: str) -> None:
+        """Kill a process, and reap it in the background."""
+        process.kill(why)
+        if process in self._all:
+            self._all.remove(process)
+            task = asyncio.create_task(process.ended(), name="reap a process of the pool")
+            self._reaping.add(task)
+            task.add_done_callback(self._reaping.discard)
+
+    def _kill_all(self) -> None:
+        for process in self._all:
+            process.kill("the interpreter ends")
+
+
+class RemoteTraceback(Exception):
+    """Where an error was raised in the other process."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+class _Process:
+    """One process, seen from the pool."""
+
+    def __init__(self, process: SpawnProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.jobs = 0
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._killed_for = ""
+
+    @classmethod
+    async def start(cls) -> _Process:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            ensure_running()  # first, because it changes the signal mask that is set below
+            process = multiprocessing.get_context("spawn").Process(
+                target=_serve, args=(theirs, logs.settings), name="conveyor-cpu", daemon=True
+            )
+            # A Ctrl-C in its first moments waits until the process has said that it does not want it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            process.kill()
+            raise
+        return cls(process, reader, writer)
+
+    @property
+    def alive(self) -> bool:
+        return not self._reader.at_eof() and self._process.is_alive()
+
+    @property
+    def resident_bytes(self) -> int:
+        return resident_bytes(self._process.pid)
+
+    async def run(
+        self, job: bytes, target: str, timeout_seconds: float | None, max_rss_bytes: int | None
+    ) -> Returned | Raised:
+        """Run one job; after an error the process is of no more use."""
+        self.jobs += 1
+        watch = asyncio.create_task(self._watch_memory(max_rss_bytes)) if max_rss_bytes is not None else None
+        try:
+            self._writer.write(HEADER.pack(len(job)))
+            self._writer.write(job)
+            first = await self._within(START_SECONDS, f"{target} did not start")
+            if not isinstance(first, Started):
+                return first
+            reply = await self._within(timeout_seconds, f"{target} ran too long")
+            assert not isinstance(reply, Started)
+            return reply
+        except (asyncio.IncompleteReadError, OSError):
+            why = await self._why_it_ended()
+            raise HandlerCrashed(f"the process that ran {target} died: {why}") from None
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    async def _within(self, seconds: float | None, problem: str) -> Started | Returned | Raised:
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._receive()
+        except TimeoutError:
+            raise HandlerTimeout(f"{problem}: its process was killed after {seconds:g} s") from None
+
+    def kill(self, why: str) -> None:
+        """End it at once."""
+        self._killed_for = self._killed_for or why
+        self._process.kill()
+        with contextlib.suppress(RuntimeError):  # at exit its event loop is closed already
+            self._writer.transport.abort()
+
+    async def ended(self) -> None:
+        """Wait for the end of the process, and reap it."""
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Event()
+        sentinel = os.dup(self._process.sentinel)
+        loop.add_reader(sentinel, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(sentinel)
+            os.close(sentinel)
+        # It has ended, or closed what it would end with: kill() does nothing to the one, and join() is short for both.
+        self._process.kill()
+        self._process.join()
+
+    async def _receive(self) -> Started | Returned | Raised:
+        (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+        reply = await self._reader.readexactly(length)
+        try:
+            found: Started | Returned | Raised = pickle.loads(reply)  # noqa: S301 - written by our own process
+        except Exception as error:
+            return Raised(HandlerError(f"the result cannot be read in this process: {describe(error)}"), "")
+        return found
+
+    async def _watch_memory(self, most: int) -> None:
+        while (used := self.resident_bytes) <= most:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(MEMORY_LOOK_SECONDS)
+        self._killed_for = f"used {used / MB:.0f} MB, over {most / MB:.0f} MB"
+        self._process.kill()
+
+    async def _why_it_ended(self) -> str:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEATH_SECONDS):
+                await self.ended()
+        if self._killed_for:
+            return self._killed_for
+        code = self._process.exitcode or 0
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+# --- in the other process -----------------------------------------------------------------------------------------------
+
+SHIELDED: Final = (signal.SIGINT, signal.SIGTERM)
+"""Meant for the process that owns the pool: it decides what becomes of the jobs."""
+
+
+def _serve(line: socket.socket, settings: logs.Settings | None) -> NoReturn:
+    """Run jobs until the line ends."""
+    die_with_parent()
+    for number in SHIELDED:
+        signal.signal(number, _ignore)  # not SIG_IGN, which programs started by a handler would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
+    if settings is not None:
+        logs.configure(settings.level, settings.json, process=settings.process)
+    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(line, jobs), name="pool", daemon=True).start()
+    while True:
+        _do(jobs.get(), functools.partial(_send, line))
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    pass
+
+
+def _listen(line: socket.socket, jobs: queue.SimpleQueue[bytes]) -> NoReturn:
+    """Take jobs from the line; a thread, so that the end of the pool ends the process whatever it is doing."""
+    with contextlib.suppress(OSError, struct.error), line.makefile("rb") as stream:
+        while header := stream.read(HEADER.size):
+            jobs.put(stream.read(*HEADER.unpack(header)))
+    os._exit(0)
+
+
+def _do(data: bytes, send: Callable[[Started | Returned | Raised], None]) -> None:
+    target = "?"
+    try:
+        job: Job = pickle.loads(data)  # noqa: S301 - written by our own process
+        target = job.target
+        function = _find(target)
+    except BaseException as error:  # an import may do anything, sys.exit() too
+        send(Raised(HandlerError(f"{target} cannot be run in another process: {describe(error)}"), _told(error)))
+        return
+    send(Started())
+    logs.current.set(job.about)
+    try:
+        result = function(*job.args, **job.kwargs)
+        if inspect.isgenerator(result):
+            result = list(result)
+    except Exception as error:
+        send(Raised(_portable(error), _told(error)))
+        return
+    except BaseException as error:  # sys.exit() ends the job, not the process, and not the runner either
+        send(Raised(HandlerCrashed(f"{target} raised {describe(error)}"), _told(error)))
+        return
+    try:
+        send(Returned(result))
+    except Exception as error:
+        text = f"what {target} returned cannot be sent to another process: {describe(error)}"
+        send(Raised(HandlerError(text), _told(error)))
+
+
+def _send(line: socket.socket, reply: Started | Returned | Raised) -> None:
+    data = pickle.dumps(reply, pickle.HIGHEST_PROTOCOL)
+    line.sendall(HEADER.pack(len(data)) + data)
+
+
+@functools.cache
+def _find(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    if "<locals>" in name:
+        raise HandlerError("it is defined inside a function; move it to the top of its module")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    function = getattr(found, "function", found)
+    if not callable(function):
+        raise HandlerError("it is no function")
+    return function  # type: ignore[no-any-return] # what the application registered
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, if it survives the way to the other process; else one with its text."""
+    try:
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    except Exception as broken:
+        return HandlerError(f"{describe(error)} (of a type that cannot be sent between processes: {describe(broken)})")
+    return error if type(again) is type(error) else HandlerError(describe(error))
+
+
+def _told(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception as broken:
+        return f"{type(error).__name__} (its traceback cannot be written: {type(broken).__name__})"

@@ -1,0 +1,125 @@
+"""What the CPU pool runs in its tests: good jobs and bad ones. Imported by the pool's processes."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from conveyor.errors import Retry
+
+
+def add(one: int, other: int = 0) -> int:
+    return one + other
+
+
+def where() -> int:
+    return os.getpid()
+
+
+def count(most: int) -> Iterator[int]:
+    yield from range(most)
+
+
+def meet(path: str) -> str:
+    """Come back only when the test has let both sides go."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(path)
+        return line.recv(100).decode()
+
+
+def hang(path: str) -> NoReturn:
+    """Tell the test who hangs here; then never end."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(path)
+        line.sendall(str(os.getpid()).encode())
+    while True:
+        time.sleep(60)
+
+
+def leave(code: int) -> NoReturn:
+    os._exit(code)
+
+
+def exit_politely() -> NoReturn:
+    sys.exit(3)
+
+
+def fault() -> None:
+    ctypes.string_at(0)
+
+
+def close_everything() -> None:
+    """What programs do that turn themselves into daemons."""
+    os.closerange(3, 100)
+
+
+def eat() -> int:
+    memory = [bytearray(os.urandom(1024) * 1024) for _ in range(300)]
+    while True:
+        memory.append(bytearray(1))
+        time.sleep(0.1)
+
+
+def fail(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def ask_for_a_retry() -> NoReturn:
+    raise Retry("later", after=5.0)
+
+
+class Awkward(Exception):
+    """Survives pickling, but not unpickling."""
+
+    def __init__(self, one: int, other: int) -> None:
+        super().__init__(f"{one} and {other}")
+
+
+def fail_awkwardly() -> NoReturn:
+    raise Awkward(1, 2)
+
+
+def fail_with_a_lock() -> NoReturn:
+    raise ValueError(threading.Lock())
+
+
+def give_a_lock() -> Any:
+    return threading.Lock()
+
+
+def give_much(size: int) -> bytes:
+    return b"x" * size
+
+
+def log_a_line(text: str) -> None:
+    logging.getLogger("shop").warning(text)
+
+
+def terminate_a_program() -> int:
+    """Whether a program started by a job can be told to end."""
+    program = subprocess.Popen(["sleep", "3600"])
+    program.terminate()
+    return program.wait()
+
+
+class Registered:
+    """A function wrapped as a task."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self) -> NoReturn:
+        raise AssertionError("the wrapper is not what the pool runs")
+
+
+@Registered
+def wrapped() -> str:
+    return "unwrapped"

@@ -1,0 +1,304 @@
+"""A job of the CPU pool harms nobody but itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout, Retry
+from conveyor.runtime import logs
+from conveyor.runtime.logs import Current
+from conveyor.runtime.pool import CpuPool
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def _importable_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[CpuPool]:
+    pool = CpuPool(2)
+    yield pool
+    await pool.close()
+
+
+class Meeting:
+    """Where jobs meet the test: a socket whose address a job is given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / "meeting")
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(self.path)
+        self._server.listen()
+        self._server.setblocking(False)
+
+    async def arrival(self) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        line, _ = await asyncio.wait_for(loop.sock_accept(self._server), 60)
+        return line
+
+    async def pid(self) -> int:
+        with await self.arrival() as line:
+            return int(await asyncio.get_running_loop().sock_recv(line, 100))
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@pytest.fixture
+def meeting(tmp_path: Path) -> Iterator[Meeting]:
+    meeting = Meeting(tmp_path)
+    yield meeting
+    meeting.close()
+
+
+async def gone(pid: int) -> None:
+    """Wait until a process has ended and is reaped."""
+    async with asyncio.timeout(30):
+        while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110, ASYNC240 - /proc does not block
+            await asyncio.sleep(0.01)
+
+
+async def test_a_job_runs_in_another_process_and_gives_its_result(pool: CpuPool) -> None:
+    assert await pool.run("jobs:add", (1,), {"other": 2}) == 3
+    assert await pool.run("jobs:where") != os.getpid()
+
+
+async def test_a_process_is_kept_for_the_next_job(pool: CpuPool) -> None:
+    assert await pool.run("jobs:where") == await pool.run("jobs:where")
+
+
+async def test_no_process_is_started_before_it_is_needed() -> None:
+    pool = CpuPool(4)
+    assert not pool._all
+    await pool.close()
+
+
+async def test_two_jobs_run_at_the_same_time(pool: CpuPool, meeting: Meeting) -> None:
+    async with asyncio.TaskGroup() as group:
+        jobs = [group.create_task(pool.run("jobs:meet", (meeting.path,))) for _ in range(2)]
+        with await meeting.arrival() as one, await meeting.arrival() as other:  # both are there before either may go on
+            one.send(b"one")
+            other.send(b"other")
+    assert {job.result() for job in jobs} == {"one", "other"}
+
+
+async def test_more_jobs_than_processes_take_turns(pool: CpuPool) -> None:
+    pids = await asyncio.gather(*(pool.run("jobs:where") for _ in range(10)))
+    assert 1 <= len(set(pids)) <= 2
+
+
+async def test_a_generator_gives_a_list(pool: CpuPool) -> None:
+    assert await pool.run("jobs:count", (3,)) == [0, 1, 2]
+
+
+async def test_a_task_is_unwrapped(pool: CpuPool) -> None:
+    assert await pool.run("jobs:wrapped") == "unwrapped"
+
+
+async def test_a_large_result_arrives(pool: CpuPool) -> None:
+    assert len(await pool.run("jobs:give_much", (20_000_000,))) == 20_000_000
+
+
+async def test_an_error_arrives_with_its_type_and_its_traceback(pool: CpuPool) -> None:
+    with pytest.raises(ValueError, match="bad input") as caught:
+        await pool.run("jobs:fail", ("bad input",))
+    assert "jobs.py" in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(Retry) as outcome:
+        await pool.run("jobs:ask_for_a_retry")
+    assert outcome.value.after_seconds == 5.0
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "why"),
+    [
+        ("jobs:leave", (7,), "exit code 7"),
+        ("jobs:leave", (0,), "exit code 0"),
+        ("jobs:fault", (), "killed by SIGSEGV"),
+        ("jobs:exit_politely", (), "SystemExit"),
+    ],
+)
+async def test_a_job_that_ends_its_process_fails_alone(
+    pool: CpuPool, meeting: Meeting, target: str, args: tuple[object, ...], why: str
+) -> None:
+    neighbour = asyncio.create_task(pool.run("jobs:meet", (meeting.path,)))
+    with await meeting.arrival() as line:
+        with pytest.raises(HandlerCrashed, match=why):
+            await pool.run(target, args)
+        assert await pool.run("jobs:add", (1, 1)) == 2
+        line.send(b"unharmed")
+        assert await neighbour == "unharmed"
+
+
+async def test_a_killed_process_is_replaced(pool: CpuPool, meeting: Meeting) -> None:
+    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    os.kill(await meeting.pid(), signal.SIGKILL)
+    with pytest.raises(HandlerCrashed, match="killed by SIGKILL"):
+        await job
+    assert await pool.run("jobs:add", (1, 1)) == 2
+
+
+async def test_a_process_that_died_between_two_jobs_is_replaced(pool: CpuPool) -> None:
+    pid = await pool.run("jobs:where")
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while next(iter(pool._all)).alive:
+            await asyncio.sleep(0.01)
+    assert await pool.run("jobs:where") != pid
+
+
+async def test_a_job_that_closes_its_line_fails(pool: CpuPool) -> None:
+    with pytest.raises(HandlerCrashed):
+        await pool.run("jobs:close_everything")
+    assert await pool.run("jobs:add", (1, 1)) == 2
+
+
+async def test_a_job_that_runs_too_long_is_killed(pool: CpuPool, meeting: Meeting) -> None:
+    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,), timeout_seconds=0.2))
+    pid = await meeting.pid()
+    with pytest.raises(HandlerTimeout, match=r"jobs:hang ran too long.*0\.2 s"):
+        await job
+    await gone(pid)
+
+
+async def test_a_cancelled_job_is_killed(pool: CpuPool, meeting: Meeting) -> None:
+    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    pid = await meeting.pid()
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    await gone(pid)
+    assert await pool.run("jobs:add", (1, 1)) == 2
+
+
+async def test_a_stopped_process_can_be_cancelled(pool: CpuPool, meeting: Meeting) -> None:
+    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    pid = await meeting.pid()
+    os.kill(pid, signal.SIGSTOP)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    await gone(pid)
+
+
+async def test_closing_the_pool_ends_its_jobs_and_processes(meeting: Meeting) -> None:
+    pool = CpuPool(1)
+    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    pid = await meeting.pid()
+    await pool.close()
+    assert not os.path.exists(f"/proc/{pid}")  # noqa: PTH110, ASYNC240 - /proc does not block
+    with pytest.raises(HandlerCrashed, match="the pool was closed"):
+        await job
+
+
+async def test_a_result_that_cannot_travel_is_a_clear_error(pool: CpuPool) -> None:
+    with pytest.raises(HandlerError, match=r"what jobs:give_a_lock returned cannot be sent .*pickle"):
+        await pool.run("jobs:give_a_lock")
+
+
+@pytest.mark.parametrize(
+    ("target", "text"), [("jobs:fail_awkwardly", "Awkward: 1 and 2"), ("jobs:fail_with_a_lock", "ValueError: .*lock")]
+)
+async def test_an_error_that_cannot_travel_arrives_as_text(pool: CpuPool, target: str, text: str) -> None:
+    with pytest.raises(HandlerError, match=text):
+        await pool.run(target)
+
+
+async def test_arguments_that_cannot_travel_are_a_clear_error(pool: CpuPool) -> None:
+    with pytest.raises(HandlerError, match="the arguments of jobs:add cannot be sent"):
+        await pool.run("jobs:add", (threading.Lock(),))
+
+
+@pytest.mark.parametrize("target", ["jobs:nothing", "no_such_module:add", "jobs:test.<locals>.inner", "jobs:HERE"])
+async def test_a_function_that_cannot_be_found_is_a_clear_error(pool: CpuPool, target: str) -> None:
+    with pytest.raises(HandlerError, match=f"{target} cannot be run in another process"):
+        await pool.run(target)
+
+
+async def test_a_job_that_eats_memory_is_killed() -> None:
+    pool = CpuPool(1, max_rss_bytes=200_000_000)
+    with pytest.raises(HandlerCrashed, match=r"used \d+ MB, over 200 MB"):
+        await pool.run("jobs:eat")
+    assert await pool.run("jobs:add", (1, 1)) == 2
+    await pool.close()
+
+
+async def test_a_process_is_replaced_after_its_share_of_jobs() -> None:
+    pool = CpuPool(1, max_jobs=2)
+    pids = [await pool.run("jobs:where") for _ in range(4)]
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+    await pool.close()
+
+
+async def test_signals_from_the_terminal_are_left_to_the_owner_of_the_pool(pool: CpuPool, meeting: Meeting) -> None:
+    job = asyncio.create_task(pool.run("jobs:meet", (meeting.path,)))
+    with await meeting.arrival() as line:
+        process = next(iter(pool._all))._process
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid or 0, number)
+        line.send(b"still here")
+        assert await job == "still here"
+
+
+async def test_a_program_started_by_a_job_can_be_terminated(pool: CpuPool) -> None:
+    assert await pool.run("jobs:terminate_a_program") == -signal.SIGTERM
+
+
+async def test_a_job_logs_like_its_runner(
+    pool: CpuPool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "settings", logs.Settings(20, True, "2"))
+    token = logs.current.set(Current("m-1", None, "resize", 2))
+    await pool.run("jobs:log_a_line", ("hello",))
+    logs.current.reset(token)
+    line = json.loads(capfd.readouterr().err)
+    assert (line["message"], line["message_id"], line["worker"], line["process"]) == ("hello", "m-1", "resize", "2")
+
+
+SCRIPT = """
+import asyncio, sys
+from conveyor.runtime.pool import CpuPool
+
+def double(number):
+    return 2 * number
+
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+def move(point):
+    point.x += 1
+    return point
+
+async def main():
+    pool = CpuPool(1)
+    print(await pool.run(f"{double.__module__}:{double.__qualname__}", (21,)))
+    print((await pool.run("__main__:move", (Point(6),))).x)
+    if "close" in sys.argv:
+        await pool.close()
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("ending", ["close", "forget"])
+def test_an_application_that_is_the_main_program_can_use_it_and_ends(tmp_path: Path, ending: str) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run([sys.executable, script, ending], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["42", "7"], "")
