@@ -127,7 +127,7 @@ def findings(app: Conveyor) -> Iterator[Finding]:
     yield from _misfits(drawn)
     yield from _circles(drawn)
     yield from _shared_queues(app.workers.values())
-    yield from _unprovided(app)
+    yield from unprovided(app, app.workers.values())
     try:
         made = app._new_broker()
     except ConfigurationError as error:
@@ -197,21 +197,19 @@ def _shared_queues(workers: Iterable[Worker]) -> Iterator[Finding]:
             )
 
 
-def _unprovided(app: Conveyor) -> Iterator[Finding]:
-    for worker in app.workers.values():
-        for parameter in worker.plan.injected:
-            if is_transaction(parameter.type):
-                if not (app.database_url or os.environ.get("CONVEYOR_DATABASE")):
-                    text = f"takes a Transaction, and there is no database; say Conveyor({app.name!r}, database=…) or --database"
-                    yield Finding(Level.ERROR, worker.name, text)
-            elif parameter.type not in (Message, Context) and parameter.type not in app.providers:
+def unprovided(app: Conveyor, workers: Iterable[Worker]) -> Iterator[Finding]:
+    """What these workers need that nobody provides: the one mistake that stops them from being started."""
+    wanted = {worker.name: [parameter.type for parameter in worker.plan.injected] for worker in workers}
+    wanted |= {_name(provider.function): list(provider.needs.values()) for provider in app.providers.values()}
+    has_database = bool(app.database_url or os.environ.get("CONVEYOR_DATABASE"))
+    for who, types in wanted.items():
+        for needed in types:
+            if is_transaction(needed) and not has_database:
+                hint = f"say Conveyor({app.name!r}, database=…), --database URL, or set CONVEYOR_DATABASE"
+                yield Finding(Level.ERROR, who, f"takes a Transaction, and there is no database; {hint}")
+            elif not is_transaction(needed) and needed not in (Message, Context) and needed not in app.providers:
                 hint = "write a function that does and decorate it with @app.provide"
-                yield Finding(Level.ERROR, worker.name, f"needs {_name(parameter.type)}, which nobody provides; {hint}")
-    for provider in app.providers.values():
-        for need in provider.needs.values():
-            if need not in app.providers:
-                text = f"needs {_name(need)}, which nobody provides; decorate a function that does with @app.provide"
-                yield Finding(Level.ERROR, getattr(provider.function, "__name__", "provider"), text)
+                yield Finding(Level.ERROR, who, f"needs {_name(needed)}, which nobody provides; {hint}")
 
 
 def _features(queue: Queue, broker: Broker) -> Iterator[Finding]:

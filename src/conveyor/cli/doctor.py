@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -101,15 +102,10 @@ async def _examine(url: str, only: Sequence[str] | None, output: Output) -> int:
 
 async def _look(makers: Makers) -> tuple[dict[Feature, str], list[str]]:
     """Open the broker once: what it lacks, and what it warns of (its settings, its disk, its server)."""
-    warnings = _Warnings()
-    logger = logging.getLogger("conveyor")
-    logger.addHandler(warnings)
-    logger.propagate = False  # from here on the proofs provoke warnings on purpose
     broker = makers.broker()
-    await broker.open()
-    await broker.close()
-    logger.removeHandler(warnings)
-    logger.addHandler(logging.NullHandler())
+    with _overheard() as warnings:
+        await broker.open()
+        await broker.close()
     missing = dict(broker.missing)
     lacking = [f"no {feature}: {risk}" for feature, risk in RISKS.items() if feature in missing]
     return missing, [*lacking, *warnings.said]
@@ -127,7 +123,8 @@ async def _prove(makers: Makers, only: Sequence[str] | None, output: Output) -> 
             elif errors().is_terminal:
                 output.note(f"{result.promise.name}: {WORDS[result.ended]}")
 
-        return await prove_all(makers, only, tell=tell)
+        with _overheard():  # the proofs provoke warnings on purpose
+            return await prove_all(makers, only, tell=tell)
 
 
 def _print(result: Result) -> None:
@@ -163,3 +160,17 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.said.append(masked(record.getMessage()))
+
+
+@contextlib.contextmanager
+def _overheard() -> Iterator[_Warnings]:
+    """What Conveyor warns of inside the block is kept, and shown nowhere else."""
+    logger = logging.getLogger("conveyor")
+    warnings, before = _Warnings(), logger.propagate
+    logger.addHandler(warnings)
+    logger.propagate = False
+    try:
+        yield warnings
+    finally:
+        logger.propagate = before
+        logger.removeHandler(warnings)

@@ -21,6 +21,7 @@ from conveyor.app import Conveyor
 from conveyor.broker import Broker, Feature
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.application import broker_url, load_app
+from conveyor.cli.check import unprovided
 from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import Config, LogFormat, LogLevel, masked
 from conveyor.errors import ConfigurationError
@@ -124,6 +125,7 @@ def run(
     loaded = load_app(app, broker=broker, database=database)
     chosen = _chosen(loaded, workers)
     if link is None:
+        _refuse_unprovided(loaded, chosen)
         child = _command(app, chosen, flags, json=output.json)
         return asyncio.run(_supervise(loaded, chosen, settings, child))
     loaded.owner = link.owner
@@ -145,6 +147,13 @@ def _chosen(app: Conveyor, workers: str | None) -> list[str]:
     if not names:
         raise ConfigurationError("--workers names none; leave it out for all")
     return names
+
+
+def _refuse_unprovided(app: Conveyor, workers: Sequence[str]) -> None:
+    """Say once, before any process is started, what every one of them would fail for."""
+    found = unprovided(app, [app.workers[name] for name in workers])
+    if said := [f"{finding.subject} {finding.text}" for finding in found]:
+        raise ConfigurationError("\n".join(said))
 
 
 # --- the supervisor -----------------------------------------------------------------------------------------------------
@@ -236,7 +245,7 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
     hurry: asyncio.TimerHandle | None = None
 
     def health() -> Health:
-        return STARTING if runner is None else Health(runner.unready, runner.unhealthy)
+        return STARTING if runner is None else runner.health()
 
     def cut() -> None:
         for consumer in runner.consumers.values() if runner is not None else ():

@@ -1,0 +1,183 @@
+"""``conveyor run`` does the work, says how it is, survives what kills a process, and ends in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Program
+
+PATIENCE_SECONDS = 60.0
+
+
+@contextmanager
+def running(conveyor: Program, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The program at work, ended by SIGTERM with code 0; its log is on stdout."""
+    with subprocess.Popen(
+        conveyor.command("run", *arguments, "--json"),
+        cwd=conveyor.folder,
+        env=conveyor.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as program:
+        try:
+            yield program
+            program.send_signal(signal.SIGTERM)
+            output, _ = program.communicate(timeout=PATIENCE_SECONDS)
+            assert program.returncode == 0, output
+        finally:
+            program.kill()
+
+
+def order(conveyor: Program, name: str) -> None:
+    conveyor.ok("publish", "shop", "OrderCreated", "--data", json.dumps({"order_id": name, "total": "1"}))
+
+
+async def shipped(conveyor: Program, number: int) -> list[str]:
+    """Wait until so many orders are shipped."""
+    file = conveyor.folder / "shipped"
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            lines = file.read_text().split() if file.exists() else []
+            if len(lines) >= number:
+                return lines
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+async def test_workers_of_all_processes_do_the_work_and_sigterm_ends_them_in_order(
+    conveyor: Program, processes: str
+) -> None:
+    for name in ("A-1", "A-2"):
+        order(conveyor, name)
+    with running(conveyor, "shop", "--processes", processes):
+        assert sorted(await shipped(conveyor, 2)) == ["A-1", "A-2"]
+    assert {queue["in_flight"] for queue in conveyor.json("queues", "--app", "shop")["queues"]} == {0}
+
+
+async def test_only_the_named_workers_run(conveyor: Program) -> None:
+    order(conveyor, "A-1")
+    with running(conveyor, "shop", "--workers", "charge"):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                listed = await asyncio.to_thread(conveyor.json, "queues", "--app", "shop")
+                found = {queue["name"]: queue for queue in listed["queues"]}
+                if found["shop.ship"]["ready"] == 1 and found["shop.charge"]["in_flight"] == 0:
+                    break
+    assert not (conveyor.folder / "shipped").exists()
+
+
+async def test_health_and_metrics_are_served(conveyor: Program, free_port: int) -> None:
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_port}{path}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    order(conveyor, "A-1")
+    with running(conveyor, "shop", "--http", f"127.0.0.1:{free_port}"):
+        await shipped(conveyor, 1)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while 'conveyor_succeeded_total{worker="ship"} 1.0' not in (
+                text := await asyncio.to_thread(get, "/metrics")
+            ):
+                await asyncio.sleep(0.1)
+        assert "conveyor_queue" in text
+        assert json.loads(await asyncio.to_thread(get, "/readyz"))["ready"] is True
+        assert json.loads(await asyncio.to_thread(get, "/livez"))["live"] is True
+
+
+async def test_a_message_that_kills_its_process_becomes_a_dead_letter_and_others_are_handled(conveyor: Program) -> None:
+    (conveyor.folder / "poison.py").write_text(
+        """
+import os
+from shop import OrderCreated, PaymentProcessed, app
+
+@app.worker
+def poison(order: OrderCreated) -> None:
+    if order.order_id == "poison":
+        os._exit(7)
+"""
+    )
+    for name in ("poison", "A-1"):
+        order(conveyor, name)
+    conveyor.ok("publish", "poison", "OrderCreated", "--data", '{"order_id": "poison", "total": "1"}')
+    conveyor.ok("publish", "poison", "OrderCreated", "--data", '{"order_id": "A-2", "total": "1"}')
+    with running(conveyor, "poison"):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                listed = await asyncio.to_thread(conveyor.json, "queues", "--app", "poison")
+                found = {queue["name"]: queue for queue in listed["queues"]}
+                if found["shop.poison"]["dead"] == 1 and found["shop.poison"]["ready"] == 0:
+                    break
+        assert sorted(await shipped(conveyor, 4)) == ["A-1", "A-2", "poison", "poison"]
+    [letter] = conveyor.json("dead", "list", "--app", "poison")["dead"]
+    assert (letter["reason"], letter["queue"]) == ("crashed", "shop.poison")
+    assert "exit code 7" in letter["error"]
+
+
+async def test_a_second_signal_hurries_a_handler_that_takes_long(conveyor: Program) -> None:
+    (conveyor.folder / "slow.py").write_text(
+        """
+import asyncio
+from pathlib import Path
+from shop import OrderCreated, app
+
+@app.worker
+async def slow(order: OrderCreated) -> None:
+    Path("started").touch()
+    await asyncio.sleep(3600)
+"""
+    )
+    conveyor.ok("publish", "slow", "OrderCreated", "--data", '{"order_id": "A-1", "total": "1"}')
+    with running(conveyor, "slow", "--grace", "1000") as program:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not (conveyor.folder / "started").exists():
+                await asyncio.sleep(0.02)
+        program.send_signal(signal.SIGINT)
+        await asyncio.to_thread(read_until, program, "stopping: SIGINT")
+    [queue] = [each for each in conveyor.json("queues", "--app", "slow")["queues"] if each["name"] == "shop.slow"]
+    assert (queue["ready"], queue["in_flight"], queue["dead"]) == (1, 0, 0)
+
+
+def read_until(program: subprocess.Popen[str], text: str) -> None:
+    """Read the log until it says so."""
+    assert program.stdout is not None
+    for line in program.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the log ended without {text!r}")
+
+
+def test_what_every_process_would_fail_for_is_said_once_before_any_is_started(conveyor: Program) -> None:
+    (conveyor.folder / "needy.py").write_text(
+        "from shop import OrderCreated, app\nclass Gateway: ...\n\n"
+        "@app.worker\nasync def needy(order: OrderCreated, gateway: Gateway) -> None: ...\n"
+    )
+    said = conveyor.refused("run", "needy", "--processes", "4")
+    assert said.count("needy needs Gateway, which nobody provides") == 1
+    assert "stopping" not in said
+
+
+def test_the_program_runs_as_a_module_and_as_a_script(conveyor: Program) -> None:
+    script = Path(sys.executable).with_name("conveyor")
+    done = subprocess.run([script, "--version"], capture_output=True, check=True, cwd=os.fspath(conveyor.folder))
+    assert done.stdout.decode() == conveyor.ok("--version")
+
+
+def test_migrate_creates_the_tables_once(conveyor: Program) -> None:
+    url = "sqlite+aiosqlite:///shop.db"
+    assert conveyor.json("migrate", "--database", url)["statements"]
+    assert conveyor.json("migrate", "shop", CONVEYOR_DATABASE=url) == {"database": url, "statements": []}
+    assert "was up to date already" in conveyor.ok("migrate", "--database", url)
