@@ -227,13 +227,18 @@ class Runner:
         for _, other_suspect in waiting:
             self._settler.add(other_suspect, Release())
         self._waits_alone = delivery
-        quiet = await self._all_still(QUIET_SECONDS)
-        self._waits_alone = None
+        try:
+            quiet = await self._all_still(QUIET_SECONDS)
+            await self._settler.flush()
+        except asyncio.CancelledError:
+            self._settler.add(delivery, Release())
+            raise
+        finally:
+            self._waits_alone = None
         if not quiet:
             log.info("message %s has to run alone, but others take long: given back for later", delivery.message.id)
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
-        await self._settler.flush()
         log.warning(
             "message %s is run alone: %d processes died while they handled it", delivery.message.id, delivery.crashes
         )
