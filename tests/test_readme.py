@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,26 +26,32 @@ def blocks(document: str) -> list[tuple[str, str]]:
 
 
 def example(document: str) -> tuple[str, str]:
-    """The program that makes an app, and what the block after it shows as its output ("" where there is none)."""
+    """The program that makes an app, and the session on a terminal that follows it."""
     found = blocks(document)
-    for position, (language, text) in enumerate(found):
-        if language == "python" and "= Conveyor(" in text:
-            following = found[position + 1 : position + 2]
-            return text, next((shown for kind, shown in following if kind == "text"), "")
-    raise AssertionError('README.md has no ```python block with "= Conveyor("')
+    for (language, text), (next_language, session) in itertools.pairwise(found):
+        if language == "python" and "= Conveyor(" in text and next_language == "console":
+            return text, session
+    raise AssertionError('README.md has no ```python block with "= Conveyor(" and a ```console block behind it')
 
 
-def test_the_example_of_the_readme_runs_to_its_last_message(tmp_path: Path) -> None:
-    program, shown = example(README.read_text())
+def test_the_example_of_the_readme_does_what_it_shows(tmp_path: Path) -> None:
+    program, session = example(README.read_text())
+    commands = [shlex.split(line[2:]) for line in session.splitlines() if line.startswith("$ ")]
+    shown = [line for line in session.splitlines() if not line.startswith("$ ")]
+    assert [command[:2] for command in commands] == [["conveyor", "publish"], ["conveyor", "run"]]
+    assert shown
     (tmp_path / "shop.py").write_text(program)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CONVEYOR_")}
-    command = [sys.executable, "-W", "error", "shop.py"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert shown.strip() in done.stdout
+    publish, run = ([sys.executable, "-W", "error", "-m", *command] for command in commands)
+    subprocess.run(publish, cwd=tmp_path, env=environment, check=True, timeout=120)
+    with subprocess.Popen(run, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        try:
+            for line in shown:  # a test that waits in vain is ended by its time limit
+                assert running.stdout.readline() == line + "\n"
+        finally:
+            running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
