@@ -288,8 +288,8 @@ class Consumer:
         timeout = self.worker.timeout_seconds
         lane.started = started = time.monotonic()
         lane.deadline = FOREVER if timeout is None else started + timeout
-        wait = self._clock() - max(deliveries[0].message.created, deliveries[0].message.due)
-        self.metrics.wait.observe(max(0.0, wait))
+        if (first := deliveries[0]).deliveries == 1:
+            self.metrics.wait.observe(max(0.0, self._clock() - max(first.message.created, first.message.due)))
         try:
             if self.worker.batch == 1:
                 verdict = await self._attempt(lane, deliveries[0])
