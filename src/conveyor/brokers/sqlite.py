@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -77,37 +76,23 @@ MANY: Final = 5_000
 """So many messages are purged in one commit, so that others wait milliseconds."""
 REMOTE: Final = frozenset("9p afs ceph cifs coda glusterfs gpfs lustre ncpfs nfs nfs4 smb2 smb3 smbfs".split())
 """File systems whose locks or shared memory do not hold between hosts; and all of fuse."""
+WITNESS_SECONDS: Final = 2.0
+"""Who saw a process die can say more about it than a socket that does not answer, and has so long to say it (reclaim)."""
 EXPIRED: Final = "its lease ended without a sign of life"
 BURIED: Final = "its process ended without closing the broker"
 
 _TEXT: Final = resources.files("conveyor.brokers").joinpath("sqlite.sql").read_text("utf-8")
 SQL: Final = {
-    name: text.strip() for name, text in re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", _TEXT, re.M | re.S)
+    name: text.strip()
+    for name, text in re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", _TEXT, re.MULTILINE | re.DOTALL)
 }
 COLUMNS: Final = 17
 """Values of one row of SQL["insert"]."""
 INSERTS: Final = {rows: f"{SQL['insert']} {','.join(['(' + ','.join('?' * COLUMNS) + ')'] * rows)}" for rows in CHUNKS}
 READY, DELAYED = 0, 2
+FATAL: Final = (apsw.FullError, apsw.IOError, apsw.CorruptError)
+"""No operation's fault: the whole transaction fails."""
 
-_Row = tuple[
-    int,
-    int,
-    int,
-    str,
-    str,
-    str,
-    str | None,
-    str | None,
-    str | None,
-    str | None,
-    str | None,
-    float,
-    float,
-    float | None,
-    int,
-    int,
-]
-_decode_rows: Final = msgspec.json.Decoder(list[_Row]).decode
 _decode_headers: Final = msgspec.json.Decoder(dict[str, str]).decode
 _Result = TypeVar("_Result")
 _Receipt = tuple[int, int]
@@ -153,7 +138,7 @@ class _QueueRow(NamedTuple):
     topics: tuple[str, ...]
 
 
-class _Doubt(Exception):  # noqa: N818 - no error: a batch that needs a closer look
+class _Doubt(Exception):
     """A lease in a batch is lost, or a message cannot be stored: it is rolled back, and done again one operation after the other."""
 
 
@@ -169,50 +154,20 @@ class _Claim(NamedTuple):
     def deliveries(self) -> list[Delivery]:
         """What the receiver gets."""
         try:
-            rows = _decode_rows(self.rows)
+            rows = msgspec.json.decode(self.rows)
         except (msgspec.DecodeError, UnicodeDecodeError):  # another program put text there that is not UTF-8
-            rows = _decode_rows(self.rows.decode("utf-8", "replace"))
+            rows = msgspec.json.decode(self.rows.decode("utf-8", "replace"))
         made: list[Delivery] = []
         queue, token, bodies, large = self.queue, self.token, self.bodies, self.large
         offset, by_priority = 0, False
-        for (
-            seq,
-            deliveries,
-            attempts,
-            error,
-            name,
-            topic,
-            key,
-            headers,
-            kind,
-            correlation,
-            cause,
-            created,
-            due,
-            expires,
-            priority,
-            length,
-        ) in rows:
+        for seq, deliveries, attempts, error, length, name, topic, key, headers, kind, *rest in rows:
             if length > LARGE_BODY:
                 body = large[seq]
             else:
                 body = bodies[offset : offset + length]
                 offset += length
-            by_priority = by_priority or priority != 0
-            message = Message(
-                name,
-                topic,
-                body,
-                key,
-                _headers(headers),
-                kind or JSON,
-                correlation,
-                cause,
-                created,
-                due,
-                expires,
-                priority,
-            )
+            message = Message(name, topic, body, key, _headers(headers), kind or JSON, *rest)
+            by_priority = by_priority or message.priority != 0
             made.append(Delivery(message, queue, (seq, token), deliveries, attempts, error))
         if by_priority:
             made.sort(key=lambda each: -each.message.priority)
@@ -253,12 +208,15 @@ class _File:
         except BaseException:
             self.close()
             raise
-        self._inode = os.stat(self.path).st_ino
+        self._inode = self.path.stat().st_ino
         self._fill_ballast()
 
     def close(self) -> None:
+        """Close it; the last one of all processes takes the ballast away."""
         self.db.close()
         _open_connections.discard(self.db)
+        if not Path(f"{self.path}-wal").exists():
+            self.drop_ballast()
 
     def _check_content(self) -> None:
         deadline = time.monotonic() + BUSY_SECONDS
@@ -310,7 +268,7 @@ class _File:
     def check_same(self) -> None:
         """Fail where the file is no longer there: what is written now would vanish."""
         try:
-            if os.stat(self.path).st_ino == self._inode:
+            if self.path.stat().st_ino == self._inode:
                 return
         except FileNotFoundError:
             pass
@@ -330,9 +288,8 @@ class _File:
         if ballast.exists() or self.low_disk():
             return
         with contextlib.suppress(OSError):  # no room, or another process made it
-            handle = os.open(ballast, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with open(handle, "wb") as file:
-                file.write(bytes(int(min(BALLAST_BYTES, _disk(self.path.parent)[1] * LOW_DISK_SHARE))))
+            ballast.touch(0o600, exist_ok=False)
+            ballast.write_bytes(bytes(int(min(BALLAST_BYTES, _disk(self.path.parent)[1] * LOW_DISK_SHARE))))
 
     def drop_ballast(self) -> bool:
         """Give up the held space; False where it is gone already."""
@@ -346,29 +303,35 @@ class _File:
     def _ballast(self) -> Path:
         return self.path.with_name(self.path.name + ".ballast")
 
-    def tidy(self) -> None:
-        """In a quiet moment: cut off a WAL that grew, give unused pages back to the disk, hold space for hard times."""
-        with contextlib.suppress(apsw.Error, FileNotFoundError):  # then the next quiet moment
-            if self.path.with_name(self.path.name + "-wal").stat().st_size > WAL_LIMIT_BYTES:
+    def tidy(self) -> bool:
+        """In a quiet moment: cut off a WAL that grew, give unused pages back to the disk, hold space for hard times.
+
+        Returns:
+            Whether there is more to do, in the next quiet moment.
+        """
+        unused = 0
+        with contextlib.suppress(apsw.Error, OSError):  # then in the next one
+            self._fill_ballast()
+            if Path(f"{self.path}-wal").stat().st_size > WAL_LIMIT_BYTES:
                 self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             if (unused := self._pragma("freelist_count")) > 2 * FREE_PAGES:
-                self._rows(f"PRAGMA incremental_vacuum({unused - FREE_PAGES})")
-            self._fill_ballast()
+                self._rows(f"PRAGMA incremental_vacuum({FREE_PAGES})")
+        return unused > 3 * FREE_PAGES
 
     # Owners and queues
 
     def register(self, owner: str, bell: _Bell) -> None:
         """Become known as alive: what needs an owner (a lease, a temporary queue, a subscription) has one from here on."""
-        if self.owner_id:
-            return
-        for [name] in self._rows("SELECT socket FROM owner WHERE name = ?", owner):
+        for number, name in self._rows("SELECT id, socket FROM owner WHERE name = ?", owner):
+            if name == bell.name:
+                self.owner_id = number
+                return
             if bell.answers(name):
                 raise BrokerError(f"the owner {owner!r} is in use by another living broker object on {self.path}")
-        self.db.execute(
-            "INSERT INTO owner (name, socket) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET socket = excluded.socket",
-            (owner, bell.name),
+        statement = (
+            "INSERT INTO owner (name, socket) VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET socket = ?2 RETURNING id"
         )
-        [[self.owner_id]] = self._rows("SELECT id FROM owner WHERE name = ?", owner)
+        [[self.owner_id]] = self._rows(statement, owner, bell.name)
 
     def sweep(self, bell: _Bell, now: float) -> None:
         """Bury the owners that are dead: their leases, subscriptions and temporary queues."""
@@ -381,8 +344,8 @@ class _File:
         self.db.execute(SQL["reclaim"], (number, now, why, int(uncounted)))
         if came_back := self.db.changes():
             self.touched.update(self.by_name)
-        for [queue] in self._rows("SELECT id FROM queue WHERE owner = ?", number):
-            self.db.execute(SQL["remove_queue"], (queue,) * SQL["remove_queue"].count("?1"))
+        for [temporary] in self._rows("SELECT id FROM queue WHERE owner = ?", number):
+            self.db.execute(SQL["remove_queue"], (temporary,) * SQL["remove_queue"].count("?1"))
         self.db.execute("DELETE FROM subscription WHERE owner = ?", (number,))
         self.db.execute("DELETE FROM owner WHERE id = ?", (number,))
         self.read_catalog()
@@ -410,7 +373,7 @@ class _File:
         [[number]] = self._rows("SELECT value FROM meta WHERE name = 'catalog'")
         if number == self._catalog:
             return
-        rows = [_QueueRow(*row, tuple(msgspec.json.decode(topics))) for *row, topics in self._rows(SQL["catalog"])]
+        rows = [_QueueRow._make((*row, tuple(msgspec.json.decode(topics)))) for *row, topics in self._rows(SQL["catalog"])]
         self.by_name = {row.name: row for row in rows}
         self._by_topic = {}
         for row in rows:
@@ -473,10 +436,10 @@ class _File:
             for row in found:
                 queues[row.id] = row
                 values += (
-                    row.id, DELAYED if due > now else READY, message.priority, due if due > now else now,
+                    row.id, DELAYED if due > now else READY, message.priority, max(now, due),
                     1 if row.ordered and key is not None else 0, 0 if row.max_length is None else 1,
                     message.id, message.topic, key, headers, None if kind == JSON else kind, message.correlation_id,
-                    message.causation_id, message.created, due, message.expires, message.body,
+                    message.causation_id, message.created, due, message.expires, message.body
                 )  # fmt: skip
         at, count = 0, len(values) // COLUMNS
         for rows, statement in INSERTS.items():
@@ -672,12 +635,13 @@ class _Writer:
         self._bell = bell
         self._clock = clock
         self._heard: queue.SimpleQueue[_Operation] = queue.SimpleQueue()
-        self._parked: dict[str, deque[_Fetch]] = {}
+        self._parked: dict[str, list[_Fetch]] = {}
         self._times: dict[str, float] = {}
         """Queue of a parked fetch → when there will be something, as far as is known."""
         self._poll_seconds = POLL_SECONDS[0]
         self._untidy = True
         self._holders: dict[int, tuple[SqliteSubscription, set[int]]] = {}
+        self._sweep: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Open the file; it raises here what is wrong with it."""
@@ -689,6 +653,8 @@ class _Writer:
 
     async def stop(self) -> None:
         """Do what was asked until now, then close the file. Fetches that wait are told."""
+        if self._sweep is not None:
+            self._sweep.cancel()
         self._heard.put(_STOP)
         await asyncio.shield(self._ended)
 
@@ -722,6 +688,15 @@ class _Writer:
                 if not seqs:
                     del self._holders[token]
 
+    def sweep_soon(self) -> None:
+        """Somebody is dead, or may be: bury it, unless its supervisor does."""
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(WITNESS_SECONDS, self._do_sweep)
+
+    def _do_sweep(self) -> None:
+        self._sweep = None
+        self.ask(_Call(lambda file, now: file.sweep(self._bell, now))).add_done_callback(_ignore)
+
     # What follows runs in the thread
 
     def _run(self, opened: asyncio.Future[None]) -> None:
@@ -741,8 +716,10 @@ class _Writer:
             self._tell(_resolve, self._ended, None)
 
     def _tell(self, function: Callable[..., None], *values: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is left to hear it
+        try:
             self._loop.call_soon_threadsafe(function, *values)
+        except RuntimeError:  # the event loop is closed, without closing the broker: nobody is left to hear it
+            self._heard.put(_STOP)
 
     def _step(self) -> bool:
         """Do what has gathered, or what time brings; False at the end."""
@@ -760,8 +737,7 @@ class _Writer:
             self._commit(asked)
             self._untidy = True
         elif quiet and self._untidy and self._poll_seconds >= POLL_SECONDS[1]:
-            self._file.tidy()
-            self._untidy = False
+            self._untidy = self._file.tidy()
         self._poll_seconds = min(2 * self._poll_seconds, POLL_SECONDS[1]) if quiet and not asked else POLL_SECONDS[0]
         return going_on
 
@@ -776,70 +752,70 @@ class _Writer:
         found: list[_Fetch] = []
         now = self._clock()
         for name, fetches in list(self._parked.items()):
-            waiting = deque(each for each in fetches if not each.future.done())
-            at = self._next_at(name) if waiting else None
-            if not waiting or (at is not None and at <= now):
-                self._unpark(name)
+            waiting = [each for each in fetches if not each.future.done()]
+            self._unpark(name)
+            if waiting and self._next_at(name) <= now:
                 found += waiting
             else:
-                self._parked[name] = waiting
-                self._times[name] = float("inf") if at is None else at
+                self._park(waiting)
         return found
 
-    def _next_at(self, name: str) -> float | None:
+    def _next_at(self, name: str) -> float:
         try:
-            return self._file.next_at(name)
+            at = self._file.next_at(name)
         except apsw.Error:
             return 0.0  # the claim will say what is wrong
+        return float("inf") if at is None else at
 
-    def _unpark(self, name: str) -> deque[_Fetch]:
+    def _park(self, fetches: list[_Fetch]) -> None:
+        for fetch in fetches:
+            self._parked.setdefault(fetch.queue, []).append(fetch)
+            self._times[fetch.queue] = self._next_at(fetch.queue)
+
+    def _unpark(self, name: str) -> list[_Fetch]:
         self._times.pop(name, None)
-        return self._parked.pop(name, deque())
+        return self._parked.pop(name, [])
 
     def _commit(self, operations: list[_Operation]) -> None:
         """Do all of these in one transaction, and tell."""
+        path = self._file.path
+        beginning: list[_Operation] = [each for each in operations if isinstance(each, _Publish | _Fetch)]
+        ending = [each for each in operations if not isinstance(each, _Publish | _Fetch)]
         outcomes: list[_Outcome] = []
         try:
             self._file.check_same()
             if why := self._file.low_disk():
-                refused = [each for each in operations if isinstance(each, _Publish | _Fetch)]
-                outcomes += [(each, BrokerFull(why)) for each in refused]
-                operations = [each for each in operations if each not in refused]
-            outcomes += self._transact(operations)
+                outcomes = [(each, BrokerFull(why)) for each in beginning]
+                beginning = []
+            outcomes += self._transact(ending + beginning) if ending or beginning else []
         except apsw.FullError as error:
-            # What is at work must be able to end: it gets the space held for it.
-            refused = [each for each in operations if isinstance(each, _Publish | _Fetch)]
-            ending = [each for each in operations if each not in refused]
-            outcomes += [(each, _explain(error, self._file.path)) for each in refused]
-            outcomes += self._transact_on_ballast(ending, error) if ending else []
-        except (apsw.Error, OSError, BrokerError) as error:
-            outcomes += [(each, _explain(error, self._file.path)) for each in operations]
-        self._tell(
-            _report,
-            self,
-            [(each, value.deliveries() if isinstance(value, _Claim) else value) for each, value in outcomes],
-        )
+            outcomes += [(each, _explain(error, path)) for each in beginning]
+            outcomes += self._transact_on_ballast(ending, error)
+        except Exception as error:  # whatever it is, they must hear it, and the thread must live
+            outcomes += [(each, _explain(error, path)) for each in ending + beginning]
+        self._tell(_report, self, outcomes)
 
     def _transact_on_ballast(self, operations: list[_Operation], error: Exception) -> list[_Outcome]:
-        if self._file.drop_ballast():
-            try:
+        """What is at work must be able to end, on a full disk too: it gets the space that was held for it."""
+        try:
+            if self._file.drop_ballast():
                 return self._transact(operations)
-            except apsw.Error as again:
-                error = again
+        except Exception as again:
+            error = again
         return [(each, _explain(error, self._file.path)) for each in operations]
 
     def _transact(self, operations: list[_Operation]) -> list[_Outcome]:
         file = self._file
         fetches = [each for each in operations if isinstance(each, _Fetch)]
         others = [each for each in operations if not isinstance(each, _Fetch)]
-        file.touched.clear()
+        woken: list[_Fetch] = []
         file.begin()
         try:
             file.read_catalog()
             now = self._clock()
             try:
                 outcomes = self._together(others, now)
-            except (apsw.FullError, apsw.IOError, apsw.CorruptError):
+            except FATAL:
                 raise
             except Exception:  # whatever it is, only the operation that caused it shall see it
                 file.roll_back()
@@ -851,10 +827,13 @@ class _Writer:
             file.db.execute("COMMIT")
         except BaseException:
             file.roll_back()
+            self._park(woken)
             raise
         if file.touched:
-            self._bell.ring()
-        return outcomes
+            file.touched.clear()
+            if not self._bell.ring():
+                self._tell(self.sweep_soon)
+        return [(each, value.deliveries() if isinstance(value, _Claim) else value) for each, value in outcomes]
 
     def _together(self, operations: list[_Operation], now: float) -> list[_Outcome]:
         """The fast way: each kind as one batch. Anything unexpected raises."""
@@ -877,20 +856,27 @@ class _Writer:
         """The careful way: an operation that fails fails for itself."""
         file = self._file
         file.db.execute("SAVEPOINT operation")
+        result: object
         try:
-            result: object
             if isinstance(operation, _Publish):
                 result = self._publish_each(operation.messages, now)
             elif isinstance(operation, _Settle):
                 result = file.settle_with_care(operation.settlements, now)
             else:
                 result = cast("_Call", operation).function(file, now)
-        except (apsw.FullError, apsw.IOError, apsw.CorruptError):
+        except FATAL:
             raise
         except Exception as error:  # told to whoever asked for it
             file.db.execute("ROLLBACK TO operation")
-            file.forget_catalog()
             result = _explain(error, file.path)
+            if isinstance(operation, _Settle):  # the likely cause: a message that it emits
+                emits = [
+                    m for each in operation.settlements if isinstance(each.verdict, Done) for m in each.verdict.emits
+                ]
+                refused = self._publish_each(emits, now)
+                file.db.execute("ROLLBACK TO operation")
+                result = refused if isinstance(refused, PublishFailed) else result
+            file.forget_catalog()
         file.db.execute("RELEASE operation")
         return operation, result
 
@@ -900,7 +886,7 @@ class _Writer:
         for message in messages:
             try:
                 unheard += self._file.insert([message], now)
-            except (apsw.FullError, apsw.IOError, apsw.CorruptError):
+            except FATAL:
                 raise
             except Exception as error:  # a value that cannot be stored: a statement that fails leaves nothing behind
                 refused[str(message.id)] = _why(error)
@@ -919,9 +905,7 @@ class _Writer:
             if claim is not None:
                 outcomes.append((fetch, claim))
             else:
-                self._parked.setdefault(fetch.queue, deque()).append(fetch)
-                at = self._file.next_at(fetch.queue)
-                self._times[fetch.queue] = float("inf") if at is None else at
+                self._park([fetch])
         return outcomes
 
 
@@ -992,12 +976,12 @@ class _Bell:
     def ring(self) -> bool:
         """Wake everybody else; False where somebody turned out to be dead."""
         try:
-            changed = os.stat(self._folder).st_mtime_ns
+            changed = self._folder.stat().st_mtime_ns
         except FileNotFoundError:
             return True
         if changed != self._listed:
             self._open()
-            self._others = [name for name in os.listdir(self._folder) if name != self.name]
+            self._others = [each.name for each in self._folder.iterdir() if each.name != self.name]
             # A change within the same tick of the kernel's clock would not show.
             self._listed = changed if time.time_ns() - changed > CLOCK_TICK_NANOSECONDS else 0
         all_alive = True
@@ -1141,7 +1125,7 @@ class SqliteBroker:
         writer = _Writer(file, self._bell, self._clock)
         await writer.start()
         self._writer, self._process = writer, os.getpid()
-        await writer.ask(_Call(lambda file, now: file.sweep(self._bell, now)))
+        writer.sweep_soon()
 
     async def close(self) -> None:
         """See conveyor.broker.Broker."""
@@ -1378,21 +1362,14 @@ def _casefold(*texts: Any) -> str:
 
 
 def _letter(row: tuple[Any, ...]) -> DeadLetter:
-    position, queue, reason, error, trace, died, deliveries, attempts, name, topic, key, headers, kind, *rest = row
-    correlation, cause, created, due, expires, priority, body = rest
-    return DeadLetter(
-        position=f"{position:020d}",  # sorts as text in the order of the numbers
-        queue=queue,
-        message=Message(
-            name, topic, body, key, _headers(headers), kind or JSON, correlation, cause, created, due, expires, priority
-        ),
-        reason=reason,
-        error=error,
-        traceback=trace,
-        deliveries=deliveries,
-        attempts=attempts,
-        died=died,
+    position, queue, reason, error, trace, died, deliveries, attempts, body, name, topic, key, headers, kind, *rest = (
+        row
     )
+    message = Message(name, topic, body, key, _headers(headers), kind or JSON, *rest)
+    return DeadLetter(
+        position=f"{position:020d}", queue=queue, message=message, reason=reason, error=error, traceback=trace,
+        deliveries=deliveries, attempts=attempts, died=died
+    )  # fmt: skip  # the position sorts as text in the order of the numbers
 
 
 def _headers(text: str | None) -> Mapping[str, str]:
@@ -1437,7 +1414,7 @@ def _explain(error: Exception, path: Path) -> BrokerError:
         )
     if isinstance(error, apsw.InterruptError):
         return BrokerUnavailable(f"the question to {path} took more than {OPERATOR_SECONDS:g} s and was given up")
-    if isinstance(error, apsw.Error | OSError):
+    if isinstance(error, OSError | apsw.IOError | apsw.CantOpenError | apsw.ReadOnlyError | apsw.NoMemError):
         return BrokerUnavailable(f"{path}: {_why(error)}")
     return BrokerError(f"{path}: {_why(error)}")
 
@@ -1449,7 +1426,7 @@ def _why(error: Exception) -> str:
 def _write_lock_holder(path: Path) -> int | None:
     """Who holds the WAL's write lock: byte 120 of the -shm file (sqlite.org/walformat.html#locks); Linux only."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        inode = os.stat(f"{path}-shm").st_ino
+        inode = Path(f"{path}-shm").stat().st_ino
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
             if (

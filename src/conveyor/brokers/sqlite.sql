@@ -103,8 +103,8 @@ UPDATE message SET state = 1, at = ?2, token = ?3, owner = ?4, deliveries = deli
 WHERE seq IN (SELECT seq FROM message WHERE state = 0 AND queue = ?1 ORDER BY priority DESC, seq LIMIT ?5)
 
 -- name: claimed
-SELECT CAST(json_group_array(json_array(seq, deliveries, attempts, error, id, topic, key, headers, content_type, correlation_id,
-           causation_id, created, due, expires, priority, length(body))) AS BLOB),
+SELECT CAST(json_group_array(json_array(seq, deliveries, attempts, error, length(body), id, topic, key, headers, content_type,
+           correlation_id, causation_id, created, due, expires, priority)) AS BLOB),
        CAST(group_concat(CASE WHEN length(body) <= ?4 THEN CAST(body AS TEXT) END, '') AS BLOB),
        json_group_array(seq) FILTER (WHERE length(body) > ?4)
 FROM message INDEXED BY message_leased WHERE state = 1 AND queue = ?1 AND at = ?2 AND token = ?3
@@ -180,13 +180,13 @@ SELECT name, (SELECT json_group_array(topic ORDER BY topic) FROM binding WHERE b
 FROM queue ORDER BY name
 
 -- name: letters
-SELECT position, queue, reason, error, traceback, died, deliveries, attempts, id, topic, key, headers, content_type, correlation_id,
-    causation_id, created, due, expires, priority, body
+SELECT position, queue, reason, error, traceback, died, deliveries, attempts, body, id, topic, key, headers, content_type,
+    correlation_id, causation_id, created, due, expires, priority
 FROM dead_letter WHERE position IN (SELECT value FROM json_each(?1)) ORDER BY position
 
 -- name: dead_letters
-SELECT position, queue, reason, error, traceback, died, deliveries, attempts, id, topic, key, headers, content_type, correlation_id,
-    causation_id, created, due, expires, priority, body
+SELECT position, queue, reason, error, traceback, died, deliveries, attempts, body, id, topic, key, headers, content_type,
+    correlation_id, causation_id, created, due, expires, priority
 FROM dead_letter
 WHERE position > ?1 AND (?2 IS NULL OR queue = ?2) AND (?3 IS NULL OR id = ?3) AND (?4 IS NULL OR reason = ?4)
     AND (?5 IS NULL OR instr(casefold(error), casefold(?5)))
