@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from conveyor.core.settle import describe
 from conveyor.errors import ConfigurationError, LedgerError, LedgerUnavailable, MissingExtra
@@ -22,6 +23,8 @@ try:
     from sqlalchemy.util import await_only
 except ModuleNotFoundError as missing:
     raise MissingExtra("the ledger", "ledger") from missing
+
+T = TypeVar("T")
 
 SQLITE_READERS: Final = 4
 CONNECT_SECONDS: Final = 10.0
@@ -111,7 +114,7 @@ class Database:
     def fetch(self, connection: Connection, statement: TextClause, values: Mapping[str, object]) -> Sequence[Any]:
         """Execute a statement with plain parameters, and fetch its rows; for what is done with every message."""
         if self.dialect == "sqlite":  # one hop to the connection's thread, where SQLAlchemy takes four
-            rows: Sequence[Any] = await_only(_driver(connection).execute_fetchall(statement.text, values))
+            rows: Sequence[Any] = _awaited(connection, _driver(connection).execute_fetchall(statement.text, values))
             return rows
         return connection.execute(statement, values).fetchall()
 
@@ -191,6 +194,15 @@ def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
 
 
+def _awaited(connection: Connection, statement: Awaitable[T]) -> T:
+    """Wait for a statement of the driver's own; a connection that was left while it executed one is not used again."""
+    try:
+        return await_only(statement)
+    except asyncio.CancelledError:
+        connection.invalidate()
+        raise
+
+
 def _postgresql_engine(url: URL, connections: int, lock_seconds: float, idle_seconds: float) -> AsyncEngine:
     engine = create_async_engine(
         url,
@@ -238,7 +250,7 @@ def _sqlite_engine(url: URL, lock_seconds: float, *, writes: bool) -> AsyncEngin
     @event.listens_for(sync, "begin")
     def begin(connection: Connection) -> None:
         try:
-            await_only(_driver(connection).execute(begin_statement))
+            _awaited(connection, _driver(connection).execute(begin_statement))
         except sqlite3.OperationalError as error:
             raise LedgerUnavailable(f"{_shown(url)} could not begin a transaction: {describe(error)}") from error
 
@@ -279,13 +291,19 @@ def _listen(engine: AsyncEngine) -> None:
 
     @event.listens_for(sync, "commit")
     def commit(connection: Connection) -> None:
-        if (watcher := connection.info.get(_WATCHER)) is not None:
+        if (watcher := connection.info.get(_WATCHER)) is None:
+            return
+        try:
             watcher.committing()
-            del connection.info[_WATCHER]
+        except BaseException:
+            connection.invalidate()  # SQLAlchemy takes it for ended, and would pool it with its transaction open
+            raise
+        del connection.info[_WATCHER]
 
     @event.listens_for(sync, "rollback")
     def rollback(connection: Connection) -> None:
-        connection.info.pop(_WATCHER, None)
+        if not connection.invalidated:
+            connection.info.pop(_WATCHER, None)
 
     @event.listens_for(sync, "handle_error")
     def handle_error(context: ExceptionContext) -> None:
