@@ -156,7 +156,7 @@ _SECRET: Final = re.compile(
 
 def masked(text: str) -> str:
     """A text in which the secrets of URLs (user and password, and query parameters named like secrets) are stars."""
-    return _SECRET.sub(r"\g<name>***", _USERINFO.sub(r"\g<scheme>***@", text))
+    return _USERINFO.sub(r"\g<scheme>***@", _SECRET.sub(r"\g<name>***", text))
 
 
 def _toml(path: Path) -> dict[str, Any] | None:

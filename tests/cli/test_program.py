@@ -321,6 +321,14 @@ def test_doctor_says_which_promises_a_broker_keeps(conveyor: Program) -> None:
     assert any("lost with its process" in risk for risk in found["risks"])
 
 
+def test_doctor_leaves_nothing_behind_on_sqlite(conveyor: Program) -> None:
+    before = sorted(conveyor.folder.iterdir())
+    found = conveyor.json("doctor", "--broker", "sqlite:///shop.queue?durability=normal", "--only", "publishing,killed")
+    assert found["ok"] is True
+    assert sorted(conveyor.folder.iterdir()) == before
+    assert found["risks"] == ["durability=normal: the last messages may be lost when the machine loses power"]
+
+
 def test_doctor_fails_on_a_broken_promise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from conveyor.brokers.memory import MemoryBroker
 

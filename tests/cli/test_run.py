@@ -89,7 +89,7 @@ async def test_health_and_metrics_are_served(conveyor: Program, free_port: int) 
     with running(conveyor, "shop", "--http", f"127.0.0.1:{free_port}"):
         await shipped(conveyor, 1)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while 'conveyor_succeeded_total{worker="ship"} 1.0' not in (
+            while 'conveyor_messages_succeeded_total{worker="ship"} 1.0' not in (
                 text := await asyncio.to_thread(get, "/metrics")
             ):
                 await asyncio.sleep(0.1)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import glob
 import logging
+import secrets
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from cyclopts import App
 
@@ -33,6 +37,12 @@ RISKS = {
 }
 """What it means for every app that a broker lacks one of these; the others only matter to those who ask for them."""
 
+SETTINGS = {
+    ("sqlite", "durability=normal"): "durability=normal: the last messages may be lost when the machine loses power",
+    ("sqlite", "network_filesystem=allow"): "network_filesystem=allow: where locks do not hold, messages are lost",
+}
+"""What risky settings in a URL mean, by scheme."""
+
 command = App(
     name="doctor",
     help_epilogue=f"""Examples:
@@ -40,8 +50,8 @@ command = App(
   conveyor doctor --app shop:app --only publishing,leases
   conveyor doctor --json | jq '.promises[] | select(.verdict == "failed")'
 
-It works with names that nobody else uses, beside what is in the broker, and
-deletes its messages afterwards. It takes a minute or two.
+It works with names that nobody else uses, and deletes its messages afterwards; on
+SQLite in a file of its own beside yours. It takes a minute or less.
 
 {EXIT_CODES}""",
 )
@@ -71,15 +81,15 @@ async def _examine(url: str, only: Sequence[str] | None, output: Output) -> int:
     parts = urlsplit(url)
     if parts.scheme == "memory" and not parts.netloc:
         raise ConfigurationError("memory:// is another broker each time it is opened; examine memory://NAME")
-    makers = Makers(functools.partial(brokers.from_url, url))
-    missing, risks = await _look(makers)
+    missing, risks = await _look(url)
     if not output.json:
         output.say(masked(url), "bold")
         for feature, why in missing.items():
             output.say(f"  lacks {feature}: {why}", "yellow")
         for risk in risks:
             output.say(f"  risk: {risk}", "yellow")
-    results = await _prove(makers, only, output)
+    with _workplace(url) as place:
+        results = await _prove(Makers(functools.partial(brokers.from_url, place)), only, output)
     failed = [result for result in results if result.ended is Ended.FAILED]
     kept = sum(result.ended is Ended.PASSED for result in results)
     if output.json:
@@ -100,15 +110,43 @@ async def _examine(url: str, only: Sequence[str] | None, output: Output) -> int:
     return FAILED if failed else OK
 
 
-async def _look(makers: Makers) -> tuple[dict[Feature, str], list[str]]:
-    """Open the broker once: what it lacks, and what it warns of (its settings, its disk, its server)."""
-    broker = makers.broker()
+async def _look(url: str) -> tuple[dict[Feature, str], list[str]]:
+    """Open the broker once: what it lacks, what its settings mean, and what it warns of (its disk, its server)."""
+    parts = urlsplit(url)
+    broker = brokers.from_url(url)
     with _overheard() as warnings:
-        await broker.open()
-        await broker.close()
+        if parts.scheme != "sqlite" or await asyncio.to_thread(_file(url).exists):
+            await broker.open()
+            await broker.close()
     missing = dict(broker.missing)
-    lacking = [f"no {feature}: {risk}" for feature, risk in RISKS.items() if feature in missing]
-    return missing, [*lacking, *warnings.said]
+    risks = [f"no {feature}: {risk}" for feature, risk in RISKS.items() if feature in missing]
+    risks += [risk for (scheme, setting), risk in SETTINGS.items() if scheme == parts.scheme and setting in parts.query]
+    return missing, [*risks, *warnings.said]
+
+
+@contextlib.contextmanager
+def _workplace(url: str) -> Iterator[str]:
+    """Where promises are proved: in the broker itself, for SQLite in a file of its own beside the one that is meant.
+
+    There it has the same disk and the same settings, takes no lock that anybody waits for, and can be deleted as a whole.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "sqlite":
+        yield url
+        return
+    file = _file(url).with_name(f"{_file(url).name}.doctor-{secrets.token_hex(4)}")
+    try:
+        yield parts._replace(path="/" + quote(str(file))).geturl()
+    finally:
+        for made in file.parent.glob(f"{glob.escape(file.name)}*"):
+            if made.is_dir():
+                shutil.rmtree(made, ignore_errors=True)
+            else:
+                made.unlink(missing_ok=True)
+
+
+def _file(url: str) -> Path:
+    return Path(unquote(urlsplit(url).path[1:]))
 
 
 async def _prove(makers: Makers, only: Sequence[str] | None, output: Output) -> list[Result]:

@@ -92,7 +92,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(
             column, justify="right" if column in right else "left", no_wrap=column in right, overflow="fold"
