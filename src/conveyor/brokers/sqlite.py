@@ -309,14 +309,18 @@ class _File:
         Returns:
             Whether there is more to do, in the next quiet moment.
         """
-        unused = 0
-        with contextlib.suppress(apsw.Error, OSError):  # then in the next one
+        more = False
+        self.db.set_busy_timeout(0)  # whoever is busy has better things to do than to wait for this
+        with contextlib.suppress(apsw.Error, OSError):
             self._fill_ballast()
-            if Path(f"{self.path}-wal").stat().st_size > WAL_LIMIT_BYTES:
-                self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             if (unused := self._pragma("freelist_count")) > 2 * FREE_PAGES:
                 self._rows(f"PRAGMA incremental_vacuum({FREE_PAGES})")
-        return unused > 3 * FREE_PAGES
+                self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)  # only now is the file shorter
+                more = unused > 3 * FREE_PAGES
+            if Path(f"{self.path}-wal").stat().st_size > WAL_LIMIT_BYTES:
+                self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        self.db.set_busy_timeout(int(BUSY_SECONDS * 1000))
+        return more
 
     # Owners and queues
 
@@ -1123,7 +1127,11 @@ class SqliteBroker:
         self._bell = _Bell(self._path)
         file = _File(self._path, self._durability, network_filesystem=self._network_filesystem)
         writer = _Writer(file, self._bell, self._clock)
-        await writer.start()
+        try:
+            await writer.start()
+        except BaseException:
+            self._bell.close()
+            raise
         self._writer, self._process = writer, os.getpid()
         writer.sweep_soon()
 

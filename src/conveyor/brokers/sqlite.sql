@@ -39,7 +39,7 @@ CREATE INDEX message_ready ON message (queue, priority DESC, seq) WHERE state = 
 CREATE INDEX message_leased ON message (queue, at) WHERE state = 1;
 CREATE INDEX message_delayed ON message (queue, at) WHERE state = 2;
 CREATE INDEX message_ordered ON message (queue, key, seq) WHERE ordered = 1;
-CREATE INDEX message_bounded ON message (queue, seq) WHERE bounded = 1 AND state <> 1;
+CREATE INDEX message_bounded ON message (queue, seq, state, bounded) WHERE bounded = 1 AND state <> 1;
 CREATE TABLE dead_letter (
     position INTEGER PRIMARY KEY AUTOINCREMENT,
     queue TEXT NOT NULL,
