@@ -157,5 +157,7 @@ def test_the_level_holds_for_every_logger() -> None:
 
 
 def test_a_settings_value_tells_another_process_how_to_log() -> None:
-    configure("debug", json=True, process="3", stream=io.StringIO())
-    assert logs.settings == logs.Settings(logging.DEBUG, True, "3")
+    configure("debug", json=True, process="3", stream=sys.stdout)
+    assert logs.settings == logs.Settings(logging.DEBUG, True, "3", stdout=True)
+    logs.settings.apply()
+    assert logs.settings == logs.Settings(logging.DEBUG, True, "3", stdout=True)

@@ -38,6 +38,11 @@ class Settings(msgspec.Struct, frozen=True):
     level: int
     json: bool
     process: str
+    stdout: bool = False
+
+    def apply(self) -> None:
+        """Log in this process as the settings say."""
+        configure(self.level, self.json, process=self.process, stream=sys.stdout if self.stdout else None)
 
 
 settings: Settings | None = None
@@ -80,7 +85,7 @@ def configure(
     root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
-    settings = Settings(handler.level, json, process)
+    settings = Settings(handler.level, json, process, stream is sys.stdout)
 
 
 class _Handler(logging.StreamHandler[TextIO]):

@@ -310,7 +310,7 @@ def _serve(line: socket.socket, settings: logs.Settings | None) -> NoReturn:
         signal.signal(number, _ignore)  # not SIG_IGN, which programs started by a handler would inherit
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
     if settings is not None:
-        logs.configure(settings.level, settings.json, process=settings.process)
+        settings.apply()
     jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(line, jobs), name="pool", daemon=True).start()
     while True:
