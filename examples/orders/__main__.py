@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     settings.data.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # whenever the web server is not the one who listens to it
+
+    from conveyor import ConveyorError
+    from examples.orders.web import prepare
+
+    try:
+        asyncio.run(prepare())
+    except ConveyorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     with workers(0 if settings.web_only else settings.processes):
         serve(settings)
     return 0

@@ -60,11 +60,18 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     """Connect, and run the workers unless other processes do."""
     async with app:
         await create_tables(app)
-        if settings.runs_workers:
-            async with app.running():
-                yield
-        else:
+        async with app.running() if settings.runs_workers else app:
             yield
+
+
+async def prepare() -> None:
+    """Try whether broker and database can be used, and create what is missing in them.
+
+    Raises:
+        ConveyorError: says what is wrong, and what to do.
+    """
+    async with app:
+        await create_tables(app)
 
 
 class Guard:

@@ -1,7 +1,7 @@
 // The live connection to one order: opens, listens, and opens again when it breaks.
 
 const FIRST_WAIT = 0.5; // seconds; doubles with every failed attempt
-const LONGEST_WAIT = 8;
+const LONGEST_WAIT = 5;
 const SILENT_OPENING = 5; // seconds after which an attempt that neither opened nor failed is given up
 
 export class Live {
