@@ -69,7 +69,7 @@ def configure(
     Raises:
         ValueError: logging knows no such level.
     """
-    global settings
+    global settings  # noqa: PLW0603 - like the logging it describes, it is one for the process
     stream = stream or sys.stderr
     level = level.upper() if isinstance(level, str) else level
     json = not stream.isatty() if json is None else json
