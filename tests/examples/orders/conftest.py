@@ -173,12 +173,13 @@ class Shop:
 
     async def stock(self) -> dict[str, int]:
         """What is left of each product."""
-        return dict(await self.query("SELECT product_id, quantity FROM stock"))  # type: ignore[arg-type]
+        rows = await self.query("SELECT product_id, quantity FROM stock")
+        return {str(product): int(left) for product, left in rows}
 
 
 async def statuses(socket: ClientConnection) -> list[str]:
     """The statuses that a watcher sees, to the last one."""
-    seen = []
+    seen: list[str] = []
     async with asyncio.timeout(FLOW_SECONDS):
         while not seen or seen[-1] not in ("completed", "failed"):
             seen.append((await update(socket))["status"])

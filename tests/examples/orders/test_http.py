@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID, uuid4
 
+import httpx
 import pytest
+
+from conveyor import BrokerUnavailable
+from conveyor.broker import QueueInfo
+from conveyor.brokers.memory import MemoryBroker
+from examples.orders.app import app
+from examples.orders.web import lifespan, web
 
 if TYPE_CHECKING:
     from tests.examples.orders.conftest import Shop, StartShop
@@ -220,6 +229,32 @@ async def test_health_counts_the_orders_under_way(start_shop: StartShop) -> None
         shop.run_workers()
         await shop.statuses(last["id"])
         await until(lambda: active(shop), 0)
+
+
+async def test_a_shop_without_its_broker_is_unhealthy_and_says_so(tmp_path: Path) -> None:
+    broker = Unreachable()
+    await broker.open()
+    with app.replaced(broker=broker, clock=time.time, database=f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}"):
+        async with lifespan(web), httpx.AsyncClient(transport=httpx.ASGITransport(web), base_url="http://shop") as http:
+            assert (await http.get("/health")).status_code == 200
+            broker.reachable = False
+            answer = await http.get("/health")
+            assert answer.status_code == 503
+            assert answer.json() == {"status": "unhealthy", "event_bus": "disconnected", "active_orders": 0}
+            broker.reachable = True
+            assert (await http.get("/health")).json()["event_bus"] == "connected"
+    await broker.close()
+
+
+class Unreachable(MemoryBroker):
+    """A broker whose server can be away."""
+
+    reachable = True
+
+    async def queues(self) -> list[QueueInfo]:
+        if not self.reachable:
+            raise BrokerUnavailable("connection refused")
+        return await super().queues()
 
 
 async def active(shop: Shop) -> int:
