@@ -27,6 +27,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar, cast, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
+from weakref import WeakSet
 
 import apsw
 import msgspec
@@ -360,9 +361,10 @@ class _File:
         owners = self._rows("SELECT id FROM owner WHERE name = ?", owner)
         return sum(self.bury_owner(number, now, why=_text(why), uncounted=False) for [number] in owners)
 
-    def leave(self, now: float) -> None:
+    def leave(self, bell: _Bell, now: float) -> None:
         """The end of this owner: what it still holds goes back uncounted."""
-        self.bury_owner(self.owner_id, now, why=None, uncounted=True)
+        for [number] in self._rows("SELECT id FROM owner WHERE socket = ?", bell.name):
+            self.bury_owner(number, now, why=None, uncounted=True)
 
     def subscribe(self, queue: str) -> int:
         """Make a subscription known; returns its number."""
@@ -377,7 +379,9 @@ class _File:
         [[number]] = self._rows("SELECT value FROM meta WHERE name = 'catalog'")
         if number == self._catalog:
             return
-        rows = [_QueueRow._make((*row, tuple(msgspec.json.decode(topics)))) for *row, topics in self._rows(SQL["catalog"])]
+        rows = [
+            _QueueRow._make((*row, tuple(msgspec.json.decode(topics)))) for *row, topics in self._rows(SQL["catalog"])
+        ]
         self.by_name = {row.name: row for row in rows}
         self._by_topic = {}
         for row in rows:
@@ -385,7 +389,7 @@ class _File:
                 self._by_topic.setdefault(topic, []).append(row)
         self._catalog = number
 
-    def declare(self, wanted: Queue) -> None:
+    def declare(self, wanted: Queue, now: float) -> None:
         """Make a queue exist as declared."""
         there = self.by_name.get(wanted.name)
         mine = self.owner_id if wanted.temporary else None
@@ -416,6 +420,8 @@ class _File:
             self.db.execute("INSERT INTO binding VALUES (?, ?) ON CONFLICT DO NOTHING", (topic, number))
         self.db.execute("UPDATE meta SET value = value + 1 WHERE name = 'catalog'")
         self.read_catalog()
+        if wanted.max_length is not None:
+            self._drop_oldest(self.by_name[wanted.name], wanted.max_length, wanted.max_length, now)
 
     # Messages
 
@@ -487,16 +493,8 @@ class _File:
             elif isinstance(verdict, Dead):
                 dead.append((seq, token, verdict.reason, _text(verdict.error), _text(verdict.traceback)))
             else:
-                failed = isinstance(verdict, RetryAt)
-                back.append(
-                    (
-                        seq,
-                        token,
-                        verdict.due,
-                        int(failed),
-                        _text(verdict.error) if isinstance(verdict, RetryAt) else None,
-                    )
-                )
+                error = _text(verdict.error) if isinstance(verdict, RetryAt) else None
+                back.append((seq, token, verdict.due, int(isinstance(verdict, RetryAt)), error))
                 self.touched.add(delivery.queue)
                 continue
             ended.setdefault(token, []).append(seq)
@@ -714,8 +712,9 @@ class _Writer:
             while self._step():
                 pass
         finally:
-            for fetch in [each for fetches in self._parked.values() for each in fetches]:
-                self._tell(_resolve, fetch.future, BrokerUnavailable("the broker is closed"))
+            for fetches in self._parked.values():
+                for fetch in fetches:
+                    self._tell(_resolve, fetch.future, BrokerUnavailable("the broker is closed"))
             self._file.close()
             self._tell(_resolve, self._ended, None)
 
@@ -782,7 +781,6 @@ class _Writer:
 
     def _commit(self, operations: list[_Operation]) -> None:
         """Do all of these in one transaction, and tell."""
-        path = self._file.path
         beginning: list[_Operation] = [each for each in operations if isinstance(each, _Publish | _Fetch)]
         ending = [each for each in operations if not isinstance(each, _Publish | _Fetch)]
         outcomes: list[_Outcome] = []
@@ -792,21 +790,20 @@ class _Writer:
                 outcomes = [(each, BrokerFull(why)) for each in beginning]
                 beginning = []
             outcomes += self._transact(ending + beginning) if ending or beginning else []
-        except apsw.FullError as error:
-            outcomes += [(each, _explain(error, path)) for each in beginning]
-            outcomes += self._transact_on_ballast(ending, error)
         except Exception as error:  # whatever it is, they must hear it, and the thread must live
-            outcomes += [(each, _explain(error, path)) for each in ending + beginning]
+            why_not = _explain(error, self._file.path)
+            outcomes += [(each, why_not) for each in beginning]
+            outcomes += self._end_on_ballast(ending, why_not) if ending else []
         self._tell(_report, self, outcomes)
 
-    def _transact_on_ballast(self, operations: list[_Operation], error: Exception) -> list[_Outcome]:
+    def _end_on_ballast(self, operations: list[_Operation], error: BrokerError) -> list[_Outcome]:
         """What is at work must be able to end, on a full disk too: it gets the space that was held for it."""
         try:
-            if self._file.drop_ballast():
+            if isinstance(error, BrokerFull) and self._file.drop_ballast():
                 return self._transact(operations)
         except Exception as again:
-            error = again
-        return [(each, _explain(error, self._file.path)) for each in operations]
+            error = _explain(again, self._file.path)
+        return [(each, error) for each in operations]
 
     def _transact(self, operations: list[_Operation]) -> list[_Outcome]:
         file = self._file
@@ -956,7 +953,6 @@ class _Bell:
         """Our own socket, bound."""
         with contextlib.suppress(FileExistsError):
             self._folder.mkdir(0o700)
-        self._open()
         bell = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         bell.setblocking(False)
         try:
@@ -984,7 +980,6 @@ class _Bell:
         except FileNotFoundError:
             return True
         if changed != self._listed:
-            self._open()
             self._others = [each.name for each in self._folder.iterdir() if each.name != self.name]
             # A change within the same tick of the kernel's clock would not show.
             self._listed = changed if time.time_ns() - changed > CLOCK_TICK_NANOSECONDS else 0
@@ -1002,7 +997,6 @@ class _Bell:
         """Whether the process of a socket lives; the socket of a dead one is removed."""
         if name == self.name:
             return True
-        self._open()
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect(self._address(name))
@@ -1013,18 +1007,14 @@ class _Bell:
                 return True  # whoever may not be asked is not declared dead
         return True
 
-    def _open(self) -> None:
-        if self._handle < 0 and self._folder.exists():
-            self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-
     def _address(self, name: str) -> str:
-        """A socket's address is short; where the path is too long, Linux has a shorter one through the open folder."""
+        """Addresses are short. Where the path is too long, Linux has a shorter one, through an open handle of the folder."""
         path = str(self._folder / name)
-        return (
-            path
-            if len(os.fsencode(path)) < LONGEST_ADDRESS or not sys.platform.startswith("linux")
-            else f"/proc/self/fd/{self._handle}/{name}"
-        )
+        if len(os.fsencode(path)) <= LONGEST_ADDRESS or not sys.platform.startswith("linux"):
+            return path
+        if self._handle < 0:
+            self._handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        return f"/proc/self/fd/{self._handle}/{name}"
 
 
 class SqliteSubscription:
@@ -1042,6 +1032,8 @@ class SqliteSubscription:
 
     async def fetch(self, limit: int) -> list[Delivery]:
         """See conveyor.broker.Subscription. Waits, too, while prefetch deliveries are unsettled."""
+        if limit < 1:
+            raise ValueError("a fetch is for at least one message")
         while self._closed is None and self._taken >= self._prefetch:
             self._room.clear()
             await self._room.wait()
@@ -1117,7 +1109,7 @@ class SqliteBroker:
         self._clock = clock
         self._writer: _Writer | None = None
         self._socket: socket.socket | None = None
-        self._subscriptions: set[SqliteSubscription] = set()
+        self._subscriptions: WeakSet[SqliteSubscription] = WeakSet()
         self._process = 0
 
     async def open(self) -> None:
@@ -1140,13 +1132,13 @@ class SqliteBroker:
         writer, self._writer = self._writer, None
         if writer is None or self._process != os.getpid():
             return
-        for subscription in self._subscriptions:
+        for subscription in tuple(self._subscriptions):
             subscription.end(BrokerUnavailable("the broker is closed"))
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
         try:
             if self._socket is not None:
-                await writer.ask(_Call(lambda file, now: file.leave(now)))
+                await writer.ask(_Call(lambda file, now: file.leave(self._bell, now)))
         except BrokerError as error:
             log.warning(
                 "%s was closed without giving back what it held; it comes back when its leases end: %s",
@@ -1169,11 +1161,11 @@ class SqliteBroker:
         if any(each.temporary for each in queues):
             self._come_alive()
 
-        def declare(file: _File, _: float) -> None:
+        def declare(file: _File, now: float) -> None:
             for each in queues:
                 if each.temporary:
                     file.register(self.owner, self._bell)
-                file.declare(each)
+                file.declare(each, now)
 
         await self._call(declare)
 
