@@ -249,6 +249,16 @@ def test_check_is_content_with_a_sound_app_and_strict_is_stricter(conveyor: Prog
     assert "shipped: is published by ship, and no worker of this app receives it" in done.stdout
 
 
+def test_check_takes_topics_that_are_nearly_the_same_for_a_typing_error(conveyor: Program) -> None:
+    text = (conveyor.folder / "shop.py").read_text()
+    text = text.replace("async def ship(payment: PaymentProcessed)", "async def ship(payment: PaymentProcesed)")
+    text = text.replace("@app.worker\n", "@dataclass\nclass PaymentProcesed:\n    order_id: str\n\n@app.worker\n", 1)
+    (conveyor.folder / "shop.py").write_text(text)
+    warnings = [each["text"] for each in conveyor.json("check", "shop")["findings"] if each["level"] == "warning"]
+    assert any("did you mean payment_procesed?" in each for each in warnings)
+    assert any("payment_processed is published: is that it?" in each for each in warnings)
+
+
 def test_check_tells_what_the_broker_lacks(conveyor: Program) -> None:
     (conveyor.folder / "lacking.py").write_text(
         """

@@ -181,3 +181,22 @@ def test_migrate_creates_the_tables_once(conveyor: Program) -> None:
     assert conveyor.json("migrate", "--database", url)["statements"]
     assert conveyor.json("migrate", "shop", CONVEYOR_DATABASE=url) == {"database": url, "statements": []}
     assert "was up to date already" in conveyor.ok("migrate", "--database", url)
+
+
+async def test_the_database_of_the_command_line_is_the_one_of_the_workers(conveyor: Program) -> None:
+    (conveyor.folder / "ledger.py").write_text(
+        """
+from conveyor import Transaction
+from shop import OrderCreated, PaymentProcessed, app
+
+@app.worker
+async def book(order: OrderCreated, tx: Transaction) -> None:
+    await tx.publish(PaymentProcessed("booked"))
+"""
+    )
+    url = "sqlite+aiosqlite:///shop.db"
+    assert "there is no database" in conveyor.refused("run", "ledger")
+    conveyor.ok("publish", "ledger", "OrderCreated", "--data", '{"order_id": "A-1", "total": "1"}')
+    with running(conveyor, "ledger", "--workers", "book,ship", "--database", url):
+        assert await shipped(conveyor, 1) == ["booked"]
+    assert (conveyor.folder / "shop.db").exists()

@@ -16,11 +16,11 @@ from cyclopts import App, Parameter, validators
 from conveyor.broker import Broker, DeadFilter, DeadLetter
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
-from conveyor.cli.terminal import FAILED, OK, Output, moment, out, payload_text, safe, shortened, span, table
+from conveyor.cli.terminal import FAILED, OK, Output, moment, out, payload_text, safe, shortened, span
 from conveyor.errors import BrokerError, ConfigurationError
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    pass
 
 CHUNK: Final = 500
 """Dead letters per step: many enough that commits cost little, few enough that the bar moves and memory stays flat."""
@@ -166,14 +166,11 @@ async def _list(url: str, which: Which, limit: int, output: Output) -> int:
         output.say("no dead letter" + ("" if which.everything else " fits"))
         return OK
     now = time.time()
-    rows: list[tuple[str | Text, ...]] = [
-        (
-            letter.message.id, letter.queue, letter.message.topic, safe(letter.reason, "red"), f"{letter.attempts}",
-            span(now - letter.died), shortened(letter.error, 100),
-        )
-        for letter in shown
-    ]  # fmt: skip
-    out().print(table(("id", "queue", "topic", "reason", "attempts", "ago", "error"), rows, right=("attempts", "ago")))
+    for letter in shown:
+        head = f"{shortened(letter.message.id, 100)}  {letter.queue}"
+        tail = f" {letter.reason}, {span(now - letter.died)} ago, attempts: {letter.attempts}"
+        out().print(safe(head, "bold"), safe(tail, "red"), soft_wrap=True)
+        out().print(safe("    " + shortened(letter.error, out().width - 4)), soft_wrap=True)
     if more:
         output.note(f"there are more; --limit {limit * 10} shows more of them, and filters show fewer")
     return OK

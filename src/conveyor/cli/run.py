@@ -24,6 +24,7 @@ from conveyor.cli.application import broker_url, load_app
 from conveyor.cli.check import unprovided
 from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import Config, LogFormat, LogLevel, masked
+from conveyor.core.settle import describe
 from conveyor.errors import ConfigurationError
 from conveyor.runtime import logs
 from conveyor.runtime.channel import Ask, ChildLink
@@ -43,12 +44,12 @@ command = App(
     help_epilogue=f"""Examples:
   conveyor run shop:app
   conveyor run shop:app --processes 4 --http :9000
-  conveyor run shop:app --workers charge,ship --broker sqlite:////var/lib/shop.queue
+  conveyor run shop:app --workers charge,ship --broker sqlite:///shop.queue
   conveyor run shop:app --max-rss 500 --max-messages 100000
 
 A supervisor keeps the processes alive, hands back what a dead one held, and
-replaces one that hangs or grows. SIGTERM (or Ctrl-C) drains: running handlers get
-the grace period, everything else goes back to its queue. A second one hurries.
+replaces one that hangs or grows. SIGTERM (or Ctrl-C) drains: what runs gets the
+grace period, everything else goes back to its queue. A second one hurries.
 Logs are for people on a terminal, else one JSON object a line, on stderr; with
 --json on stdout.
 
@@ -176,6 +177,7 @@ async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, ch
         async def hand_back(owner: str, why: str) -> None:
             if shared and (count := await broker.reclaim(owner, why)):
                 log.info("handed back %d messages of a dead process", count)
+            await _free_outbox(app, owner)
 
         supervisor = Supervisor(child, settings.processes, on_death=hand_back, limits=_limits(settings))
         if settings.http_address is not None:
@@ -190,6 +192,19 @@ async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, ch
             "running %s: %s; %d process(es); broker %s", app.name, ", ".join(workers), settings.processes, _shown(app)
         )
         return await supervisor.run()
+
+
+async def _free_outbox(app: Conveyor, owner: str) -> None:
+    """Let other relays send at once what a dead process had committed and not sent; else they do after its claims end."""
+    ledger = app._new_ledger(owner)
+    if ledger is None:
+        return
+    try:
+        await ledger.reclaim(owner)
+    except Exception as error:  # the database may be down, or not migrated yet; nothing is lost by waiting
+        log.info("what a dead process left in the outbox goes out a little later: %s", describe(error))
+    finally:
+        await ledger.close()
 
 
 def _command(app: str, workers: Sequence[str], flags: _Flags, *, json: bool) -> list[str]:

@@ -88,15 +88,14 @@ def complain(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[str] = ()) -> Table:
-    """A table of untrusted texts; the columns named in right hold numbers."""
-    from rich import box
+    """A table of untrusted texts; the first column is never cut, those named in right hold numbers."""
+    from rich import box  # slow
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(
-            column, justify="right" if column in right else "left", no_wrap=column in right, overflow="fold"
-        )
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for place, column in enumerate(columns):
+        whole = place == 0 or column in right
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=whole, overflow="fold")
     for row in rows:
         made.add_row(*(safe(cell) if isinstance(cell, str) else cell for cell in row))
     return made
