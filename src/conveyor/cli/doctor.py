@@ -50,8 +50,8 @@ command = App(
   conveyor doctor --app shop:app --only publishing,leases
   conveyor doctor --json | jq '.promises[] | select(.verdict == "failed")'
 
-It works with names that nobody else uses, and deletes its messages afterwards; on
-SQLite in a file of its own beside yours. It takes a minute or less.
+It works with names that nobody else uses, and deletes its messages afterwards;
+on SQLite in a file of its own beside yours. It takes a minute or less.
 
 {EXIT_CODES}""",
 )
