@@ -66,11 +66,12 @@ function showConnection({ name, seconds }) {
     connecting: "Connecting…",
     reconnecting: "Connecting again…",
     live: shown && isFinal(shown.order.status) ? "Up to date" : "Live",
-    waiting: `Connection lost. Trying again in ${seconds} s.`,
+    waiting: "Connection lost. Trying again",
     unknown: "",
   };
   $("connection").dataset.state = { reconnecting: "waiting", unknown: "idle" }[name] ?? name;
   if ($("connection-text").textContent !== words[name]) $("connection-text").textContent = words[name];
+  $("countdown").textContent = name === "waiting" ? ` in ${seconds} s` : ""; // seen, but not read out every second
   $("connect-now").hidden = name !== "waiting";
 }
 
