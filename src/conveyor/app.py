@@ -645,7 +645,7 @@ class _Connection:
                 from conveyor.runtime.relay import Relay
 
                 stack.push_async_callback(ledger.close)
-                migrate = app._migrate if app._migrate is not None else ledger.url.get_backend_name() == "sqlite"
+                migrate = app._migrate if app._migrate is not None else ledger.database.dialect == "sqlite"
                 if migrate:
                     await ledger.migrate()
                 await ledger.open()
