@@ -1,0 +1,53 @@
+"""Consume: claim, decode into a dataclass, await a handler that does nothing, settle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.load import Countdown, OrderCreated, fill_app, url
+from benchmarks.subject import Load
+from conveyor import Conveyor
+from conveyor.broker import Broker
+from conveyor.brokers.memory import MemoryBroker
+
+
+async def _consume(broker: str | Broker, load: Load, prefetch: int | None, *, fill: bool = False) -> dict[str, float]:
+    app = Conveyor("orders", broker=broker)
+    countdown: Countdown
+
+    @app.worker(prefetch=prefetch)
+    async def handle(_: OrderCreated) -> None:
+        countdown.one()
+
+    async with app:
+        if fill:
+            await fill_app(app, load)
+        countdown = Countdown(load.messages)
+        async with app.running():
+            await countdown.over.wait()
+        return countdown.figures()  # draining settled what was handled
+
+
+def conveyor(folder: Path, load: Load) -> Mapping[str, float]:
+    """As it comes: 100 messages at once, and as many more on their way."""
+    return asyncio.run(_consume(url(folder), load, None))
+
+
+def conveyor_prefetch(folder: Path, load: Load) -> Mapping[str, float]:
+    """With a deep prefetch, as suits handlers that end at once."""
+    return asyncio.run(_consume(url(folder), load, 1_000))
+
+
+async def _in_memory(load: Load) -> dict[str, float]:
+    broker = MemoryBroker()
+    await broker.open()
+    figures = await _consume(broker, load, None, fill=True)
+    await broker.close()
+    return figures
+
+
+def in_memory(_: Path, load: Load) -> Mapping[str, float]:
+    """On the memory broker: nearly all that is left is Conveyor's own share."""
+    return asyncio.run(_in_memory(load))

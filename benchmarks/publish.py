@@ -1,0 +1,45 @@
+"""Publish: 100 tasks at once, each awaiting that its own message is durable before it publishes the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.load import ORDER, TASKS, Countdown, consumer
+from benchmarks.subject import Load
+from conveyor import Conveyor
+from conveyor.brokers.memory import MemoryBroker
+
+
+async def _publish(app: Conveyor, load: Load) -> dict[str, float]:
+    async with app:
+        countdown = Countdown(load.messages)
+
+        async def task(number: int) -> None:
+            for _ in range(number, load.messages, TASKS):
+                await app.publish(ORDER)
+
+        await asyncio.gather(*(task(number) for number in range(TASKS)))
+        return countdown.figures()
+
+
+def conveyor(folder: Path, load: Load) -> Mapping[str, float]:
+    """app.publish() on a queue file, every message on the disk when it returns."""
+    return asyncio.run(_publish(consumer(folder), load))
+
+
+async def _in_memory(folder: Path, load: Load) -> dict[str, float]:
+    broker = MemoryBroker()
+    await broker.open()
+    app = consumer(folder)
+    with app.replaced(broker=broker, clock=time.time):
+        figures = await _publish(app, load)
+    await broker.close()
+    return figures
+
+
+def in_memory(folder: Path, load: Load) -> Mapping[str, float]:
+    """On the memory broker: Conveyor's own share."""
+    return asyncio.run(_in_memory(folder, load))
