@@ -178,9 +178,16 @@ class _Claim(NamedTuple):
 class _File:
     """The queue file as its writer thread uses it. All but open, close and tidy is called inside a transaction."""
 
-    def __init__(self, path: Path, durability: Durability, *, network_filesystem: bool) -> None:
+    def __init__(
+        self, path: Path, owner: str, bell: _Bell, clock: Clock, durability: Durability, *, network_filesystem: bool
+    ) -> None:
         self.path = path
-        self.owner_id = 0
+        self._owner = owner
+        self._owner_id = 0
+        self._bell = bell
+        self._clock = clock
+        self.now = 0.0
+        """When this transaction began."""
         self.touched: set[str] = set()
         """Queues in which this transaction made something ready, or may have."""
         self.by_name: dict[str, _QueueRow] = {}
@@ -253,6 +260,7 @@ class _File:
     def begin(self) -> None:
         """Start a write transaction; from here on nobody else writes."""
         self.db.execute("BEGIN IMMEDIATE")
+        self.now = self._clock()
 
     def roll_back(self) -> None:
         """Undo what is not committed; SQLite may have done so itself."""
@@ -325,54 +333,58 @@ class _File:
 
     # Owners and queues
 
-    def register(self, owner: str, bell: _Bell) -> None:
+    def register(self) -> None:
         """Become known as alive: what needs an owner (a lease, a temporary queue, a subscription) has one from here on."""
-        for number, name in self._rows("SELECT id, socket FROM owner WHERE name = ?", owner):
-            if name == bell.name:
-                self.owner_id = number
+        self._owner_id = 0
+        for number, name in self._rows("SELECT id, socket FROM owner WHERE name = ?", self._owner):
+            if name == self._bell.name:
+                self._owner_id = number
                 return
-            if bell.answers(name):
-                raise BrokerError(f"the owner {owner!r} is in use by another living broker object on {self.path}")
-        statement = (
-            "INSERT INTO owner (name, socket) VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET socket = ?2 RETURNING id"
-        )
-        [[self.owner_id]] = self._rows(statement, owner, bell.name)
+            if self._bell.answers(name):
+                raise BrokerError(f"the owner {self._owner!r} is in use by another living broker object on {self.path}")
+            self._bury(number, why=BURIED, uncounted=False)
+        self.db.execute("INSERT INTO owner (name, socket) VALUES (?, ?)", (self._owner, self._bell.name))
+        self._owner_id = self.db.last_insert_rowid()
 
-    def sweep(self, bell: _Bell, now: float) -> None:
+    def sweep(self) -> None:
         """Bury the owners that are dead: their leases, subscriptions and temporary queues."""
         for number, name in self._rows("SELECT id, socket FROM owner"):
-            if not bell.answers(name):
-                self.bury_owner(number, now, why=BURIED, uncounted=False)
+            if not self._bell.answers(name):
+                self._bury(number, why=BURIED, uncounted=False)
 
-    def bury_owner(self, number: int, now: float, *, why: str | None, uncounted: bool) -> int:
+    def _bury(self, number: int, *, why: str | None, uncounted: bool) -> int:
         """Give back what an owner holds, and forget it; returns how many messages came back."""
-        self.db.execute(SQL["reclaim"], (number, now, why, int(uncounted)))
+        self.db.execute(SQL["reclaim"], (number, self.now, why, int(uncounted)))
         if came_back := self.db.changes():
             self.touched.update(self.by_name)
         for [temporary] in self._rows("SELECT id FROM queue WHERE owner = ?", number):
             self.db.execute(SQL["remove_queue"], (temporary,) * SQL["remove_queue"].count("?1"))
         self.db.execute("DELETE FROM subscription WHERE owner = ?", (number,))
         self.db.execute("DELETE FROM owner WHERE id = ?", (number,))
-        self.read_catalog()
+        self._changed()
         return came_back
 
-    def reclaim(self, owner: str, why: str, now: float) -> int:
+    def reclaim(self, owner: str, why: str) -> int:
         """Give back what a dead owner held."""
         owners = self._rows("SELECT id FROM owner WHERE name = ?", owner)
-        return sum(self.bury_owner(number, now, why=_text(why), uncounted=False) for [number] in owners)
+        return sum(self._bury(number, why=_text(why), uncounted=False) for [number] in owners)
 
-    def leave(self, bell: _Bell, now: float) -> None:
+    def leave(self) -> None:
         """The end of this owner: what it still holds goes back uncounted."""
-        for [number] in self._rows("SELECT id FROM owner WHERE socket = ?", bell.name):
-            self.bury_owner(number, now, why=None, uncounted=True)
+        number, self._owner_id = self._owner_id, 0
+        self._bury(number, why=None, uncounted=True)
 
     def subscribe(self, queue: str) -> int:
         """Make a subscription known; returns its number."""
         row = self.by_name.get(queue)
         if row is None:
             raise BrokerError(f"there is no queue {queue!r} in {self.path}; declare it first")
-        self.db.execute("INSERT INTO subscription (owner, queue) VALUES (?, ?)", (self.owner_id, row.id))
+        self.db.execute("INSERT INTO subscription (owner, queue) VALUES (?, ?)", (self._owner_id, row.id))
         return self.db.last_insert_rowid()
+
+    def unsubscribe(self, number: int) -> None:
+        """A subscription is closed."""
+        self.db.execute("DELETE FROM subscription WHERE id = ?", (number,))
 
     def read_catalog(self) -> None:
         """Know the queues and their topics as they are now."""
@@ -388,11 +400,17 @@ class _File:
             for topic in row.topics:
                 self._by_topic.setdefault(topic, []).append(row)
         self._catalog = number
+        if self._owner_id:  # somebody may have taken us for dead
+            self.register()
 
-    def declare(self, wanted: Queue, now: float) -> None:
+    def _changed(self) -> None:
+        self.db.execute("UPDATE meta SET value = value + 1 WHERE name = 'catalog'")
+        self.read_catalog()
+
+    def declare(self, wanted: Queue) -> None:
         """Make a queue exist as declared."""
         there = self.by_name.get(wanted.name)
-        mine = self.owner_id if wanted.temporary else None
+        mine = self._owner_id if wanted.temporary else None
         if there is None:
             self.db.execute(
                 "INSERT INTO queue (name, ordered, max_length, lease_seconds, owner) VALUES (?, ?, ?, ?, ?)",
@@ -418,14 +436,13 @@ class _File:
             )
         for topic in wanted.topics:
             self.db.execute("INSERT INTO binding VALUES (?, ?) ON CONFLICT DO NOTHING", (topic, number))
-        self.db.execute("UPDATE meta SET value = value + 1 WHERE name = 'catalog'")
-        self.read_catalog()
+        self._changed()
         if wanted.max_length is not None:
-            self._drop_oldest(self.by_name[wanted.name], wanted.max_length, wanted.max_length, now)
+            self._drop_oldest(self.by_name[wanted.name], wanted.max_length, wanted.max_length)
 
     # Messages
 
-    def insert(self, messages: Iterable[Message], now: float) -> list[str]:
+    def insert(self, messages: Iterable[Message]) -> list[str]:
         """Put messages into the queues of their topics; returns the ids of those that have none."""
         heard: list[tuple[Message, Sequence[_QueueRow]]] = []
         unheard: list[str] = []
@@ -434,10 +451,11 @@ class _File:
                 heard.append((message, found))
             else:
                 unheard.append(message.id)
-        self._insert(heard, now)
+        self._insert(heard)
         return unheard
 
-    def _insert(self, messages: Iterable[tuple[Message, Sequence[_QueueRow]]], now: float) -> None:
+    def _insert(self, messages: Iterable[tuple[Message, Sequence[_QueueRow]]]) -> None:
+        now = self.now
         values: list[Any] = []
         queues: dict[int, _QueueRow] = {}
         for message, found in messages:
@@ -460,11 +478,11 @@ class _File:
         for row in queues.values():
             self.touched.add(row.name)
             if row.max_length is not None:
-                self._drop_oldest(row, row.max_length, count, now)
+                self._drop_oldest(row, row.max_length, count)
         if any(row.ordered for row in queues.values()):
             self.db.execute(SQL["keep_order"], (last - count + 1, last))
 
-    def _drop_oldest(self, row: _QueueRow, max_length: int, inserted: int, now: float) -> None:
+    def _drop_oldest(self, row: _QueueRow, max_length: int, inserted: int) -> None:
         """Hold a queue to its bound. It is looked at once per hundredth of it: counting costs as much as the bound is long."""
         self._unchecked[row.id] = unchecked = self._unchecked.get(row.id, max_length) + inserted
         if unchecked * 100 < max_length:
@@ -472,9 +490,9 @@ class _File:
         self._unchecked[row.id] = 0
         self.db.execute(SQL["drop_oldest"], (row.id, max_length))
         if row.ordered and self.db.changes():
-            self.db.execute(SQL["next_of_queue"], (row.id, now))
+            self.db.execute(SQL["next_of_queue"], (row.id, self.now))
 
-    def settle(self, settlements: Iterable[Settlement], now: float) -> None:
+    def settle(self, settlements: Iterable[Settlement]) -> None:
         """End deliveries that are all held.
 
         Raises:
@@ -503,21 +521,21 @@ class _File:
                 keys.append((row.id, delivery.message.key))
                 self.touched.add(row.name)
         if emits:
-            self.insert(emits, now)
+            self.insert(emits)
         for statement, rows in ((SQL["bury"], dead), (SQL["give_back"], back)):
             if rows:
-                self._change(statement, (_json(rows), now), len(rows))
+                self._change(statement, (_json(rows), self.now), len(rows))
         for token, seqs in ended.items():
             self._change(SQL["end"], (_json(seqs), token), len(seqs))
         if keys:
-            self.db.execute(SQL["next_of_keys"], (_json(keys), now))
+            self.db.execute(SQL["next_of_keys"], (_json(keys), self.now))
 
     def _change(self, statement: str, values: tuple[object, ...], expected: int) -> None:
         self.db.execute(statement, cast("Any", values))
         if self.db.changes() != expected:
             raise _Doubt
 
-    def settle_with_care(self, settlements: Sequence[Settlement], now: float) -> list[Delivery]:
+    def settle_with_care(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         """End those deliveries that are still held, each once; returns the others."""
         held = self._held(each.delivery for each in settlements)
         mine: list[Settlement] = []
@@ -528,13 +546,13 @@ class _File:
                 mine.append(each)
             else:
                 lost.append(each.delivery)
-        self.settle(mine, now)
+        self.settle(mine)
         return lost
 
-    def extend(self, deliveries: Sequence[Delivery], now: float) -> list[Delivery]:
+    def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Start the leases anew of those that are still held; returns the others."""
         held = self._held(deliveries)
-        self.db.execute(SQL["extend"], (_json(list(held)), now))
+        self.db.execute(SQL["extend"], (_json(list(held)), self.now))
         return [each for each in deliveries if each.receipt not in held]
 
     def _held(self, deliveries: Iterable[Delivery]) -> set[_Receipt]:
@@ -549,18 +567,18 @@ class _File:
         [[at]] = self._rows(SQL["next_at"], row.id)
         return cast("float | None", at)
 
-    def claim(self, queue: str, limit: int, now: float) -> _Claim | None:
+    def claim(self, queue: str, limit: int) -> _Claim | None:
         """Count and lease up to limit messages."""
         row = self.by_name.get(queue)
         if row is None:
             raise BrokerUnavailable(f"the queue {queue!r} is gone")
-        [[due, ended]] = self._rows(SQL["turned"], row.id, now)
+        [[due, ended]] = self._rows(SQL["turned"], row.id, self.now)
         if due:
-            self.db.execute(SQL["become_due"], (row.id, now, limit))
+            self.db.execute(SQL["become_due"], (row.id, self.now, limit))
         if ended:
-            self.db.execute(SQL["expire"], (row.id, now, limit, EXPIRED))
-        until, token = now + row.lease_seconds, secrets.randbits(62)
-        self.db.execute(SQL["claim"], (row.id, until, token, self.owner_id, limit))
+            self.db.execute(SQL["expire"], (row.id, self.now, limit, EXPIRED))
+        until, token = self.now + row.lease_seconds, secrets.randbits(62)
+        self.db.execute(SQL["claim"], (row.id, until, token, self._owner_id, limit))
         if not self.db.changes():
             return None
         [[rows, bodies, large]] = self._rows(SQL["claimed"], row.id, until, token, LARGE_BODY)
@@ -575,12 +593,12 @@ class _File:
         self.db.execute(SQL["purge"], (row.id, MANY))
         return self.db.changes()
 
-    def redrive(self, letters: Iterable[DeadLetter], now: float) -> int:
+    def redrive(self, letters: Iterable[DeadLetter]) -> int:
         """Put dead letters back into their queues, behind what is there."""
         positions = _json([int(each.position) for each in letters])
         there = [_letter(row) for row in self._rows(SQL["letters"], positions) if row[1] in self.by_name]
         for each in there:
-            self._insert([(each.message, (self.by_name[each.queue],))], now)
+            self._insert([(each.message, (self.by_name[each.queue],))])
         return self.discard(there)
 
     def discard(self, letters: Iterable[DeadLetter]) -> int:
@@ -617,7 +635,7 @@ class _Fetch(_Operation):
 class _Call(_Operation):
     """Anything that is rare."""
 
-    function: Callable[[_File, float], object]
+    function: Callable[[_File], object]
 
 
 _WAKE: Final = _Operation()
@@ -697,7 +715,7 @@ class _Writer:
 
     def _do_sweep(self) -> None:
         self._sweep = None
-        self.ask(_Call(lambda file, now: file.sweep(self._bell, now))).add_done_callback(_ignore)
+        self.ask(_Call(_File.sweep)).add_done_callback(_ignore)
 
     # What follows runs in the thread
 
@@ -813,18 +831,17 @@ class _Writer:
         file.begin()
         try:
             file.read_catalog()
-            now = self._clock()
             try:
-                outcomes = self._together(others, now)
+                outcomes = self._together(others)
             except FATAL:
                 raise
             except Exception:  # whatever it is, only the operation that caused it shall see it
                 file.roll_back()
                 file.begin()
                 file.read_catalog()
-                outcomes = [self._alone(each, now) for each in others]
+                outcomes = [self._alone(each) for each in others]
             woken = [each for name in file.touched for each in self._unpark(name)]
-            outcomes += self._claim(woken + fetches, now)
+            outcomes += self._claim(woken + fetches)
             file.db.execute("COMMIT")
         except BaseException:
             file.roll_back()
@@ -836,35 +853,35 @@ class _Writer:
                 self._tell(self.sweep_soon)
         return [(each, value.deliveries() if isinstance(value, _Claim) else value) for each, value in outcomes]
 
-    def _together(self, operations: list[_Operation], now: float) -> list[_Outcome]:
+    def _together(self, operations: list[_Operation]) -> list[_Outcome]:
         """The fast way: each kind as one batch. Anything unexpected raises."""
         publishes = [each for each in operations if isinstance(each, _Publish)]
         settles = [each for each in operations if isinstance(each, _Settle)]
         outcomes: list[_Outcome] = []
         if publishes:
-            unheard = frozenset(self._file.insert([message for each in publishes for message in each.messages], now))
+            unheard = frozenset(self._file.insert([message for each in publishes for message in each.messages]))
             outcomes += [
                 (each, unheard.intersection([m.id for m in each.messages]) if unheard else unheard)
                 for each in publishes
             ]
         if settles:
-            self._file.settle([settlement for each in settles for settlement in each.settlements], now)
+            self._file.settle([settlement for each in settles for settlement in each.settlements])
             outcomes += [(each, []) for each in settles]
-        outcomes += [(each, each.function(self._file, now)) for each in operations if isinstance(each, _Call)]
+        outcomes += [(each, each.function(self._file)) for each in operations if isinstance(each, _Call)]
         return outcomes
 
-    def _alone(self, operation: _Operation, now: float) -> _Outcome:
+    def _alone(self, operation: _Operation) -> _Outcome:
         """The careful way: an operation that fails fails for itself."""
         file = self._file
         file.db.execute("SAVEPOINT operation")
         result: object
         try:
             if isinstance(operation, _Publish):
-                result = self._publish_each(operation.messages, now)
+                result = self._publish_each(operation.messages)
             elif isinstance(operation, _Settle):
-                result = file.settle_with_care(operation.settlements, now)
+                result = file.settle_with_care(operation.settlements)
             else:
-                result = cast("_Call", operation).function(file, now)
+                result = cast("_Call", operation).function(file)
         except FATAL:
             raise
         except Exception as error:  # told to whoever asked for it
@@ -874,32 +891,32 @@ class _Writer:
                 emits = [
                     m for each in operation.settlements if isinstance(each.verdict, Done) for m in each.verdict.emits
                 ]
-                refused = self._publish_each(emits, now)
+                refused = self._publish_each(emits)
                 file.db.execute("ROLLBACK TO operation")
                 result = refused if isinstance(refused, PublishFailed) else result
             file.forget_catalog()
         file.db.execute("RELEASE operation")
         return operation, result
 
-    def _publish_each(self, messages: Sequence[Message], now: float) -> frozenset[str] | PublishFailed:
+    def _publish_each(self, messages: Sequence[Message]) -> frozenset[str] | PublishFailed:
         unheard: list[str] = []
         refused: dict[str, str] = {}
         for message in messages:
             try:
-                unheard += self._file.insert([message], now)
+                unheard += self._file.insert([message])
             except FATAL:
                 raise
             except Exception as error:  # a value that cannot be stored: a statement that fails leaves nothing behind
                 refused[str(message.id)] = _why(error)
         return PublishFailed(refused) if refused else frozenset(unheard)
 
-    def _claim(self, fetches: list[_Fetch], now: float) -> list[_Outcome]:
+    def _claim(self, fetches: list[_Fetch]) -> list[_Outcome]:
         outcomes: list[_Outcome] = []
         for fetch in fetches:
             if fetch.future.done():  # its caller has gone
                 continue
             try:
-                claim = self._file.claim(fetch.queue, fetch.limit, now)
+                claim = self._file.claim(fetch.queue, fetch.limit)
             except BrokerError as error:
                 outcomes.append((fetch, error))
                 continue
@@ -1068,9 +1085,7 @@ class SqliteSubscription:
         if self._closed is None:
             number = self._number
             self.end(BrokerUnavailable(f"this subscription of {self._queue!r} is closed"))
-            await self._writer.ask(
-                _Call(lambda file, _: file.db.execute("DELETE FROM subscription WHERE id = ?", (number,)).fetchall())
-            )
+            await self._writer.ask(_Call(lambda file: file.unsubscribe(number)))
 
     def end(self, why: BrokerError) -> None:
         """Take part no more; a fetch that waits raises why."""
@@ -1117,7 +1132,14 @@ class SqliteBroker:
         if self._writer is not None:
             return
         self._bell = _Bell(self._path)
-        file = _File(self._path, self._durability, network_filesystem=self._network_filesystem)
+        file = _File(
+            self._path,
+            self.owner,
+            self._bell,
+            self._clock,
+            self._durability,
+            network_filesystem=self._network_filesystem,
+        )
         writer = _Writer(file, self._bell, self._clock)
         try:
             await writer.start()
@@ -1138,7 +1160,7 @@ class SqliteBroker:
             asyncio.get_running_loop().remove_reader(self._socket)
         try:
             if self._socket is not None:
-                await writer.ask(_Call(lambda file, now: file.leave(self._bell, now)))
+                await writer.ask(_Call(_File.leave))
         except BrokerError as error:
             log.warning(
                 "%s was closed without giving back what it held; it comes back when its leases end: %s",
@@ -1161,11 +1183,11 @@ class SqliteBroker:
         if any(each.temporary for each in queues):
             self._come_alive()
 
-        def declare(file: _File, now: float) -> None:
+        def declare(file: _File) -> None:
             for each in queues:
                 if each.temporary:
-                    file.register(self.owner, self._bell)
-                file.declare(each, now)
+                    file.register()
+                file.declare(each)
 
         await self._call(declare)
 
@@ -1178,8 +1200,8 @@ class SqliteBroker:
         """See conveyor.broker.Broker."""
         self._come_alive()
 
-        def subscribe(file: _File, _: float) -> int:
-            file.register(self.owner, self._bell)
+        def subscribe(file: _File) -> int:
+            file.register()
             return file.subscribe(queue)
 
         subscription = SqliteSubscription(self._open_writer(), queue, prefetch, await self._call(subscribe))
@@ -1195,13 +1217,13 @@ class SqliteBroker:
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
-        lost = await self._call(lambda file, now: file.extend(deliveries, now))
+        lost = await self._call(lambda file: file.extend(deliveries))
         self._open_writer().lets_go(lost)
         return lost
 
     async def reclaim(self, owner: str, why: str) -> int:
         """See conveyor.broker.Broker."""
-        return await self._call(lambda file, now: file.reclaim(owner, why, now))
+        return await self._call(lambda file: file.reclaim(owner, why))
 
     async def queues(self) -> list[QueueInfo]:
         """See conveyor.broker.Broker."""
@@ -1230,16 +1252,16 @@ class SqliteBroker:
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker. They wait behind what is in the queue already."""
-        return await self._call(lambda file, now: file.redrive(letters, now))
+        return await self._call(lambda file: file.redrive(letters))
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker."""
-        return await self._call(lambda file, _: file.discard(letters))
+        return await self._call(lambda file: file.discard(letters))
 
     async def purge(self, queue: str) -> int:
         """See conveyor.broker.Broker."""
         purged = 0
-        while number := await self._call(lambda file, _: file.purge(queue)):
+        while number := await self._call(lambda file: file.purge(queue)):
             purged += number
         return purged
 
@@ -1253,7 +1275,7 @@ class SqliteBroker:
             )
         return self._writer
 
-    async def _call(self, function: Callable[[_File, float], _Result]) -> _Result:
+    async def _call(self, function: Callable[[_File], _Result]) -> _Result:
         result: _Result = await self._open_writer().ask(_Call(function))
         return result
 

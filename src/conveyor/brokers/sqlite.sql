@@ -156,8 +156,7 @@ DELETE FROM message WHERE state = 2 AND queue = ?1;
 DELETE FROM message WHERE ordered = 1 AND queue = ?1;
 DELETE FROM binding WHERE queue = ?1;
 DELETE FROM subscription WHERE queue = ?1;
-DELETE FROM queue WHERE id = ?1;
-UPDATE meta SET value = value + 1 WHERE name = 'catalog'
+DELETE FROM queue WHERE id = ?1
 
 -- name: set_bounded
 UPDATE message SET bounded = ?2 WHERE queue = ?1 AND bounded <> ?2
