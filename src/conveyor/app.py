@@ -25,18 +25,17 @@ from conveyor.core.retry import RetryPolicy
 from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, NoSubscriber
 from conveyor.runtime.background import Background
 from conveyor.runtime.call import Middleware, Surroundings, is_transaction
+from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
-from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
 from conveyor.runtime.runner import DEFAULT_GRACE_SECONDS, Runner
-from conveyor.runtime.watch import BUFFER, Watch, Watches
+from conveyor.runtime.watch import BUFFER, Watch
 from conveyor.runtime.worker import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT_SECONDS, PREFETCH_PER_SLOT, Worker
 
 if TYPE_CHECKING:
     from conveyor.runtime.ledger import Ledger, Transaction
-    from conveyor.runtime.relay import Relay
 
 log = logging.getLogger("conveyor.app")
 
@@ -136,6 +135,8 @@ class Conveyor:
         self.database_url: str | None = database
         self.owner: str | None = None
         """The identity under which its broker holds leases; a supervisor sets it, so that it can reclaim them."""
+        self.max_rss_bytes: int | None = None
+        """How large a process of the pool for cpu=True may grow before its attempt is ended; `conveyor run --max-rss` sets it."""
         self.metrics: Metrics = Metrics(name, clock=clock)
         self._given_broker: Broker | None = None
         if isinstance(broker, str):
@@ -150,7 +151,7 @@ class Conveyor:
         self._providers: dict[Any, Provider] = {}
         self._middleware: list[Middleware] = []
         self._replaced: dict[Any, Any] = {}
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._connecting: asyncio.Lock | None = None
         self._entered = 0
         self._unrouted: set[str] = set()
@@ -407,9 +408,7 @@ class Conveyor:
         connection = self._connection or await self.connect()
         ledger, relay = connection.ledger, connection.relay
         if ledger is None or relay is None:
-            raise ConfigurationError(
-                f'{self.name} has no database; say Conveyor({self.name!r}, database="…") or set CONVEYOR_DATABASE'
-            )
+            raise ConfigurationError(self._lacks_database)
         async with ledger.transaction(inbox=None, make=self._outgoing.fresh_now) as transaction:
             yield transaction
         relay.hand_off(transaction.committed)
@@ -470,7 +469,7 @@ class Conveyor:
         if self._entered == 0:
             await self.close()
 
-    async def connect(self) -> _Connection:
+    async def connect(self) -> Connection:
         """Open broker and database, and declare all queues. ``async with app`` does it, and closes them again."""
         loop = asyncio.get_running_loop()
         if self._connection is not None and self._connection.loop is not loop:
@@ -482,7 +481,15 @@ class Conveyor:
         self._connecting = self._connecting or asyncio.Lock()
         async with self._connecting:
             if self._connection is None:
-                self._connection = await _Connection.open(self)
+                broker = self.new_broker()
+                self._connection = await Connection.open(
+                    self.name,
+                    broker,
+                    [worker.queue for worker in self.workers.values()],
+                    self.new_ledger(broker.owner),
+                    owns_broker=broker is not self._given_broker,
+                    migrate=self._migrate,
+                )
         return self._connection
 
     async def close(self) -> None:
@@ -508,7 +515,7 @@ class Conveyor:
             connection = self._connection
             assert connection is not None
             async with contextlib.AsyncExitStack() as stack:
-                runner = await connection.runner(self, self._chosen(workers), stack)
+                runner = await self._runner(connection, self._chosen(workers), stack)
                 await runner.start()
                 try:
                     yield runner
@@ -521,11 +528,9 @@ class Conveyor:
         Raises:
             ConfigurationError: the application has no database.
         """
-        ledger = self._new_ledger(uuid.uuid4().hex)
+        ledger = self.new_ledger(uuid.uuid4().hex)
         if ledger is None:
-            raise ConfigurationError(
-                f'{self.name} has no database; say Conveyor({self.name!r}, database="…") or set CONVEYOR_DATABASE'
-            )
+            raise ConfigurationError(self._lacks_database)
         try:
             return await ledger.migrate()
         finally:
@@ -578,6 +583,28 @@ class Conveyor:
             )
         return [self.workers[name] for name in names]
 
+    async def _runner(self, connection: Connection, workers: list[Worker], stack: contextlib.AsyncExitStack) -> Runner:
+        """A runner for these workers; stack closes what their handlers are given."""
+        for worker in workers:
+            if connection.ledger is None and any(is_transaction(p.type) for p in worker.plan.injected):
+                raise ConfigurationError(f"worker {worker.name} takes a Transaction, but {self._lacks_database}")
+        wanted = [p.type for worker in workers for p in worker.plan.injected if p.type not in _Injectable(())]
+        provided = await open_all(self._providers, wanted, stack, self._replaced)
+        pool = None
+        if on_cores := [worker for worker in workers if worker.plan.mode is Mode.PROCESS]:
+            from conveyor.runtime.pool import CpuPool
+
+            pool = CpuPool(max(worker.concurrency for worker in on_cores), max_rss_bytes=self.max_rss_bytes)
+            stack.push_async_callback(pool.close)
+        around = Surroundings(
+            self._outgoing, provided, tuple(self._middleware), connection.ledger, connection.relay, pool
+        )
+        return Runner(workers, connection.broker, around, self.metrics, self._clock)
+
+    @property
+    def _lacks_database(self) -> str:
+        return f'{self.name} has no database; say Conveyor({self.name!r}, database="…") or set CONVEYOR_DATABASE'
+
     def _concurrency(self, function: Callable[..., Any], mode: Mode, asked: int | None) -> int:
         lanes = DEFAULT_CONCURRENCY[mode] if asked is None else asked
         _at_least_one(function, concurrency=lanes)
@@ -599,15 +626,17 @@ class Conveyor:
             )
         if message.topic not in self._unrouted:
             self._unrouted.add(message.topic)
-            log.warning("no queue receives %r: such events go nowhere (said once)", message.topic)
+            log.info("no queue receives %r: such events go nowhere (said once)", message.topic)
 
-    def _new_broker(self) -> Broker:
+    def new_broker(self) -> Broker:
+        """The broker that this application is on, not opened here; for tools that look at it from outside."""
         if self._given_broker is not None:
             return self._given_broker
         url = self.broker_url or os.environ.get("CONVEYOR_BROKER") or f"sqlite:///{self.name}.queue"
         return brokers.from_url(url, owner=self.owner, clock=self._clock)
 
-    def _new_ledger(self, owner: str) -> Ledger | None:
+    def new_ledger(self, owner: str) -> Ledger | None:
+        """The ledger in the application's database, not opened; None where it has no database."""
         url = self.database_url or os.environ.get("CONVEYOR_DATABASE")
         if not url:
             return None
@@ -615,75 +644,6 @@ class Conveyor:
 
         # Without a clock of ours, PostgreSQL's own decides, which all processes share.
         return Ledger(url, owner=owner, clock=None if self._clock is time.time else self._clock)
-
-
-class _Connection:
-    """What an application has open while it is connected."""
-
-    def __init__(
-        self, broker: Broker, ledger: Ledger | None, relay: Relay | None, watches: Watches, owned: bool
-    ) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.broker = broker
-        self.ledger = ledger
-        self.relay = relay
-        self.watches = watches
-        self._owns_broker = owned
-        self._loops = Loops()
-
-    @classmethod
-    async def open(cls, app: Conveyor) -> _Connection:
-        async with contextlib.AsyncExitStack() as stack:
-            broker = app._new_broker()
-            owned = broker is not app._given_broker
-            if owned:
-                await broker.open()
-                stack.push_async_callback(broker.close)
-            await broker.declare([worker.queue for worker in app.workers.values()])
-            ledger, relay = app._new_ledger(broker.owner), None
-            if ledger is not None:
-                from conveyor.runtime.relay import Relay
-
-                stack.push_async_callback(ledger.close)
-                migrate = app._migrate if app._migrate is not None else ledger.database.dialect == "sqlite"
-                if migrate:
-                    await ledger.migrate()
-                await ledger.open()
-                relay = Relay(ledger, broker)
-            stack.pop_all()
-            connection = cls(broker, ledger, relay, Watches(broker, app.name), owned)
-            if relay is not None:
-                connection._loops.start("relay", relay.run)
-            return connection
-
-    async def close(self) -> None:
-        await self.watches.close()
-        if self.relay is not None:
-            await self.relay.flush()
-        await self._loops.stop()
-        if self.ledger is not None:
-            await self.ledger.close()
-        if self._owns_broker:
-            await self.broker.close()
-
-    async def runner(self, app: Conveyor, workers: list[Worker], stack: contextlib.AsyncExitStack) -> Runner:
-        wanted = [p.type for worker in workers for p in worker.plan.injected if p.type not in _Injectable({})]
-        provided = await open_all(app.providers, wanted, stack, app._replaced)
-        pool = None
-        on_cores = [worker for worker in workers if worker.plan.mode is Mode.PROCESS]
-        if on_cores:
-            from conveyor.runtime.pool import CpuPool
-
-            pool = CpuPool(max(worker.concurrency for worker in on_cores))
-            stack.push_async_callback(pool.close)
-        for worker in workers:
-            if self.ledger is None and any(is_transaction(p.type) for p in worker.plan.injected):
-                raise ConfigurationError(
-                    f"worker {worker.name} takes a Transaction, but {app.name} has no database; "
-                    f'say Conveyor({app.name!r}, database="…") or set CONVEYOR_DATABASE'
-                )
-        around = Surroundings(app._outgoing, provided, tuple(app._middleware), self.ledger, self.relay, pool)
-        return Runner(workers, self.broker, around, app.metrics, app._clock)
 
 
 class _Injectable:

@@ -131,7 +131,7 @@ def findings(app: Conveyor) -> Iterator[Finding]:
     yield from _shared_queues(app.workers.values())
     yield from unprovided(app, app.workers.values())
     try:
-        made = app._new_broker()
+        made = app.new_broker()
     except ConfigurationError as error:
         yield Finding(Level.ERROR, "broker", str(error))
     else:

@@ -161,7 +161,7 @@ def _refuse_unprovided(app: Conveyor, workers: Sequence[str]) -> None:
 
 
 async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, child: Sequence[str]) -> int:
-    broker = app._new_broker()
+    broker = app.new_broker()
     shared = Feature.DURABLE not in broker.missing
     if not shared and settings.processes > 1:
         raise ConfigurationError(
@@ -196,7 +196,7 @@ async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, ch
 
 async def _free_outbox(app: Conveyor, owner: str) -> None:
     """Let other relays send at once what a dead process had committed and not sent; else they do after its claims end."""
-    ledger = app._new_ledger(owner)
+    ledger = app.new_ledger(owner)
     if ledger is None:
         return
     try:

@@ -1,0 +1,78 @@
+"""What an application has open while it is connected: its broker, its ledger with the relay, its live tails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+from conveyor.broker import Broker, Queue
+from conveyor.runtime.loop import Loops
+from conveyor.runtime.watch import Watches
+
+if TYPE_CHECKING:
+    from conveyor.runtime.ledger import Ledger
+    from conveyor.runtime.relay import Relay
+
+
+class Connection:
+    """An open broker and, where there is a database, an open ledger whose outbox is being relayed. Made by open()."""
+
+    def __init__(self, broker: Broker, ledger: Ledger | None, relay: Relay | None, watches: Watches) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.broker = broker
+        self.ledger = ledger
+        self.relay = relay
+        self.watches = watches
+        self._stack = contextlib.AsyncExitStack()
+
+    @classmethod
+    async def open(
+        cls,
+        name: str,
+        broker: Broker,
+        queues: Sequence[Queue],
+        ledger: Ledger | None,
+        *,
+        owns_broker: bool,
+        migrate: bool | None,
+    ) -> Self:
+        """Open everything, and declare the queues.
+
+        Parameters:
+            name: the application's.
+            owns_broker: open the broker here, and close it at the end; else it is open, and stays so.
+            migrate: bring the ledger's tables up to date; None does it on SQLite only.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            if owns_broker:
+                await broker.open()
+                stack.push_async_callback(broker.close)
+            await broker.declare(queues)
+            relay = None
+            if ledger is not None:
+                stack.push_async_callback(ledger.close)
+                relay = await _relaying(ledger, broker, stack, migrate=migrate)
+            watches = Watches(broker, name)
+            stack.push_async_callback(watches.close)
+            connection = cls(broker, ledger, relay, watches)
+            connection._stack = stack.pop_all()
+        return connection
+
+    async def close(self) -> None:
+        """Close it all, last opened first; what was committed is handed to the broker before."""
+        await self._stack.aclose()
+
+
+async def _relaying(ledger: Ledger, broker: Broker, stack: contextlib.AsyncExitStack, *, migrate: bool | None) -> Relay:
+    from conveyor.runtime.relay import Relay
+
+    if migrate if migrate is not None else ledger.database.dialect == "sqlite":
+        await ledger.migrate()
+    await ledger.open()
+    relay, loops = Relay(ledger, broker), Loops()
+    stack.push_async_callback(loops.stop)
+    stack.push_async_callback(relay.flush)
+    loops.start("relay", relay.run)
+    return relay
