@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar,
 
 from conveyor import brokers
 from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, Clock, Queue
+from conveyor.config import DEFAULT_GRACE_SECONDS
 from conveyor.core.codec import codec_for, struct_for
 from conveyor.core.events import EventType, check_topic, event_type
 from conveyor.core.handler import Mode, Plan, plan_task, plan_worker
@@ -30,7 +31,7 @@ from conveyor.runtime.context import Context
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
-from conveyor.runtime.runner import DEFAULT_GRACE_SECONDS, Runner
+from conveyor.runtime.runner import Runner
 from conveyor.runtime.watch import BUFFER, Watch
 from conveyor.runtime.worker import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT_SECONDS, PREFETCH_PER_SLOT, Worker
 

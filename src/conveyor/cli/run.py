@@ -18,18 +18,18 @@ from cyclopts import App
 
 from conveyor import config
 from conveyor.app import Conveyor
-from conveyor.broker import Broker, Feature
+from conveyor.broker import Broker, Feature, QueueInfo
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.application import broker_url, load_app
 from conveyor.cli.check import unprovided
 from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import Config, LogFormat, LogLevel, masked
 from conveyor.core.settle import describe
-from conveyor.errors import ConfigurationError
+from conveyor.errors import BrokerError, ConfigurationError
 from conveyor.runtime import logs
 from conveyor.runtime.channel import Ask, ChildLink
 from conveyor.runtime.health import STARTING, Health, HealthServer
-from conveyor.runtime.metrics import Metrics, prometheus_text
+from conveyor.runtime.metrics import Metrics, Snapshot, prometheus_text
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.supervisor import MB, Limits, Supervisor
 
@@ -214,6 +214,7 @@ def _command(app: str, workers: Sequence[str], flags: _Flags, *, json: bool) -> 
         "--broker": flags["broker"],
         "--database": flags["database"],
         "--grace": flags["grace_seconds"],
+        "--max-rss": flags["max_rss_mb"],
         "--log-level": flags["log_level"],
         "--log-format": flags["log_format"],
     }
@@ -233,7 +234,13 @@ def _limits(settings: Config) -> Limits:
 
 
 async def _metrics(supervisor: Supervisor, broker: Broker | None) -> bytes:
-    return prometheus_text(supervisor.snapshots(), [] if broker is None else await broker.queues())
+    queues: list[QueueInfo] = []
+    if broker is not None:
+        try:
+            queues = await broker.queues()
+        except BrokerError as error:  # what the processes did is worth knowing all the more
+            log.warning("the metrics are without queues: %s", describe(error))
+    return prometheus_text(supervisor.snapshots(), queues)
 
 
 def _shown(app: Conveyor) -> str:
@@ -247,6 +254,7 @@ def _shown(app: Conveyor) -> str:
 
 
 def _work(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
+    app.max_rss_bytes = _limits(settings).max_rss_bytes
     finished, health = asyncio.run(_drained(app, workers, settings, link))
     link.goodbye(health, app.metrics.snapshot())
     return OK if finished else FAILED
@@ -262,9 +270,12 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
     def health() -> Health:
         return STARTING if runner is None else runner.health()
 
+    def snapshot() -> Snapshot:
+        return app.metrics.snapshot() if runner is None else runner.snapshot()
+
     def cut() -> None:
-        for consumer in runner.consumers.values() if runner is not None else ():
-            consumer.cancel_all()
+        if runner is not None:
+            runner.cut()
 
     def drain(ask: Ask) -> None:
         nonlocal hurry
@@ -279,7 +290,7 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number.name)
-    beats = asyncio.create_task(link.run(health, app.metrics.snapshot, drain), name="signs of life")
+    beats = asyncio.create_task(link.run(health, snapshot, drain), name="signs of life")
     try:
         async with app.running(workers, grace_seconds=UNHURRIED_SECONDS) as runner:
             await asked.wait()
@@ -287,4 +298,4 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         if hurry is not None:
             hurry.cancel()
         beats.cancel()
-    return True, health()
+    return not runner.was_cut, health()

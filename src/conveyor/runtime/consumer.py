@@ -257,7 +257,7 @@ class Consumer:
                 if len(ready) <= half:
                     self._hungry.set()
                 await self._handle(lane, deliveries)
-                if lane not in self._lanes:
+                if lane.task is None:  # left behind, and replaced
                     return
                 handled += 1
                 if handled % STRIDE == 0:

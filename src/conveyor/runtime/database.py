@@ -237,15 +237,25 @@ def _sqlite_engine(url: URL, lock_seconds: float, *, writes: bool) -> AsyncEngin
     sync = engine.sync_engine
     begin_statement = "BEGIN IMMEDIATE" if writes else "BEGIN"
 
+    def terminate(connection: Any) -> None:
+        connection.driver_connection.stop()
+
+    # SQLAlchemy's own waits until the statement under way has ended, for a lock perhaps; a cancelled handler cannot.
+    sync.dialect.do_terminate = terminate  # type: ignore[assignment]
+
     @event.listens_for(sync, "connect")
     def prepare(connection: Any, _: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys = ON")
-        if writes:
-            _set_journal(cursor, _shown(url))
-        else:
-            cursor.execute("PRAGMA query_only = ON")
-        cursor.close()
+        try:
+            cursor = connection.cursor()
+            cursor.execute("PRAGMA foreign_keys = ON")
+            if writes:
+                _set_journal(cursor, _shown(url))
+            else:
+                cursor.execute("PRAGMA query_only = ON")
+            cursor.close()
+        except BaseException:  # nobody else would close it
+            terminate(connection)
+            raise
 
     @event.listens_for(sync, "begin")
     def begin(connection: Connection) -> None:

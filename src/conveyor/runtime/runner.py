@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from conveyor.broker import Broker, Clock, Delivery
+from conveyor.config import DEFAULT_GRACE_SECONDS
 from conveyor.core.settle import Release, describe
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
@@ -23,8 +24,6 @@ from conveyor.runtime.worker import Worker
 
 log = logging.getLogger("conveyor.runner")
 
-DEFAULT_GRACE_SECONDS: Final = 25.0
-"""Less than the 30 seconds after which Kubernetes kills, and the 90 of systemd."""
 BEATS_PER_LEASE: Final = 3
 """Two heartbeats may fail before a lease ends."""
 STALL_SECONDS: Final = 30.0
@@ -66,6 +65,8 @@ class Runner:
         self._waits_alone: Delivery | None = None
         self._stalled: dict[str, str] = {}
         self._state = "starting"
+        self.was_cut = False
+        """Handlers were cancelled because they did not finish in time."""
         self._clock = clock
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 
@@ -108,10 +109,8 @@ class Runner:
             consumer.gate.clear()
         while self._suspects:
             self._settler.add(self._suspects.popleft()[1], Release())
-        finished = await self._all_still(grace_seconds)
-        if not finished:
-            for consumer in consumers:
-                consumer.cancel_all()
+        if not await self._all_still(grace_seconds):
+            self.cut()
             if not await self._all_still(1.0):
                 log.error("some handlers ignore being cancelled; they are left behind")
         with contextlib.suppress(TimeoutError):
@@ -122,7 +121,13 @@ class Runner:
                 await consumer.close()
         await self._loops.stop()
         self._state = "stopped"
-        return finished
+        return not self.was_cut
+
+    def cut(self) -> None:
+        """Cancel what still runs, and release it; a drain that is under way ends with it."""
+        for consumer in self.consumers.values():
+            self.was_cut = self.was_cut or consumer.busy > 0
+            consumer.cancel_all()
 
     # --- health -------------------------------------------------------------------------------------------------------
 
@@ -212,11 +217,15 @@ class Runner:
             self._suspected.clear()
             while self._suspects:
                 consumer, delivery = self._suspects.popleft()
+                # A fetch that waits in the broker would take back at once what is released now, and hold it at the crash.
+                await self._loops.stop(*(f"fetch {name}" for name in self.consumers))
                 try:
                     await self._run_alone(consumer, delivery)
                 finally:
-                    for other in self.consumers.values():
+                    for name, other in self.consumers.items():
                         other.resume()
+                        if self._state == "running":
+                            self._loops.start(f"fetch {name}", other.fetch)
 
     async def _run_alone(self, consumer: Consumer, delivery: Delivery) -> None:
         for other in self.consumers.values():
@@ -240,7 +249,10 @@ class Runner:
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
         log.warning(
-            "message %s is run alone: %d processes died while they handled it", delivery.message.id, delivery.crashes
+            "message %s of %s is run alone: %d processes died while they handled it",
+            delivery.message.id,
+            delivery.queue,
+            delivery.crashes,
         )
         await consumer.run_alone(delivery)
         await self._settler.flush()

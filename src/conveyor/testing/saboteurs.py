@@ -69,7 +69,7 @@ class Honest:
         return _Through(self, await self.broker.subscribe(queue, prefetch))
 
     async def fetch(self, subscription: Subscription, limit: int) -> list[Delivery]:
-        """What a subscription's fetch() does."""
+        """How a subscription fetches."""
         return await subscription.fetch(limit)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
@@ -306,7 +306,9 @@ class SettlesById(Honest):
         return deliveries
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
-        return await self.broker.settle([Settlement(self._current(each.delivery), each.verdict) for each in settlements])
+        return await self.broker.settle(
+            [Settlement(self._current(each.delivery), each.verdict) for each in settlements]
+        )
 
     def _current(self, delivery: Delivery) -> Delivery:
         return self.plot.latest.get((delivery.queue, delivery.message.id), delivery)

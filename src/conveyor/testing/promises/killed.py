@@ -136,5 +136,6 @@ async def _act(maker: Callable[[], Broker], act: str, names: Sequence[str]) -> N
                 ids += [each.message.id for each in await subscription.fetch(10)]
         case "declare_temporary":
             await broker.declare([Queue(name=names[0], topics=(names[0],), temporary=True)])
-    print(json.dumps({"owner": broker.owner, "ids": ids}), flush=True)
+    sys.stdout.write(json.dumps({"owner": broker.owner, "ids": ids}))
+    sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -191,8 +191,9 @@ async def emitted_messages_are_ordered(world: World) -> None:
     await world.put(target, "4", key="k")
     subscription = await world.subscribe(target)
     for expected in "1234":
-        assert texts(each := await world.take(subscription, 1)) == [expected]
-        await world.settle(DONE, *each)
+        received = await world.take(subscription, 1)
+        assert texts(received) == [expected]
+        await world.settle(DONE, *received)
 
 
 @promise("order", Feature.ORDER)

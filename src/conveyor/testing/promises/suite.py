@@ -195,7 +195,9 @@ class World:
             yield fetches
             async with self.patience("a waiting fetch to end"):
                 await asyncio.wait(fetches)
-            assert not any(each.cancelled() for each in fetches), "a fetch ended as cancelled, though nobody cancelled it"
+            assert not any(each.cancelled() for each in fetches), (
+                "a fetch ended as cancelled, though nobody cancelled it"
+            )
         finally:
             await cancel(*fetches)
 
