@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Final
 
 import pytest
@@ -63,21 +64,21 @@ CAUGHT_BY: Final[Mapping[type[Honest], str]] = {
 }
 
 
-async def the_suite_on(saboteur: Saboteur) -> list[Result]:
+async def the_suite_on(saboteur: Saboteur, patience_seconds: float) -> list[Result]:
     """All promises side by side, each on a store of its own."""
-    makers = [sabotage(turned_memory(patience_seconds=PATIENCE_SECONDS), saboteur) for _ in PROMISES]
+    makers = [sabotage(turned_memory(patience_seconds=patience_seconds), saboteur) for _ in PROMISES]
     return await asyncio.gather(*map(prove, PROMISES.values(), makers))
 
 
 @pytest.mark.parametrize("saboteur", SABOTEURS, ids=lambda each: each.__name__)
 async def test_a_saboteur_is_caught(saboteur: type[Honest]) -> None:
-    results = await the_suite_on(saboteur)
+    results = await the_suite_on(saboteur, PATIENCE_SECONDS)
     failed = {result.promise.name for result in results if result.ended is Ended.FAILED}
     assert CAUGHT_BY[saboteur] in failed, f"{saboteur.__doc__} Caught by: {sorted(failed)}"
 
 
 async def test_an_honest_broker_is_not_accused() -> None:
-    for result in await the_suite_on(Honest):
+    for result in await the_suite_on(Honest, 30.0):
         assert result.ended is not Ended.FAILED, result.trace
 
 
@@ -93,7 +94,7 @@ async def test_the_suite_runs_areas_and_promises_by_name_and_tells_each_result()
 
 async def test_what_a_broker_lacks_is_skipped_with_its_reason_and_the_rest_is_not() -> None:
     class Forgetful(MemoryBroker):
-        missing = {Feature.DELAY: "this one has no clock"}
+        missing: Mapping[Feature, str] = MappingProxyType({Feature.DELAY: "this one has no clock"})
 
     results = await run(Makers(partial(Forgetful, store=MemoryStore())), ["delay", "priority"])
     for result in results:
@@ -105,7 +106,7 @@ async def test_what_a_broker_lacks_is_skipped_with_its_reason_and_the_rest_is_no
 
 async def test_a_missing_feature_that_is_not_refused_is_found() -> None:
     class Sloppy(MemoryBroker):
-        missing = {Feature.ORDER: "too hard"}
+        missing: Mapping[Feature, str] = MappingProxyType({Feature.ORDER: "too hard"})
 
     [result] = await run(Makers(partial(Sloppy, store=MemoryStore())), ["what_is_missing_is_refused"])
     assert result.ended is Ended.FAILED
@@ -121,9 +122,9 @@ async def test_a_broker_that_hangs_fails_with_what_was_waited_for() -> None:
 
 async def test_a_maker_that_no_other_process_can_use_is_told() -> None:
     class Durable(MemoryBroker):
-        missing: dict[Feature, str] = {}
+        missing: Mapping[Feature, str] = MappingProxyType({})
 
-    [result] = await run(Makers(lambda: Durable()), ["what_was_published_survives_a_kill"])
+    [result] = await run(Makers(Durable), ["what_was_published_survives_a_kill"])
     assert result.ended is Ended.FAILED
     assert "cannot be pickled" in result.error
 
