@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 SQLITE_READERS: Final = 4
 CONNECT_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 2.0
+"""Longest wait for cancelled statements of SQLite; one that waits for a lock longer than that dies with the process."""
 _WATCHER: Final = "conveyor.watcher"
 """In the info of a connection: the Watcher of its present transaction."""
 
@@ -60,6 +62,7 @@ class Database:
 
     def __init__(self, url: str, *, connections: int, lock_seconds: float, idle_seconds: float) -> None:
         self._url = _checked(url)
+        self._leaving: set[asyncio.Future[None]] = set()
         self.shown: Final = _shown(self._url)
         """The URL without anything secret."""
         self.dialect: Final = self._url.get_backend_name()
@@ -70,8 +73,8 @@ class Database:
                 self.reader = self.writer.execution_options(postgresql_readonly=True)
                 self._looker = self.writer.execution_options(isolation_level="AUTOCOMMIT")
             else:
-                self.writer = _sqlite_engine(self._url, lock_seconds, writes=True)
-                self.reader = self._looker = _sqlite_engine(self._url, lock_seconds, writes=False)
+                self.writer = _sqlite_engine(self._url, lock_seconds, self._leaving, writes=True)
+                self.reader = self._looker = _sqlite_engine(self._url, lock_seconds, self._leaving, writes=False)
         except ModuleNotFoundError as error:
             extra = "ledger,postgresql" if self.dialect == "postgresql" else "ledger"
             raise MissingExtra(f"a ledger on {self.dialect}", extra) from error
@@ -86,6 +89,8 @@ class Database:
         """Let go of all connections."""
         await self.reader.dispose()
         await self.writer.dispose()
+        if self._leaving:
+            await asyncio.wait(self._leaving, timeout=CLOSE_SECONDS)
 
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[AsyncConnection]:
@@ -224,7 +229,12 @@ def _postgresql_engine(url: URL, connections: int, lock_seconds: float, idle_sec
     return engine
 
 
-def _sqlite_engine(url: URL, lock_seconds: float, *, writes: bool) -> AsyncEngine:
+def _sqlite_engine(url: URL, lock_seconds: float, leaving: set[asyncio.Future[None]], *, writes: bool) -> AsyncEngine:
+    """The engine for SQLite.
+
+    Parameters:
+        leaving: where connections are noted that are to close when the statement under way has ended.
+    """
     engine = create_async_engine(
         url,
         # One writer: whoever waits for it in this process waits in line, not in SQLite's sleeps.
@@ -238,7 +248,10 @@ def _sqlite_engine(url: URL, lock_seconds: float, *, writes: bool) -> AsyncEngin
     begin_statement = "BEGIN IMMEDIATE" if writes else "BEGIN"
 
     def terminate(connection: Any) -> None:
-        connection.driver_connection.stop()
+        closed: asyncio.Future[None] | None = connection.driver_connection.stop()
+        if closed is not None:
+            leaving.add(closed)
+            closed.add_done_callback(leaving.discard)
 
     # SQLAlchemy's own waits until the statement under way has ended, for a lock perhaps; a cancelled handler cannot.
     sync.dialect.do_terminate = terminate  # type: ignore[assignment]
