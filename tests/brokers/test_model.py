@@ -9,13 +9,15 @@ from functools import partial
 from typing import Final
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from conveyor.broker import Broker, Clock
 from conveyor.brokers import from_url
 from conveyor.brokers.memory import MemoryBroker, MemoryStore
+from conveyor.testing import saboteurs as by
 from conveyor.testing.model import Store, machine
+from conveyor.testing.saboteurs import Honest, Plot
 
 
 @contextlib.contextmanager
@@ -42,3 +44,36 @@ def test_a_broker_does_what_the_model_does(store: tuple[Store, int]) -> None:
             max_examples=games, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+SABOTEURS: Final[list[type[Honest]]] = [
+    by.SettlesById,
+    by.ExtendsById,
+    by.CountsReleases,
+    by.TakesAFailureForARelease,
+    by.OrdersOnlyWhatIsReady,
+    by.RedrivesToTheTopic,
+    by.ReclaimsFromEverybody,
+]
+
+
+@pytest.mark.parametrize("saboteur", SABOTEURS, ids=lambda each: each.__name__)
+def test_a_saboteur_does_not_do_what_the_model_does(saboteur: type[Honest]) -> None:
+    @contextlib.contextmanager
+    def sabotaged(clock: Clock) -> Iterator[Callable[[], Broker]]:
+        store, plot = MemoryStore(), Plot()
+        yield lambda: saboteur(MemoryBroker(store=store, clock=clock), plot)
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            machine(sabotaged),
+            settings=settings(
+                max_examples=300,
+                stateful_step_count=40,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],  # that there is a difference is enough; nobody reads the shortest
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
