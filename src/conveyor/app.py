@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar,
 
 from conveyor import brokers
 from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, Clock, Queue
-from conveyor.config import DEFAULT_GRACE_SECONDS
 from conveyor.core.codec import codec_for, struct_for
 from conveyor.core.events import EventType, check_topic, event_type
 from conveyor.core.handler import Mode, Plan, plan_task, plan_worker
@@ -28,6 +27,7 @@ from conveyor.runtime.background import Background
 from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
+from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of

@@ -14,8 +14,6 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 
-DEFAULT_GRACE_SECONDS: Final = 25.0
-"""Less than the 30 seconds after which Kubernetes kills, and the 90 of systemd."""
 PREFIX: Final = "CONVEYOR_"
 """Environment variables are named like the settings: CONVEYOR_BROKER, CONVEYOR_GRACE_SECONDS, …"""
 FILE: Final = "conveyor.toml"
@@ -52,7 +50,7 @@ class Config:
     broker: str | None = None
     database: str | None = None
     processes: Count = 1
-    grace_seconds: Seconds = DEFAULT_GRACE_SECONDS
+    grace_seconds: Seconds | None = None
     http: str | None = None
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Any, Final, TypedDict
 
 from cyclopts import App
 
@@ -223,14 +223,13 @@ def _command(app: str, workers: Sequence[str], flags: _Flags, *, json: bool) -> 
 
 
 def _limits(settings: Config) -> Limits:
-    limits = Limits(
-        grace_seconds=settings.grace_seconds,
-        max_rss_bytes=None if settings.max_rss_mb is None else settings.max_rss_mb * MB,
-        max_messages=settings.max_messages,
-    )
-    if settings.hang_limit_seconds is None:
-        return limits
-    return dataclasses.replace(limits, hang_limit_seconds=settings.hang_limit_seconds)
+    said: dict[str, Any] = {
+        "grace_seconds": settings.grace_seconds,
+        "max_rss_bytes": None if settings.max_rss_mb is None else settings.max_rss_mb * MB,
+        "max_messages": settings.max_messages,
+        "hang_limit_seconds": settings.hang_limit_seconds,
+    }
+    return dataclasses.replace(Limits(), **{name: value for name, value in said.items() if value is not None})
 
 
 async def _metrics(supervisor: Supervisor, broker: Broker | None) -> bytes:
@@ -286,7 +285,7 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         asked.set()
 
     def on_signal(name: str) -> None:
-        drain(Ask(name, 0.0 if asked.is_set() else settings.grace_seconds))
+        drain(Ask(name, 0.0 if asked.is_set() else _limits(settings).grace_seconds))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number.name)

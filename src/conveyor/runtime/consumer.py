@@ -235,11 +235,16 @@ class Consumer:
         if not self.gate.is_set():
             self.release_unstarted()
             return
-        idle = self._idle
-        for _ in range(min(len(idle), -(-len(ready) // self.worker.batch))):
-            waiter = idle.popleft()
+        self._wake(len(ready))
+
+    def _wake(self, messages: int) -> None:
+        """Wake two idle lanes, each of which wakes two more: where handlers never wait, two do what a hundred would be woken for."""
+        wanted = min(2, messages)
+        while wanted > 0 and self._idle:
+            waiter = self._idle.popleft()
             if not waiter.done():
                 waiter.set_result(None)
+                wanted -= 1
 
     def _add_lane(self) -> None:
         lane = Lane()
@@ -247,11 +252,12 @@ class Consumer:
         self._lanes.append(lane)
 
     async def _run(self, lane: Lane) -> None:
-        ready, batch, half = self._ready, self.worker.batch, self.worker.prefetch // 2
+        batch, half = self.worker.batch, self.worker.prefetch // 2
         loop = asyncio.get_running_loop()
         handled = 0
         while True:
             ready = self._ready
+            self._wake(len(ready) - batch)
             while ready and self.gate.is_set():
                 deliveries = (ready.popleft(),) if batch == 1 else self._next_batch()
                 if len(ready) <= half:

@@ -12,6 +12,8 @@ from conveyor.core.settle import describe
 
 log = logging.getLogger("conveyor.loop")
 
+DEFAULT_GRACE_SECONDS: Final = 25.0
+"""Less than the 30 seconds after which Kubernetes kills, and the 90 of systemd."""
 RESTARTS: Final = RetryPolicy(initial=0.05, maximum=5.0, jitter=0.0)
 """A loop that fails is started again, soon at first, and at most five seconds later."""
 CALM_SECONDS: Final = 30.0

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from conveyor.broker import Broker, Clock, Delivery
-from conveyor.config import DEFAULT_GRACE_SECONDS
 from conveyor.core.settle import Release, describe
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
 from conveyor.runtime.consumer import Consumer
 from conveyor.runtime.health import Health
-from conveyor.runtime.loop import Loops
+from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS, Loops
 from conveyor.runtime.metrics import Metrics, Snapshot
 from conveyor.runtime.settler import Settler
 from conveyor.runtime.worker import Worker

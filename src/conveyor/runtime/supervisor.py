@@ -23,6 +23,7 @@ from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
 from conveyor.runtime.channel import CHANNEL, CHILD, OWNER, Ask, Beat
 from conveyor.runtime.health import STARTING, Health
+from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Snapshot, ended, merge, resident_bytes
 
 log = logging.getLogger("conveyor.supervisor")
@@ -71,7 +72,7 @@ class Limits:
         max_age_seconds: age at which it is drained and replaced.
     """
 
-    grace_seconds: float = 25.0
+    grace_seconds: float = DEFAULT_GRACE_SECONDS
     start_seconds: float = 300.0
     hang_limit_seconds: float = 30.0
     max_rss_bytes: int | None = None
