@@ -57,8 +57,8 @@ class Queue(msgspec.Struct, frozen=True, kw_only=True):
     Parameters:
         name: unique on the broker.
         topics: every message published under one of these is put into the queue.
-        ordered: per-key order: of several messages with one key only the oldest is delivered, the next one after its settlement as
-            done or dead. Messages without a key are not ordered.
+        ordered: per-key order: of several messages with one key only the oldest is delivered (or waited for, where it is not due), the
+            next one after its settlement as done or dead. Messages without a key are not ordered.
         max_length: when more than so many messages wait, the oldest are dropped; None is unbounded.
         temporary: it vanishes, with what waits in it, when the broker object that declared it closes or its process dies.
         lease_seconds: how long a delivery belongs to a receiver that gives no sign of life.
@@ -112,7 +112,7 @@ class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
     Parameters:
         ready: messages that a receiver could have now.
         in_flight: messages delivered and not yet settled.
-        delayed: messages that are not due yet.
+        delayed: messages that are not due yet, or wait for an older one of their key.
         dead: dead letters.
         oldest_seconds: how long the oldest ready message has been ready; None where none is.
         consumers: live subscriptions, over all processes; None where the broker cannot tell.
@@ -165,6 +165,9 @@ class Subscription(Protocol):
 
         Each is counted and leased before it is returned. When the caller is cancelled, nothing stays behind: what was
         claimed for it is released.
+
+        Raises:
+            BrokerError: the subscription or its broker was closed meanwhile.
         """
         ...
 
@@ -218,7 +221,7 @@ class Broker(Protocol):
         ...
 
     async def subscribe(self, queue: str, prefetch: int) -> Subscription:
-        """Become a receiver of a declared queue that will hold up to prefetch unsettled deliveries."""
+        """Become a receiver of a declared queue, which is given no more than prefetch deliveries that it has not settled."""
         ...
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
@@ -257,7 +260,7 @@ class Broker(Protocol):
         ...
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
-        """Put dead letters back into their queues, with all counts at zero. Returns how many there still were."""
+        """Put dead letters back into their queues, behind what waits there, all counts at zero. Returns how many there still were."""
         ...
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:

@@ -136,7 +136,8 @@ class Consumer:
 
     async def open(self) -> None:
         """Subscribe, and start the lanes."""
-        self._subscription = await self._broker.subscribe(self.worker.queue.name, self.worker.prefetch)
+        # While one half is settled, the other is on its way: at the broker both count as held.
+        self._subscription = await self._broker.subscribe(self.worker.queue.name, 2 * self.worker.prefetch)
         for _ in range(self.worker.concurrency):
             self._add_lane()
         self.gate.set()

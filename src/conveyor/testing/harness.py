@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
-import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -19,25 +18,12 @@ from conveyor.core.events import event_type
 from conveyor.core.message import Message
 from conveyor.core.settle import Done, RetryAt
 from conveyor.runtime.outgoing import Publishing
+from conveyor.testing.clock import TurnableClock
 
 T = TypeVar("T")
 
 LARGEST_PAGE = 1_000_000
 """Dead letters that a test looks at, at most."""
-
-
-class TurnableClock:
-    """A clock that stands still until it is turned. Call it for Unix seconds."""
-
-    def __init__(self, now: float | None = None) -> None:
-        self._now = time.time() if now is None else now
-
-    def __call__(self) -> float:
-        return self._now
-
-    def turn(self, seconds: float) -> None:
-        """Let time pass."""
-        self._now += seconds
 
 
 class _Recorder(MemoryBroker):
