@@ -48,7 +48,7 @@ app = Conveyor("shop", broker=settings.broker, database=settings.database, migra
 gateway = Gateway(app, settings.decline_rate)
 
 
-@app.worker(retry=STEADFAST, concurrency=AT_ONCE)
+@app.worker(retry=STEADFAST, concurrency=AT_ONCE, lease=settings.lease)
 async def validation(created: OrderCreated, tx: Transaction) -> OrderValidated | OrderFailed:
     """Check the order once more, whoever wrote it down."""
     await work(created.order_id, Status.VALIDATING, settings.validation)
@@ -61,7 +61,7 @@ async def validation(created: OrderCreated, tx: Transaction) -> OrderValidated |
     return OrderValidated(order.id, order.total_amount)
 
 
-@app.worker(retry=STEADFAST, concurrency=AT_ONCE)
+@app.worker(retry=STEADFAST, concurrency=AT_ONCE, lease=settings.lease)
 async def payment(validated: OrderValidated, tx: Transaction, context: Context) -> PaymentProcessed | OrderFailed:
     """Charge the customer, once."""
     order_id, amount = validated.order_id, validated.amount
@@ -75,7 +75,7 @@ async def payment(validated: OrderValidated, tx: Transaction, context: Context) 
     return PaymentProcessed(order_id, transaction_id, amount)
 
 
-@app.worker(retry=STEADFAST, concurrency=AT_ONCE)
+@app.worker(retry=STEADFAST, concurrency=AT_ONCE, lease=settings.lease)
 async def inventory(paid: PaymentProcessed, tx: Transaction) -> InventoryReserved | InventoryInsufficient:
     """Reserve every item of the order, or none."""
     await work(paid.order_id, Status.INVENTORY_CHECK, settings.inventory)
@@ -86,7 +86,7 @@ async def inventory(paid: PaymentProcessed, tx: Transaction) -> InventoryReserve
     return InventoryReserved(order.id)
 
 
-@app.worker(retry=STEADFAST, concurrency=AT_ONCE)
+@app.worker(retry=STEADFAST, concurrency=AT_ONCE, lease=settings.lease)
 async def shipping(reserved: InventoryReserved, tx: Transaction) -> list[ShipmentCreated | OrderCompleted]:
     """Send the parcel, and complete the order."""
     await work(reserved.order_id, Status.SHIPPING, settings.shipping)
@@ -99,7 +99,7 @@ async def shipping(reserved: InventoryReserved, tx: Transaction) -> list[Shipmen
     return [ShipmentCreated(order.id, tracking_number), OrderCompleted(order.id)]
 
 
-@app.worker(retry=STEADFAST, concurrency=AT_ONCE)
+@app.worker(retry=STEADFAST, concurrency=AT_ONCE, lease=settings.lease)
 async def refund(
     missing: InventoryInsufficient, tx: Transaction, context: Context
 ) -> list[PaymentRefunded | OrderFailed]:

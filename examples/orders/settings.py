@@ -57,6 +57,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _lease(text: str) -> float:
+    if not 0.5 <= float(text) <= 3600:
+        raise ValueError("between 0.5 and 3600 seconds are sensible")
+    return float(text)
+
+
 def _share(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise ValueError("a share is between 0 and 1")
@@ -96,6 +102,10 @@ class Settings:
     shipping: Annotated[Seconds, Setting("seconds that shipping takes", ("SHOP_SHIPPING_SECONDS",), Seconds.parse)] = (
         Seconds(1, 2)
     )
+    lease: Annotated[
+        float,
+        Setting("seconds after which the work of a silent process goes to others", ("SHOP_LEASE_SECONDS",), _lease),
+    ] = 30.0
     decline_rate: Annotated[float, Setting("share of payments that are declined", ("SHOP_DECLINE_RATE",), _share)] = 0.1
 
     def __post_init__(self) -> None:
