@@ -1,0 +1,89 @@
+"""SIGTERM under load: a good end within the grace period, and no message is the worse for it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Eventually, World
+
+PARTS: Final = 5
+ROUNDS: Final = 10
+"""In each part; fifty in all."""
+LOAD: Final = 200
+"""Messages of each quick kind that are added for every round: more than one handles before it is ended."""
+QUICK: Final = ("quick", "quick_in_thread", "lingering")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", range(PARTS))
+async def test_sigterm_under_load_ends_in_order_and_nothing_that_went_back_is_counted(
+    part: int, world: World, eventually: Eventually
+) -> None:
+    published = dict.fromkeys(QUICK, 0)
+    for round_ in range(ROUNDS):
+        processes = 1 + round_ % 2
+        files = ("begun", "handled")
+        before = [len(world.lines(file)) for file in files]
+        program = world.run("steady", f"--processes={processes}")
+        await world.ready(program, processes)
+        for kind in QUICK:
+            first, last = published[kind], published[kind] + (4 if kind == "lingering" else LOAD)
+            await world.publish(kind, *numbered(first, last))
+            published[kind] = last
+        await eventually(partial(grown, world, files, before), program.said)
+
+        program.send(signal.SIGTERM)
+        assert await program.ended() == 0, program.said()
+
+        assert program.said().count("ended in order") == processes, program.said()
+        assert {(each.state, each.deliveries, each.attempts) for each in world.waiting} <= {(0, 0, 0)}
+        assert not world.repeated("handled")
+    program = world.run("steady")
+    await eventually(lambda: world.subscribed and not world.waiting, program.said)
+    await program.stop()
+    expected = [f"{kind}-{number}" for kind in QUICK for number in range(published[kind])]
+    assert sorted(world.lines("handled")) == sorted(expected)
+    assert not world.dead
+
+
+async def test_what_outlasts_the_grace_period_is_cut_and_goes_back_uncounted(
+    world: World, eventually: Eventually
+) -> None:
+    for round_ in range(3):
+        before = len(world.lines("begun"))
+        program = world.run("steady", "--grace=0.3", "--workers=slow,quick_in_thread")
+        await world.ready(program)
+        if round_ == 0:
+            await world.publish("slow", *numbered(0, 3))
+        await world.publish("quick_in_thread", *numbered(round_ * LOAD, round_ * LOAD + LOAD))
+        await eventually(partial(grown, world, ["begun"], [before + 1]), program.said)
+
+        program.send(signal.SIGTERM)
+        assert await program.ended() == 1, program.said()
+
+        slow = [each for each in world.waiting if each.queue == "steady.slow"]
+        assert len(slow) == 3
+        assert {(each.state, each.deliveries, each.attempts) for each in world.waiting} == {(0, 0, 0)}
+    (world.folder / "release").touch()
+    program = world.run("steady")
+    await eventually(lambda: world.subscribed and not world.waiting, program.said)
+    await program.stop()
+    expected = [f"quick_in_thread-{number}" for number in range(3 * LOAD)]
+    assert sorted(world.lines("handled")) == sorted([*expected, "slow-0", "slow-1", "slow-2"])
+    assert not world.dead
+
+
+def grown(world: World, files: Sequence[str], before: Sequence[int]) -> bool:
+    """Whether each file has more lines than before."""
+    return all(len(world.lines(file)) > number for file, number in zip(files, before, strict=True))
+
+
+def numbered(first: int, last: int) -> list[bytes]:
+    return [json.dumps({"number": number}).encode() for number in range(first, last)]

@@ -1,0 +1,163 @@
+"""Messages that hurt whoever handles them end as dead letters that say why; their neighbours are handled, and the program lives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from conveyor import Conveyor, PayloadError
+
+if TYPE_CHECKING:
+    from tests.faults.conftest import Dead, Eventually, Program, World
+
+NEIGHBOURS: Final = 12
+LIMITS: Final = ("--hang-limit=3", "--max-rss=300")
+TOPICS: Final = {"swallow": "dose", "swallow_in_thread": "thread_dose", "swallow_elsewhere": "cpu_dose"}
+DEEP: Final = b'{"kind": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+HUGE: Final = b'{"kind": [' + b",".join([b'"0123456789"'] * 800_000) + b"]}"
+"""Ten megabytes."""
+NO_TEXT: Final = b'{"kind": "\xff\xfe"}'
+
+
+def dose(kind: str) -> bytes:
+    return json.dumps({"kind": kind}).encode()
+
+
+async def poisoned(world: World, topic: str, *bodies: bytes) -> Program:
+    """A program at work, its queue prepared: poison first, then neighbours."""
+    program = world.run("poison", *LIMITS)
+    await world.ready(program)
+    fine = [b"{}" if topic == "plain" else dose(f"fine-{number}") for number in range(NEIGHBOURS)]
+    await world.publish(topic, *bodies, *fine)
+    return program
+
+
+async def died(world: World, program: Program, eventually: Eventually, number: int = 1) -> list[Dead]:
+    """Wait until all is handled or given up; the dead letters, after a good end of the program."""
+    await eventually(lambda: not world.waiting and len(world.dead) == number, program.said)
+    await program.stop()
+    return world.dead
+
+
+@pytest.mark.parametrize(
+    ("worker", "kind", "why"),
+    [
+        ("swallow", "exit", "exit code 7"),
+        ("swallow", "segfault", "killed by SIGSEGV"),
+        ("swallow", "loop", "made no sign of life for 3 s: its event loop is blocked"),
+        ("swallow", "memory", "over --max-rss 300 MB"),
+        ("swallow_in_thread", "exit", "exit code 7"),
+        ("swallow_in_thread", "segfault", "killed by SIGSEGV"),
+    ],
+)
+async def test_a_message_that_kills_its_process_becomes_a_dead_letter_that_says_how(
+    worker: str, kind: str, why: str, world: World, eventually: Eventually
+) -> None:
+    program = await poisoned(world, TOPICS[worker], dose(kind))
+    [letter] = await died(world, program, eventually)
+    assert (letter.queue, letter.reason, letter.body) == (f"poison.{worker}", "crashed", dose(kind))
+    assert letter.error.startswith("3 processes died while handling it; last: ")
+    assert why in letter.error
+    assert {f"fine-{number}" for number in range(NEIGHBOURS)} == set(world.lines("handled"))
+
+
+@pytest.mark.parametrize(
+    ("worker", "kind", "why"),
+    [
+        ("swallow", "sys.exit", "SystemExit: 3"),
+        ("swallow_in_thread", "sys.exit", "the handler raised SystemExit(3)"),
+        ("swallow_in_thread", "loop", "HandlerTimeout: no end after 0.5 s"),
+        (
+            "swallow_elsewhere",
+            "exit",
+            "poison:swallow_elsewhere died: exit code 7",
+        ),
+        ("swallow_elsewhere", "segfault", "died: killed by SIGSEGV"),
+        ("swallow_elsewhere", "sys.exit", "raised SystemExit: 3"),
+    ],
+)
+async def test_a_message_that_hurts_only_its_own_attempt_leaves_the_process_alone(
+    worker: str, kind: str, why: str, world: World, eventually: Eventually
+) -> None:
+    program = await poisoned(world, TOPICS[worker], dose(kind))
+    [runner] = program.runners
+    [letter] = await died(world, program, eventually)
+    assert (letter.queue, letter.reason) == (f"poison.{worker}", "exhausted")
+    assert why in letter.error
+    assert [f"fine-{number}" for number in range(NEIGHBOURS)] == sorted(
+        world.lines("handled"), key=lambda line: int(line.removeprefix("fine-"))
+    )
+    assert f"process 1 (pid {runner.pid}) ended in order" in program.said()
+    assert "died after" not in program.said()
+
+
+@pytest.mark.parametrize("topic", ["dose", "cpu_dose", "plain"])
+async def test_what_cannot_be_read_becomes_a_dead_letter_whole(
+    topic: str, world: World, eventually: Eventually
+) -> None:
+    bad = {"deep": DEEP, "no text": NO_TEXT, "no JSON": b'{"kind": ', "empty": b"", "huge": HUGE}
+    if topic == "plain":
+        del bad["huge"]  # a dict may be as large as it likes, once somebody else has published it
+    program = await poisoned(world, topic, *bad.values())
+    [runner] = program.runners
+    letters = await died(world, program, eventually, len(bad))
+    assert sorted(letter.body for letter in letters) == sorted(bad.values())
+    assert {letter.reason for letter in letters} == {"invalid"}
+    assert all(letter.error and len(letter.error) < 5000 for letter in letters)
+    assert len(world.lines("handled")) == NEIGHBOURS
+    assert f"process 1 (pid {runner.pid}) ended in order" in program.said()
+
+
+async def test_all_poisons_at_once_take_nobody_else_with_them(world: World, eventually: Eventually) -> None:
+    # Where several kill, one may be the end of a process in which another one waits to run alone: so it takes a few more.
+    program = world.run("poison", *LIMITS, "--processes=2", CRASHES="4")
+    await world.ready(program, 2)
+    poisons = [
+        ("dose", "exit"),
+        ("thread_dose", "segfault"),
+        ("dose", "loop"),
+        ("dose", "memory"),
+        ("dose", "sys.exit"),
+    ]
+    poisons += [("thread_dose", "loop"), ("cpu_dose", "exit")]
+    expected = {id for topic, kind in poisons for id in await world.publish(topic, dose(kind))}
+    for topic in TOPICS.values():
+        await world.publish(topic, *(dose(f"{topic}-{number}") for number in range(NEIGHBOURS)))
+    letters = await died(world, program, eventually, len(poisons))
+    assert {letter.id for letter in letters} == expected
+    assert {letter.reason for letter in letters} == {"crashed", "exhausted"}
+    fine = {f"{topic}-{number}" for topic in TOPICS.values() for number in range(NEIGHBOURS)}
+    assert set(world.lines("handled")) == fine
+
+
+@pytest.mark.parametrize("body", [DEEP, NO_TEXT, HUGE], ids=["deep", "no text", "huge"])
+async def test_the_command_line_refuses_to_publish_it(body: bytes, world: World) -> None:
+    for named in ("Dose", "plain"):
+        done = subprocess.run(
+            [sys.executable, "-m", "conveyor", "publish", world.full_name(".poison:app"), named, "--data", "-"],
+            cwd=world.folder,
+            env=world.environment,
+            input=body,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert b"--data" in done.stderr or b"body" in done.stderr or b"payload" in done.stderr
+        assert b"Traceback" not in done.stderr
+        assert len(done.stderr) < 5000
+
+
+async def test_the_application_refuses_to_publish_it(world: World) -> None:
+    deep: object = []
+    for _ in range(100_000):
+        deep = [deep]
+    app = Conveyor("refusing", broker=f"sqlite:///{world.queue_file}")
+    async with app:
+        for bad in ({"kind": deep}, {"kind": "\udcff"}, {"kind": "0123456789" * 1_000_000}):
+            with pytest.raises(PayloadError):
+                await app.publish(bad, topic="plain")
+    assert not world.waiting
