@@ -99,6 +99,7 @@ class Relay:
         self._broker = broker
         self._attempts = attempts
         self._poll_seconds = poll_seconds
+        self._running = False
         self._failures = 0
         self._gathered: list[Claimed] = []
         self._gathered_rows = 0
@@ -113,7 +114,7 @@ class Relay:
         """Send, in the background, what a transaction has just committed; what gathers meanwhile goes together. Waits for nothing."""
         if claimed.left:
             self._wake()
-        if not claimed.rows or not self._ledger.hands_off or self._gathered_rows > GATHERED_AT_MOST:
+        if not claimed.rows or not self._running or self._gathered_rows > GATHERED_AT_MOST:
             return
         self._gathered.append(claimed)
         self._gathered_rows += len(claimed.rows)
@@ -126,14 +127,14 @@ class Relay:
 
     async def run(self) -> None:
         """Work until cancelled: hand off, look for what was left, and forget old inbox rows."""
-        self._ledger.hands_off = True
+        self._running = self._ledger.hands_off = True
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._hand_off_loop(), name="relay hand-off")
                 group.create_task(self._sweep_loop(), name="relay sweep")
                 group.create_task(self._purge_loop(), name="relay purge")
         finally:
-            self._ledger.hands_off = False
+            self._running = self._ledger.hands_off = False
             self._gathered, self._gathered_rows = [], 0
             self._idle.set()
             await self._free()
@@ -157,6 +158,9 @@ class Relay:
         rows = sorted((row for claimed in timely for row in claimed.rows), key=lambda row: row.seq)
         if rows:
             try:
+                if self.problem:  # these were committed while it began
+                    await self._ledger.release([row.seq for row in rows])
+                    return
                 await self._send(Claimed(tuple(rows), min(claimed.until for claimed in timely)), "handoff")
             except (BrokerError, LedgerError) as error:
                 self._failed(error)
