@@ -29,6 +29,8 @@ _ENVELOPE: Final = frozenset(
     | {"correlationid", "causationid", "duetime", "expirytime", "priority"}
 )
 _ATTRIBUTE: Final = re.compile(r"(?:ce[-_]|cloudevents[:_])([a-z0-9]+)", re.IGNORECASE)
+_VARIANT: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+"""A UUID's 17th digit: its two upper bits are 10."""
 _LONGEST_INT: Final = 128
 """Bits. No protocol has longer ones; Python refuses to write very long ones in decimal."""
 _FIRST_SECOND: Final = datetime.min.replace(tzinfo=UTC).timestamp()
@@ -74,11 +76,8 @@ def uuid7(unix_seconds: float, random: bytes) -> str:
         unix_seconds: the time it stands for.
         random: ten bytes or more; the first ten are used.
     """
-    value = (int(unix_seconds * 1000) & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(random[:10], "big")
-    value = value & ~(0xF << 76) | (0x7 << 76)
-    value = value & ~(0x3 << 62) | (0x2 << 62)
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    milliseconds = int(unix_seconds * 1000) & 0xFFFF_FFFF_FFFF
+    return _uuid((milliseconds.to_bytes(6, "big") + random[:10]).hex(), "7")
 
 
 def emitted_id(cause_id: str, worker: str, position: int) -> str:
@@ -86,12 +85,13 @@ def emitted_id(cause_id: str, worker: str, position: int) -> str:
 
     A UUIDv8 (RFC 9562, section 5.8) from a hash of the three, so that whoever receives a repeat can tell.
     """
-    digest = hashlib.blake2b(f"{cause_id}\0{worker}\0{position}".encode(), digest_size=16).digest()
-    value = int.from_bytes(digest, "big")
-    value = value & ~(0xF << 76) | (0x8 << 76)
-    value = value & ~(0x3 << 62) | (0x2 << 62)
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    digest = hashlib.blake2b(f"{cause_id}\0{worker}\0{position}".encode(), digest_size=16)
+    return _uuid(digest.hexdigest(), "8")
+
+
+def _uuid(digits: str, version: str) -> str:
+    """32 hexadecimal digits as a UUID: one is replaced by the version, two bits of another by the variant (section 4)."""
+    return f"{digits[:8]}-{digits[8:12]}-{version}{digits[13:16]}-{_VARIANT[digits[16]]}{digits[17:20]}-{digits[20:]}"
 
 
 def to_headers(message: Message, prefix: str = PREFIX) -> dict[str, str]:
