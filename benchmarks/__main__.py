@@ -27,6 +27,8 @@ from benchmarks.table import MEASUREMENTS
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 2
 QUICK_SCALE: Final = 0.1
+WIDTH: Final = 120
+"""Columns, where the output is no terminal."""
 COLUMNS: Final = {"who": False, "median": True, "": False, "least to most": True, "of the first": True, "goal": False}
 """The table's columns, and whether they are numbers."""
 
@@ -67,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.markdown:
         print("\n".join(_markdown(facts, results)))
     else:
-        _show(Console(), facts, results)
+        to_reader = Console()
+        _show(to_reader if to_reader.is_terminal else Console(width=WIDTH), facts, results)
     return 0
 
 
