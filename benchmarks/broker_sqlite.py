@@ -1,6 +1,6 @@
 """The SQLite broker alone: carrying, publishing from many tasks, a backlog of a million, and waking another process.
 
-    python benchmarks/broker_sqlite.py [--durability full|normal] [--backlog MESSAGES] [carry] [publish] [backlog] [wake]
+python benchmarks/broker_sqlite.py [--durability full|normal] [--backlog MESSAGES] [carry] [publish] [backlog] [wake]
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ async def wake(path: Path) -> tuple[float, float]:
     broker = SqliteBroker(path)
     await broker.open()
     await broker.declare([Queue(name="wakes", topics=("wake",))])
-    reader = subprocess.Popen([sys.executable, __file__, "--wait-on", str(path)], stdout=subprocess.PIPE, text=True)
+    reader = await asyncio.to_thread(_start_reader, path)
     assert reader.stdout is not None
     await asyncio.to_thread(reader.stdout.readline)
     for _ in range(WAKES):
@@ -87,6 +87,10 @@ async def wake(path: Path) -> tuple[float, float]:
     reader.wait()
     await broker.close()
     return statistics.median(times), statistics.quantiles(times, n=100)[98]
+
+
+def _start_reader(path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, __file__, "--wait-on", str(path)], stdout=subprocess.PIPE, text=True)
 
 
 async def wait_on(path: Path) -> None:

@@ -10,6 +10,7 @@ take milliseconds. So a batch is one step, however many rows it has: rows go in 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
@@ -591,7 +592,10 @@ class _File:
         if row is None:
             raise BrokerError(f"there is no queue {queue!r} in {self.path}")
         self.db.execute(SQL["purge"], (row.id, MANY))
-        return self.db.changes()
+        purged = self.db.changes()
+        if purged and row.ordered:  # the next part may never come
+            self.db.execute(SQL["next_of_queue"], (row.id, self.now))
+        return purged
 
     def redrive(self, letters: Iterable[DeadLetter]) -> int:
         """Put dead letters back into their queues, behind what is there."""
@@ -668,8 +672,10 @@ class _Writer:
         self._loop = asyncio.get_running_loop()
         opened: asyncio.Future[None] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
-        threading.Thread(target=self._run, args=(opened,), name="conveyor-sqlite", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(opened,), name="conveyor-sqlite", daemon=True)
+        self._thread.start()
         await opened
+        _writers.add(self)
 
     async def stop(self) -> None:
         """Do what was asked until now, then close the file. Fetches that wait are told."""
@@ -677,6 +683,11 @@ class _Writer:
             self._sweep.cancel()
         self._heard.put(_STOP)
         await asyncio.shield(self._ended)
+
+    def stop_at_exit(self) -> None:
+        """The program ends without closing the broker: its thread must not be inside SQLite when the interpreter goes."""
+        self._heard.put(_STOP)
+        self._thread.join(BUSY_SECONDS)
 
     def ask(self, operation: _Operation) -> asyncio.Future[Any]:
         """Have an operation done; its result or error will be in the future."""
@@ -1301,6 +1312,17 @@ class SqliteBroker:
                 bell.recv(1)
         writer.wake()
 
+
+_writers: Final[WeakSet[_Writer]] = WeakSet()
+
+
+@atexit.register
+def _stop_writers() -> None:
+    for writer in tuple(_writers):
+        writer.stop_at_exit()
+
+
+os.register_at_fork(after_in_child=_writers.clear)
 
 _open_connections: Final[set[apsw.Connection]] = set()
 """Keeps a forked child from closing what belongs to its parent."""
