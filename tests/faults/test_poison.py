@@ -77,6 +77,7 @@ async def test_a_message_that_kills_its_process_becomes_a_dead_letter_that_says_
             "poison:swallow_elsewhere died: exit code 7",
         ),
         ("swallow_elsewhere", "segfault", "died: killed by SIGSEGV"),
+        ("swallow_elsewhere", "memory", "MB, over 300 MB"),
         ("swallow_elsewhere", "sys.exit", "raised SystemExit: 3"),
     ],
 )
