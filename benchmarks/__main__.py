@@ -29,6 +29,8 @@ QUICK_ROUNDS: Final = 2
 QUICK_SCALE: Final = 0.1
 WIDTH: Final = 120
 """Columns, where the output is no terminal."""
+MARKS: Final = ("<!-- figures -->", "<!-- end of figures -->")
+"""Where a document has its table."""
 COLUMNS: Final = {"who": False, "median": True, "": False, "least to most": True, "of the first": True, "goal": False}
 """The table's columns, and whether they are numbers."""
 
@@ -66,12 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 1
     if options.json:
         print(json.dumps({"machine": facts, "results": [_as_json(each) for each in results]}, indent=2))
-    elif options.markdown:
-        print("\n".join(_markdown(facts, results)))
     else:
         to_reader = Console()
         _show(to_reader if to_reader.is_terminal else Console(width=WIDTH), facts, results)
+    if options.write:
+        _write(options.write, "\n".join(_markdown(facts, results)))
     return 0
+
+
+def _write(document: Path, figures: str) -> None:
+    """Put the figures between a document's two marks."""
+    before, _, rest = document.read_text().partition(MARKS[0])
+    _, mark, after = rest.partition(MARKS[1])
+    if not mark:
+        raise SystemExit(f"{document} has no place for the figures: a line {MARKS[0]} and, below it, a line {MARKS[1]}")
+    document.write_text(f"{before}{MARKS[0]}\n\n{figures}\n\n{MARKS[1]}{after}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,9 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help=f"so many rounds; {ROUNDS} unless told")
     parser.add_argument("--scale", type=float, help="so much of the full load; 1 unless told")
     parser.add_argument("--folder", type=Path, help="measure the disk that this folder is on")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="every sample, for programs")
-    output.add_argument("--markdown", action="store_true", help="the table, for documents")
+    parser.add_argument("--json", action="store_true", help="print every sample, for programs")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="also put the table into docs/benchmarks.md, or another FILE"
+    )
     return parser
 
 

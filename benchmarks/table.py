@@ -67,7 +67,7 @@ MEASUREMENTS: Final = (
     Measurement(
         "transactions",
         "Handle in a transaction: inbox, a row, outbox (ledger on SQLite)",
-        (Subject("Conveyor", "ledger:transactions", Load(5_000, ready=5_000), "load:fill"),),
+        (Subject("Conveyor", "ledger:transactions", Load(2_000, ready=2_000), "load:fill"),),
     ),
     Measurement(
         "latency",

@@ -38,12 +38,18 @@ def test_each_measurement_runs_and_has_a_figure_for_every_goal(measurement: Any,
     assert not list(tmp_path.iterdir()), "what was measured on is removed"
 
 
-def test_the_table_for_people_and_the_one_for_documents_say_the_same() -> None:
-    for form in ((), ("--markdown",)):
-        shown = run(*LEAST, "--only", "import", *form)
-        assert "import conveyor" in shown
-        assert "< 150" in shown
-        assert "processor: " in shown
+def test_the_table_is_shown_and_put_into_a_document(tmp_path: Path) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text("Before.\n<!-- figures -->\nold\n<!-- end of figures -->\nAfter.\n")
+    shown = run(*LEAST, "--only", "import", "--write", str(document))
+    written = document.read_text()
+    for text in (shown, written):
+        assert "import conveyor" in text
+        assert "< 150" in text
+        assert "processor: " in text
+    assert written.startswith("Before.\n<!-- figures -->\n")
+    assert written.endswith("<!-- end of figures -->\nAfter.\n")
+    assert "old" not in written
 
 
 def test_names_of_measurements_and_subjects_are_unique() -> None:
