@@ -232,6 +232,9 @@ class Broker(Protocol):
         Returns:
             The deliveries whose lease is lost: nothing was done to them. What they would have emitted was not published,
             or, where a broker cannot fence, was published under ids that tell the repeat.
+
+        Raises:
+            PublishFailed: an emitted message cannot be stored; none of these deliveries was settled.
         """
         ...
 

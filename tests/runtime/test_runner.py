@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -451,6 +452,34 @@ async def test_settlements_wait_for_a_broker_that_is_away_and_the_runner_says_so
                 await asyncio.sleep(0.001)
         assert runner.health().ready
     assert handled == [1]
+
+
+async def test_an_emitted_message_that_cannot_be_stored_makes_a_dead_letter_and_holds_up_nobody(tmp_path: Path) -> None:
+    app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue")
+
+    @app.worker
+    async def charge(order: Order, context: Context) -> None:
+        context.publish(Paid(order.number), key="\ud800" if order.number == 3 else "k")
+
+    paid: list[int] = []
+    enough = asyncio.Event()
+
+    @app.worker
+    async def ship(receipt: Paid) -> None:
+        paid.append(receipt.number)
+        if len(paid) == 5:
+            enough.set()
+
+    async with app:
+        for number in range(6):
+            await app.publish(Order(number))
+        async with app.running():
+            async with asyncio.timeout(10):
+                await enough.wait()
+                while not (letters := await dead_letters(app)):
+                    await asyncio.sleep(0.001)
+    assert sorted(paid) == [0, 1, 2, 4, 5]
+    assert "cannot be published" in letters[0].error
 
 
 async def test_middleware_wraps_every_handler_in_the_order_of_use() -> None:

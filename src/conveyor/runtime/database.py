@@ -34,6 +34,10 @@ _WATCHER: Final = "conveyor.watcher"
 """In the info of a connection: the Watcher of its present transaction."""
 
 
+_NO_BEGIN: Final = "conveyor_no_begin"
+"""An execution option: a single statement is a transaction of its own."""
+
+
 class Watcher(Protocol):
     """Who wants to know what happens to a transaction behind the session's back."""
 
@@ -74,7 +78,8 @@ class Database:
                 self._looker = self.writer.execution_options(isolation_level="AUTOCOMMIT")
             else:
                 self.writer = _sqlite_engine(self._url, lock_seconds, self._leaving, writes=True)
-                self.reader = self._looker = _sqlite_engine(self._url, lock_seconds, self._leaving, writes=False)
+                self.reader = _sqlite_engine(self._url, lock_seconds, self._leaving, writes=False)
+                self._looker = self.reader.execution_options(**{_NO_BEGIN: True})
         except ModuleNotFoundError as error:
             extra = "ledger,postgresql" if self.dialect == "postgresql" else "ledger"
             raise MissingExtra(f"a ledger on {self.dialect}", extra) from error
@@ -101,7 +106,7 @@ class Database:
 
     @asynccontextmanager
     async def looking(self) -> AsyncIterator[AsyncConnection]:
-        """A connection for a quick look."""
+        """A connection for a quick look: one statement, as of one moment."""
         with self.translated():
             async with self._looker.connect() as connection:
                 yield connection
@@ -272,6 +277,8 @@ def _sqlite_engine(url: URL, lock_seconds: float, leaving: set[asyncio.Future[No
 
     @event.listens_for(sync, "begin")
     def begin(connection: Connection) -> None:
+        if connection.get_execution_options().get(_NO_BEGIN):
+            return
         try:
             _awaited(connection, _driver(connection).execute(begin_statement))
         except sqlite3.OperationalError as error:

@@ -657,8 +657,8 @@ class Ledger:
     async def seen(self, worker: str, message_id: str) -> bool:
         """Whether the worker has handled this message; a cheap look, the decision falls when a transaction begins."""
         async with self.database.looking() as connection:
-            found = await connection.execute(self._sql["seen"], {"worker": worker, "message_id": message_id})
-            return found.first() is not None
+            values = {"worker": worker, "message_id": message_id}
+            return bool(await connection.run_sync(self.database.fetch, self._sql["seen"], values))
 
     async def pending(self) -> Pending:
         """What waits in the outbox."""

@@ -9,8 +9,8 @@ from typing import Final
 
 from conveyor.broker import Broker, Delivery, Settlement
 from conveyor.core.retry import RetryPolicy
-from conveyor.core.settle import Verdict, describe
-from conveyor.errors import BrokerError
+from conveyor.core.settle import Dead, Reason, Verdict, describe
+from conveyor.errors import BrokerError, PublishFailed
 from conveyor.runtime.points import point
 
 log = logging.getLogger("conveyor.settle")
@@ -67,6 +67,15 @@ class Settler:
         while True:
             try:
                 lost = await self._broker.settle(batch)
+            except PublishFailed as error:
+                if error.unknown:
+                    await asyncio.sleep(AGAIN.wait_seconds(1, 0.5))
+                elif len(batch) > 1:  # one of them is at fault, and the others must not wait for it
+                    return [delivery for settlement in batch for delivery in await self._settle([settlement])]
+                else:
+                    why = f"what the handler emitted cannot be published: {describe(error)}"
+                    log.error("dead letter (%s): %s", Reason.REJECTED, why)
+                    batch = [Settlement(batch[0].delivery, Dead(Reason.REJECTED, why))]
             except BrokerError as error:
                 failures += 1
                 self.problem = f"settling fails: {describe(error)}"
