@@ -1,4 +1,4 @@
--- The SQL of the SQLite broker: named statements, each used once in sqlite.py. docs/wire-format.md explains the tables.
+-- The SQL of the SQLite broker: named statements, each used once in this package. docs/wire-format.md explains the tables.
 -- message.state: 0 ready, 1 leased, 2 delayed (until it is due), 3 behind an older message of its key.
 -- message.at: since when it is ready, when its lease ends, or when it is due. Every hot question has a partial index of its own.
 

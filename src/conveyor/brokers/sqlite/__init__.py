@@ -1,7 +1,7 @@
 """The SQLite broker: many processes of one host on one queue file, with no server.
 
 Every broker object has one writer thread with one connection. Whatever has gathered while a commit was on its way goes into the
-next one together, and its results reach the event loop by one call. The SQL is beside this file, in sqlite.sql.
+next one together, and its results reach the event loop by one call. The SQL is beside this file, in statements.sql.
 
 The connection gives up the interpreter's lock at every step of a statement, and behind a busy event loop each return of it may
 take milliseconds. So a batch is one step, however many rows it has: rows go in as many-row VALUES or as JSON, and come out as one.
@@ -83,7 +83,7 @@ WITNESS_SECONDS: Final = 2.0
 EXPIRED: Final = "its lease ended without a sign of life"
 BURIED: Final = "its process ended without closing the broker"
 
-_TEXT: Final = resources.files("conveyor.brokers").joinpath("sqlite.sql").read_text("utf-8")
+_TEXT: Final = resources.files(__name__).joinpath("statements.sql").read_text("utf-8")
 SQL: Final = {
     name: text.strip()
     for name, text in re.findall(r"^-- name: (\w+)\n(.*?)(?=^-- name: |\Z)", _TEXT, re.MULTILINE | re.DOTALL)
