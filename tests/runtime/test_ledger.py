@@ -477,7 +477,7 @@ async def test_a_handler_cancelled_while_it_waits_for_the_lock_leaves_nothing_lo
         await tx.session.execute(ADD, {"name": "held"})
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.3):
-                await handle(waiter, "m")
+                await asyncio.create_task(handle(waiter, "m"))
     with pytest.raises(AlreadyHandled):
         await handle(waiter, "m")
     await handle(waiter, "n", "later")
@@ -877,3 +877,22 @@ async def test_a_commit_whose_answer_was_lost_is_unknown_and_its_repeat_is_told(
     await world.ledger()
     assert await world.effects() == ["before", "effect"]
     await world.ledgers[0].close()
+
+
+async def test_a_transaction_inside_one_that_has_begun_is_refused_on_sqlite_instead_of_waiting_for_ever(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path}/app.db", owner="o")
+    await ledger.migrate()
+    try:
+        async with ledger.transaction() as outer:
+            async with ledger.transaction() as early:  # nothing has begun around it
+                await early.session.execute(text("SELECT 1"))
+            await outer.session.execute(text("SELECT 1"))
+            with pytest.raises(LedgerError, match="use the outer transaction"):
+                async with ledger.transaction() as inner:
+                    await inner.session.execute(text("SELECT 1"))
+        async with ledger.transaction() as later:
+            await later.session.execute(text("SELECT 1"))
+    finally:
+        await ledger.close()

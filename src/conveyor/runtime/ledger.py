@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -310,6 +311,10 @@ class _Statements:
 # -- what a transaction is -------------------------------------------------------------------------------------------------------
 
 
+_around: ContextVar[_Work | None] = ContextVar("conveyor_transaction", default=None)
+"""The transaction whose block the running code is in."""
+
+
 class _Outgoing(msgspec.Struct, frozen=True):
     """A message on its way into the outbox."""
 
@@ -386,6 +391,12 @@ class _Work:
         """The block is over; now it may be committed."""
         self.doom: BaseException | None = None
         """Why it never can be committed."""
+        self.holds_lock = False
+        """It has begun: on SQLite nobody else can begin until it ends."""
+        self._task = asyncio.current_task()
+        outer = _around.get()
+        # Another task may well wait for this one's transaction to end; the same task would wait for itself.
+        self._outer = outer if outer is not None and outer._task is self._task else None
         self._lost: LedgerError | None = None
         self._had_error = False
         self._ledger = ledger
@@ -397,6 +408,12 @@ class _Work:
     def check(self) -> None:
         if (reason := self.doom or self._lost) is not None:
             raise reason
+        outer = self._outer
+        if outer is not None and outer.holds_lock and not self.holds_lock and self._ledger.database.dialect == "sqlite":
+            raise LedgerError(
+                "a transaction inside another one that has begun would wait for it for ever: SQLite has one writer at a time; "
+                "use the outer transaction, or end it first"
+            )
 
     def add(self, outgoing: Iterable[_Outgoing]) -> None:
         self.check()
@@ -408,6 +425,7 @@ class _Work:
     def begun(self, connection: Connection) -> None:
         """The database transaction has just begun: note the messages as handled, before anything else."""
         watch(connection, self)
+        self.holds_lock = True
         self._lost, self._had_error = None, False
         if not self._message_ids:
             return
@@ -429,6 +447,7 @@ class _Work:
         del self._outgoing[self._marks.pop(part, len(self._outgoing)) :]
         if part.parent is None:
             self._lost = None
+            self.holds_lock = False
 
     def committing(self) -> None:
         if not self.ended:
@@ -642,6 +661,7 @@ class Ledger:
         work = _Work(self, worker, (ids,) if isinstance(ids, str) else tuple(ids))
         tx = Transaction(work, make)
         point("transaction.opening")
+        before = _around.set(work)
         try:
             with self.database.translated():
                 async with work.session:
@@ -653,6 +673,9 @@ class Ledger:
             if work.doom is not None and error is not work.doom:
                 raise work.doom from error
             raise
+        finally:
+            work.holds_lock = False
+            _around.reset(before)
 
     async def seen(self, worker: str, message_id: str) -> bool:
         """Whether the worker has handled this message; a cheap look, the decision falls when a transaction begins."""
