@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -37,6 +38,8 @@ log = logging.getLogger("conveyor.run")
 
 UNHURRIED_SECONDS: Final = 1e6
 """A drain that is not cut off by the runner itself: whoever asked for it says when it is enough."""
+LEFTOVERS_SECONDS: Final = 1.0
+"""How long, after the drain, a process waits for what its handlers left running."""
 PLAIN = Output()
 
 command = App(
@@ -254,13 +257,24 @@ def _shown(app: Conveyor) -> str:
 
 def _work(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
     app.max_rss_bytes = _limits(settings).max_rss_bytes
-    finished, health = asyncio.run(_drained(app, workers, settings, link))
-    link.goodbye(health, app.metrics.snapshot())
-    return OK if finished else FAILED
+    return asyncio.run(_drained(app, workers, settings, link))
 
 
-async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> tuple[bool, Health]:
-    """Run the workers until a signal or the supervisor asks to end, then until they have drained."""
+def _end_soon(code: int) -> None:
+    """All is settled and closed: what handlers left running (a task that swallows cancellation, a thread) ends with the process."""
+
+    def end() -> None:
+        log.warning("handlers left something running that does not end; this process ends without it")
+        sys.stdout.flush()
+        os._exit(code)
+
+    timer = threading.Timer(LEFTOVERS_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+
+
+async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
+    """Run the workers until a signal or the supervisor asks to end, then until they have drained; gives the exit code."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     runner: Runner | None = None
@@ -297,4 +311,7 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         if hurry is not None:
             hurry.cancel()
         beats.cancel()
-    return not runner.was_cut, health()
+    code = FAILED if runner.was_cut else OK
+    link.goodbye(health(), app.metrics.snapshot())
+    _end_soon(code)
+    return code

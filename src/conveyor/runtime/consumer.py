@@ -44,6 +44,8 @@ LONGEST_TRACEBACK: Final = 16_000
 CANCELS: Final = 3
 """A handler that swallows so many cancellations is left behind, and its lane replaced."""
 
+LAST_CANCEL_SECONDS: Final = 1.0
+"""At the end, a handler that swallows cancellation is waited for no longer than that."""
 
 FOREVER: Final = float("inf")
 TIMEOUT, LEASE_LOST, DRAINED = "timeout", "lease lost", "drained"
@@ -148,7 +150,8 @@ class Consumer:
         tasks = [lane.task for lane in self._lanes if lane.task is not None]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=LAST_CANCEL_SECONDS)
         self._caller.close()
         if self._subscription is not None:
             await self._subscription.close()

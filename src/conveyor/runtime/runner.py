@@ -31,6 +31,8 @@ QUIET_SECONDS: Final = 10.0
 """How long the runner waits for other handlers to finish before a suspect has to wait for a better moment."""
 LONGEST_FLUSH_SECONDS: Final = 5.0
 """At the end, settlements wait so long (or for the grace) for a broker that is away; then their leases end by themselves."""
+CANCEL_SECONDS: Final = 1.0
+"""How soon a cancelled handler has to end."""
 LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
 
@@ -64,6 +66,7 @@ class Runner:
         self._waits_alone: Delivery | None = None
         self._stalled: dict[str, str] = {}
         self._state = "starting"
+        self._patience: asyncio.Timeout | None = None
         self.was_cut = False
         """Handlers were cancelled because they did not finish in time."""
         self._clock = clock
@@ -109,8 +112,9 @@ class Runner:
         while self._suspects:
             self._settler.add(self._suspects.popleft()[1], Release())
         if not await self._all_still(grace_seconds):
+            was_cut = self.was_cut
             self.cut()
-            if not await self._all_still(1.0):
+            if was_cut or not await self._all_still(CANCEL_SECONDS):
                 log.error("some handlers ignore being cancelled; they are left behind")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(LONGEST_FLUSH_SECONDS, grace_seconds or 0.0)):
@@ -123,7 +127,9 @@ class Runner:
         return not self.was_cut
 
     def cut(self) -> None:
-        """Cancel what still runs, and release it; a drain that is under way ends with it."""
+        """Cancel what still runs, and release it; a drain that is under way ends with it, or soon gives up waiting."""
+        if self._patience is not None and self._state == "draining":
+            self._patience.reschedule(asyncio.get_running_loop().time() + CANCEL_SECONDS)
         for consumer in self.consumers.values():
             self.was_cut = self.was_cut or consumer.busy > 0
             consumer.cancel_all()
@@ -257,11 +263,15 @@ class Runner:
         await self._settler.flush()
 
     async def _all_still(self, seconds: float | None) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+        try:
+            async with asyncio.timeout(seconds) as self._patience:
                 for consumer in self.consumers.values():
                     await consumer.still()
                 return True
+        except TimeoutError:
+            pass  # somebody may have finished in this very moment
+        finally:
+            self._patience = None
         return all(not consumer.busy for consumer in self.consumers.values())
 
     def _lose(self, delivery: Delivery) -> None:
