@@ -80,6 +80,33 @@ async def test_what_outlasts_the_grace_period_is_cut_and_goes_back_uncounted(
     assert not world.dead
 
 
+async def test_what_was_given_up_and_runs_on_cannot_keep_a_process_from_ending(
+    world: World, eventually: Eventually
+) -> None:
+    program = world.run("steady", "--hang-limit=600", DEAF_SECONDS="0.3")
+    await world.ready(program)
+    await world.publish("deaf", *numbered(0, 1))
+    await world.publish("lost", *numbered(0, 1))
+    await eventually(lambda: len(world.dead) == 2, program.said)
+    program.send(signal.SIGTERM)
+    assert await program.ended() == 0, program.said()
+    assert program.said().count("ended in order") == 1
+    assert ["HandlerTimeout" in letter.error for letter in world.dead] == [True, True]
+
+
+async def test_what_swallows_its_cancellation_at_the_end_goes_back_uncounted(
+    world: World, eventually: Eventually
+) -> None:
+    program = world.run("steady", "--hang-limit=600", "--grace=0.3")
+    await world.ready(program)
+    await world.publish("deaf", *numbered(0, 2))
+    await eventually(lambda: len(world.lines("begun")) == 1, program.said)
+    program.send(signal.SIGTERM)
+    assert await program.ended() == 1, program.said()
+    assert "did not drain" not in program.said()
+    assert [(each.state, each.deliveries, each.attempts) for each in world.waiting] == [(0, 0, 0)] * 2
+
+
 def grown(world: World, files: Sequence[str], before: Sequence[int]) -> bool:
     """Whether each file has more lines than before."""
     return all(len(world.lines(file)) > number for file, number in zip(files, before, strict=True))

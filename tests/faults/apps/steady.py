@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ app = Conveyor("steady")
 LEASE_SECONDS = 3600.0
 """Nothing in these tests comes back by waiting for the end of its lease."""
 STEADFAST = RetryPolicy(crashes=1000)
+ONCE = RetryPolicy(attempts=1)
+DEAF_SECONDS = float(os.environ.get("DEAF_SECONDS", "600"))
+"""The timeout of handlers that cannot be ended."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,16 @@ class Slow:
 
 @dataclass(frozen=True)
 class Grind:
+    number: int
+
+
+@dataclass(frozen=True)
+class Deaf:
+    number: int
+
+
+@dataclass(frozen=True)
+class Lost:
     number: int
 
 
@@ -86,3 +100,17 @@ def grind(event: Grind) -> None:
     while not released():
         time.sleep(0.05)
     note("handled", f"grind-{event.number}")
+
+
+@app.worker(retry=ONCE, lease=LEASE_SECONDS, concurrency=1, timeout=DEAF_SECONDS)
+async def deaf(event: Deaf) -> None:
+    note("begun", f"deaf-{os.getpid()}")
+    while True:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+
+@app.worker(retry=ONCE, lease=LEASE_SECONDS, concurrency=1, timeout=DEAF_SECONDS)
+async def lost(event: Lost) -> None:
+    note("begun", f"lost-{os.getpid()}")
+    await asyncio.to_thread(time.sleep, 3600)
