@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypedDict
 import msgspec
 import pytest
 
-from conveyor import Context, Conveyor, HandlerError, Message, RetryPolicy, event
+from conveyor import Context, Conveyor, HandlerError, Message, RetryPolicy, Transaction, event
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.errors import (
     ConfigurationError,
@@ -104,6 +105,60 @@ def test_a_handler_that_cannot_work_is_refused_when_it_is_declared(
 def test_an_option_out_of_range_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(HandlerError, match="at least 1"):
         Conveyor("t").worker(**options)(charge)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lease": 0}, {"lease": float("nan")}, {"timeout": 0}, {"timeout": timedelta(seconds=-1)}]
+)
+def test_a_time_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(HandlerError, match="a time above 0 seconds"):
+        Conveyor("t").worker(**options)(charge)
+
+
+def test_a_transaction_in_a_handler_that_cannot_await_it_is_refused() -> None:
+    def store(order: OrderCreated, tx: Transaction) -> None: ...
+
+    with pytest.raises(HandlerError, match="make it async def"):
+        Conveyor("t").worker(store)
+
+
+def test_several_typed_dicts_in_a_return_annotation_are_refused() -> None:
+    class Other(TypedDict):
+        text: str
+
+    def answer(order: OrderCreated) -> Note | Other:
+        return {"text": ""}
+
+    with pytest.raises(HandlerError, match="cannot be told apart"):
+        Conveyor("t").worker(answer)
+
+
+def test_each_event_loop_has_a_connection_of_its_own(tmp_path: Path) -> None:
+    app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue")
+    app.worker(charge)
+
+    async def publish_and_close(number: str) -> None:
+        await app.publish(OrderCreated(number))
+        await app.close()
+
+    for number in ("1", "2"):
+        asyncio.run(publish_and_close(number))
+    app.publish_sync(OrderCreated("3"))
+    asyncio.run(publish_and_close("4"))
+
+    async def ready() -> int:
+        async with app:
+            return (await app.broker.queues())[0].ready
+
+    assert asyncio.run(ready()) == 4
+
+
+def test_many_threads_may_publish_at_once_for_the_first_time(tmp_path: Path) -> None:
+    app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue")
+    app.worker(charge)
+    with ThreadPoolExecutor(8) as threads:
+        messages = list(threads.map(lambda n: app.publish_sync(OrderCreated(str(n))), range(16)))
+    assert len({message.id for message in messages}) == 16
 
 
 def test_two_workers_cannot_have_one_name() -> None:

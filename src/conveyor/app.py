@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 import os
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
@@ -46,6 +48,9 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 Seconds = float | timedelta
+
+BATCHES_AT_ONCE: Final = 1
+"""A batch is made to be large; two at once would each be half of it."""
 
 
 class Task(Generic[P, R]):
@@ -152,8 +157,10 @@ class Conveyor:
         self._providers: dict[Any, Provider] = {}
         self._middleware: list[Middleware] = []
         self._replaced: dict[Any, Any] = {}
-        self._connection: Connection | None = None
-        self._connecting: asyncio.Lock | None = None
+        self._connections: dict[asyncio.AbstractEventLoop, Connection] = {}
+        self._connecting: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
+        self._process = os.getpid()
+        self._lock = threading.Lock()
         self._entered = 0
         self._unrouted: set[str] = set()
         self._background: Background | None = None
@@ -205,7 +212,8 @@ class Conveyor:
             queue: instead of ``<application>.<worker>``.
             topic: instead of the payload type's own; needed where the payload is dict or bytes.
             retry: when a failed attempt is repeated; left out, RetryPolicy().
-            concurrency: messages handled at once in one process; left out, 100 (async), 10 (threads), one per core (cpu=True).
+            concurrency: messages handled at once in one process; left out, 100 (async), 10 (threads), one per core (cpu=True), and 1 with
+                batch.
             prefetch: messages one process holds at most; left out, twice the concurrency (times batch).
             timeout: seconds (or timedelta) one attempt may take; None for as long as it likes.
             batch: handle up to so many messages in one call; the first parameter is a list then.
@@ -224,8 +232,15 @@ class Conveyor:
             plan = plan_worker(function, topic=topic, batch=batch is not None, cpu=cpu, names=names)
             known_as = check_topic(name or function.__name__)
             self._check_batch(plan, batch)
-            lanes = self._concurrency(function, plan.mode, concurrency)
+            lanes = self._concurrency(
+                function, plan.mode, BATCHES_AT_ONCE if concurrency is None and batch else concurrency
+            )
             _at_least_one(function, prefetch=prefetch, batch=batch, max_length=max_length)
+            _positive(function, lease=lease, timeout=timeout)
+            if plan.mode is not Mode.ASYNC and any(is_transaction(p.type) for p in plan.injected):
+                raise HandlerError(
+                    f"handler {function.__qualname__} takes a Transaction, which can only be awaited: make it async def"
+                )
             held = prefetch or lanes * PREFETCH_PER_SLOT * (batch or 1)
             declared = Queue(
                 name=check_topic(queue or f"{self.name}.{known_as}"),
@@ -239,6 +254,7 @@ class Conveyor:
                 codec_for(event.type)
             built = Worker(
                 known_as,
+                f"{self.name}.{known_as}",
                 plan,
                 declared,
                 codecs,
@@ -295,6 +311,7 @@ class Conveyor:
 
         def register(function: Callable[P, R]) -> Task[P, R]:
             _at_least_one(function, prefetch=prefetch, max_length=max_length)
+            _positive(function, lease=lease, timeout=timeout)
             plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
             known_as = check_topic(name or function.__name__)
             own = check_topic(queue or f"{self.name}.{known_as}")
@@ -308,6 +325,7 @@ class Conveyor:
                 )
                 return Worker(
                     known_as,
+                    f"{self.name}.{known_as}",
                     plan,
                     declared,
                     {declared.topics[0]: codec_for(struct)},
@@ -369,7 +387,7 @@ class Conveyor:
             NoSubscriber: no queue receives it, and require_subscriber.
             BrokerError: the broker does not have it.
         """
-        connection = self._connection or await self.connect()
+        connection = await self.connect()
         message = self._outgoing.fresh(event, Options(**options) if options else NO_OPTIONS)
         unrouted = await connection.broker.publish((message,))
         self.metrics.published += 1
@@ -392,11 +410,14 @@ class Conveyor:
         else:
             raise ConveyorError("publish_sync would block the event loop that runs here; use: await app.publish(…)")
         work = self.publish(event, require_subscriber=require_subscriber, **options)
-        connection = self._connection
-        if connection is not None and connection.loop.is_running():
-            return asyncio.run_coroutine_threadsafe(work, connection.loop).result()
-        if self._background is None:
-            self._background = Background(f"{self.name} publishing")
+        with self._lock:
+            self._forget_others()
+            running = next((loop for loop in self._connections if loop.is_running()), None)
+            if running is None and self._background is None:
+                self._background = Background(f"{self.name} publishing")
+        if running is not None:
+            return asyncio.run_coroutine_threadsafe(work, running).result()
+        assert self._background is not None
         return self._background.run(work)
 
     @contextlib.asynccontextmanager
@@ -406,7 +427,7 @@ class Conveyor:
         Raises:
             ConfigurationError: the application has no database.
         """
-        connection = self._connection or await self.connect()
+        connection = await self.connect()
         ledger, relay = connection.ledger, connection.relay
         if ledger is None or relay is None:
             raise ConfigurationError(self._lacks_database)
@@ -428,11 +449,9 @@ class Conveyor:
             where: events for which it is false are left out.
             buffer: how many events a slow reader may be behind before it misses the oldest.
         """
-        if self._connection is None:
-            raise ConfigurationError("watch() needs a connected application: async with app: … (or app.running())")
         payload: Any = event
         kind = EventType(payload, topic) if topic is not None else event_type(payload)
-        return self._connection.watches.watch(kind.topic, codec_for(kind.type), where, buffer)
+        return self._connected.watches.watch(kind.topic, codec_for(kind.type), where, buffer)
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -443,9 +462,7 @@ class Conveyor:
         Raises:
             ConfigurationError: the application is not connected.
         """
-        if self._connection is None:
-            raise ConfigurationError("not connected: async with app: … (or app.running())")
-        return self._connection.broker
+        return self._connected.broker
 
     @property
     def ledger(self) -> Ledger:
@@ -454,9 +471,10 @@ class Conveyor:
         Raises:
             ConfigurationError: the application is not connected, or has no database.
         """
-        if self._connection is None or self._connection.ledger is None:
-            raise ConfigurationError("no ledger: the application is not connected, or has no database")
-        return self._connection.ledger
+        ledger = self._connected.ledger
+        if ledger is None:
+            raise ConfigurationError(self._lacks_database)
+        return ledger
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -473,17 +491,13 @@ class Conveyor:
     async def connect(self) -> Connection:
         """Open broker and database, and declare all queues. ``async with app`` does it, and closes them again."""
         loop = asyncio.get_running_loop()
-        if self._connection is not None and self._connection.loop is not loop:
-            if self._connection.loop.is_running():
-                raise ConveyorError(
-                    f"{self.name} is connected in another event loop that still runs; use publish_sync from threads"
-                )
-            self._connection = self._connecting = None  # the loop that they belonged to has ended without closing it
-        self._connecting = self._connecting or asyncio.Lock()
-        async with self._connecting:
-            if self._connection is None:
+        self._forget_others()
+        if (connection := self._connections.get(loop)) is not None:
+            return connection
+        async with self._connecting.setdefault(loop, asyncio.Lock()):
+            if loop not in self._connections:
                 broker = self.new_broker()
-                self._connection = await Connection.open(
+                self._connections[loop] = await Connection.open(
                     self.name,
                     broker,
                     [worker.queue for worker in self.workers.values()],
@@ -491,11 +505,13 @@ class Conveyor:
                     owns_broker=broker is not self._given_broker,
                     migrate=self._migrate,
                 )
-        return self._connection
+        return self._connections[loop]
 
     async def close(self) -> None:
         """Let go of broker and database."""
-        connection, self._connection, self._connecting = self._connection, None, None
+        loop = asyncio.get_running_loop()
+        connection = self._connections.pop(loop, None)
+        self._connecting.pop(loop, None)
         if connection is not None:
             await connection.close()
 
@@ -513,8 +529,7 @@ class Conveyor:
             ConfigurationError: a name is unknown, or a handler asks for what nobody provides.
         """
         async with self:
-            connection = self._connection
-            assert connection is not None
+            connection = await self.connect()
             async with contextlib.AsyncExitStack() as stack:
                 runner = await self._runner(connection, self._chosen(workers), stack)
                 await runner.start()
@@ -539,9 +554,10 @@ class Conveyor:
 
     async def handing_off(self) -> bool:
         """Whether events of finished transactions are still on their way to the broker."""
-        if self._connection is None or self._connection.ledger is None:
+        ledger = self._connected.ledger
+        if ledger is None:
             return False
-        pending = await self._connection.ledger.pending()
+        pending = await ledger.pending()
         return pending.rows > pending.parked
 
     @contextlib.contextmanager
@@ -553,7 +569,7 @@ class Conveyor:
         Raises:
             ConfigurationError: the application is connected.
         """
-        if self._connection is not None:
+        if self._connections:
             raise ConfigurationError(f"{self.name} is connected; replace things before it is")
         before = self._given_broker, self._clock, self._outgoing.clock, self.database_url, self._replaced, self.metrics
         self._given_broker, self._clock, self._outgoing.clock = broker, clock, clock
@@ -568,6 +584,26 @@ class Conveyor:
             )
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _connected(self) -> Connection:
+        """The connection of the event loop that runs here; outside of any, the only one there is."""
+        try:
+            found = self._connections.get(asyncio.get_running_loop())
+        except RuntimeError:
+            found = next(iter(self._connections.values())) if len(self._connections) == 1 else None
+        if found is None:
+            raise ConfigurationError(f"{self.name} is not connected here: async with app: … (or app.running())")
+        return found
+
+    def _forget_others(self) -> None:
+        """Let go of what cannot be used any more: connections of event loops that have ended, and of the process before a fork."""
+        if self._process != os.getpid():
+            self._process, self._background = os.getpid(), None
+            self._connections, self._connecting = {}, {}
+        for loop in [loop for loop in self._connections if loop.is_closed()]:
+            del self._connections[loop]
+            self._connecting.pop(loop, None)
 
     def _add(self, name: str, build: Callable[[], Worker]) -> None:
         if name in self._workers:
@@ -644,7 +680,7 @@ class Conveyor:
         from conveyor.runtime.ledger import Ledger
 
         # Without a clock of ours, PostgreSQL's own decides, which all processes share.
-        return Ledger(url, owner=owner, clock=None if self._clock is time.time else self._clock)
+        return Ledger(url, app=self.name, owner=owner, clock=None if self._clock is time.time else self._clock)
 
 
 class _Injectable:
@@ -666,4 +702,12 @@ def _at_least_one(function: Callable[..., Any], **values: int | None) -> None:
         if value is not None and value < 1:
             raise HandlerError(
                 f"handler {getattr(function, '__qualname__', function)}: {name} is at least 1, not {value}"
+            )
+
+
+def _positive(function: Callable[..., Any], **values: Seconds | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0 < _seconds(value) < math.inf:
+            raise HandlerError(
+                f"handler {getattr(function, '__qualname__', function)}: {name} is a time above 0 seconds, not {value!r}"
             )

@@ -26,8 +26,10 @@ AlreadyHandled                  unwinds a handler whose message was handled befo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 
 class ConveyorError(Exception):
@@ -145,11 +147,17 @@ class Retry(Outcome):
     Parameters:
         after: seconds (or timedelta) until then; left out, the policy's back-off decides.
         why: the text kept with the message.
+
+    Raises:
+        ValueError: after is no number of seconds.
     """
 
     def __init__(self, why: str = "the handler asked for a retry", *, after: float | timedelta | None = None) -> None:
         super().__init__(why)
-        self.after_seconds = after.total_seconds() if isinstance(after, timedelta) else after
+        seconds: Any = after.total_seconds() if isinstance(after, timedelta) else after
+        if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds < math.inf):
+            raise ValueError(f"Retry(after={after!r}): seconds, or a timedelta, from 0 on")
+        self.after_seconds = seconds
 
 
 class Reject(Outcome):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
-from conveyor.broker import DeadFilter, DeadLetter, Delivery, QueueInfo, Settlement
+from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
 from conveyor.brokers.memory import MemoryBroker, MemoryStore
 from conveyor.core.message import Message as Envelope
 from conveyor.errors import BrokerUnavailable
@@ -284,6 +286,166 @@ async def test_a_bad_message_in_a_batch_does_not_take_its_neighbours_down() -> N
     assert sorted(letter.reason for letter in letters) == ["exhausted", "invalid"]
 
 
+async def test_only_the_message_that_is_rejected_in_a_batch_becomes_a_dead_letter() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+
+    @app.worker(batch=10)
+    async def charge(orders: list[Order]) -> None:
+        if any(order.number == 3 for order in orders):
+            raise Reject("a stranger")
+
+    async with opened(broker), app:
+        for number in range(10):
+            await app.publish(Order(number))
+        async with app.running():
+            async with asyncio.timeout(10):
+                while (info := await queue_info(app, "charge")).ready or info.in_flight:
+                    await asyncio.sleep(0)
+        (letter,) = await dead_letters(app)
+    assert b"3" in letter.message.body
+    assert app.metrics.worker("charge").retried == 0
+
+
+async def test_what_a_batch_emits_is_published_also_where_one_of_its_leases_is_lost() -> None:
+    store = MemoryStore()
+    app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
+    released = asyncio.Event()
+
+    @app.worker(batch=8)
+    async def charge(orders: list[Order]) -> list[Paid]:
+        if not released.is_set():
+            await other.reclaim(broker.owner, "taken for dead")
+            subscription = await other.subscribe(app.workers["charge"].queue.name, 1)
+            assert len(await subscription.fetch(1)) == 1
+            released.set()
+        return [Paid(order.number) for order in orders]
+
+    paid: list[int] = []
+    enough = asyncio.Event()
+
+    @app.worker
+    async def ship(receipt: Paid) -> None:
+        paid.append(receipt.number)
+        if set(paid) == set(range(8)):
+            enough.set()
+
+    async with opened(broker), opened(MemoryBroker(store=store)) as other, app:
+        for number in range(8):
+            await app.publish(Order(number))
+        async with app.running():
+            async with asyncio.timeout(10):
+                await enough.wait()
+
+
+async def test_a_message_of_a_topic_that_the_worker_does_not_receive_is_kept_as_invalid() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+    handled: list[Paid] = []
+
+    @app.worker(queue="shared")
+    async def ship(paid: Paid) -> None:
+        handled.append(paid)
+
+    async with opened(broker):
+        await broker.declare([Queue(name="shared", topics=("order",))])  # what an earlier version received
+        async with app.running():
+            await app.publish(Order(1))
+            await app.publish(Paid(2))
+            async with asyncio.timeout(10):
+                while not (letters := await dead_letters(app)) or not handled:
+                    await asyncio.sleep(0)
+    assert letters[0].reason == "invalid"
+    assert "its topic 'order' is none of those" in letters[0].error
+    assert handled == [Paid(2)]
+
+
+@pytest.mark.parametrize("after", [float("inf"), float("nan"), -1.0, "30"])
+async def test_a_retry_at_no_sensible_time_is_a_failed_attempt_and_holds_up_nobody(after: Any) -> None:
+    app = Conveyor("t")
+
+    @app.worker(retry=RetryPolicy(attempts=1))
+    async def charge(order: Order) -> None:
+        raise Retry("rate limited", after=after)
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        (letter,) = await run.dead()
+    assert "ValueError: Retry(after=" in letter.error
+
+
+async def test_an_error_that_cannot_even_be_formatted_costs_no_lane() -> None:
+    app = Conveyor("t")
+
+    class Notes:
+        def __iter__(self) -> Iterator[str]:
+            raise RuntimeError("no notes")
+
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    class HostileError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    @app.worker(concurrency=1, retry=RetryPolicy(attempts=1))
+    async def charge(order: Order) -> None:
+        error = HostileError()
+        error.__notes__ = Notes()  # type: ignore[assignment]
+        raise error
+
+    async with Harness(app) as run:
+        for number in range(3):
+            await run.publish(Order(number))
+        assert len(await run.dead()) == 3
+
+
+async def test_a_suspect_that_swallows_cancellation_stops_nobody_else() -> None:
+    store = MemoryStore()
+    app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
+    release, done = asyncio.Event(), asyncio.Event()
+
+    @app.worker(timeout=0.02, retry=RetryPolicy(attempts=1))
+    async def charge(order: Order) -> None:
+        if order.number == 1:
+            done.set()
+            return
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    async with opened(broker), app:
+        queue = app.workers["charge"].queue.name
+        await app.publish(Order(0))
+        for _ in range(2):
+            victim = MemoryBroker(store=store)
+            await victim.open()
+            await (await victim.subscribe(queue, 1)).fetch(1)
+            await broker.reclaim(victim.owner, "killed")
+        async with app.running() as runner:
+            async with asyncio.timeout(20):
+                while not await dead_letters(app):
+                    await asyncio.sleep(0.001)
+                await app.publish(Order(1))
+                await done.wait()
+            assert runner.health().ready
+            release.set()
+
+
+async def test_what_a_handler_publishes_to_nobody_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    app = Conveyor("t")
+
+    @app.worker
+    async def charge(order: Order) -> Paid:
+        return Paid(order.number)
+
+    with caplog.at_level(logging.INFO):
+        async with Harness(app) as run:
+            await run.publish(Order(1))
+            await run.publish(Order(2))
+            assert app.metrics.unrouted == 2
+            assert app.metrics.published == 4
+    assert caplog.text.count("no queue receives 'paid'") == 1
+
+
 async def test_an_expired_message_is_not_handled() -> None:
     app = Conveyor("t")
     handled: list[Order] = []
@@ -479,7 +641,7 @@ async def test_an_emitted_message_that_cannot_be_stored_makes_a_dead_letter_and_
                 while not (letters := await dead_letters(app)):
                     await asyncio.sleep(0.001)
     assert sorted(paid) == [0, 1, 2, 4, 5]
-    assert "cannot be published" in letters[0].error
+    assert "the broker refuses what its handler decided" in letters[0].error
 
 
 async def test_middleware_wraps_every_handler_in_the_order_of_use() -> None:

@@ -213,6 +213,11 @@ def _emitted(returns: Any, who: str, *, yields: bool) -> tuple[EventType, ...]:
                     "Return a dataclass, Struct, model or TypedDict, or nothing"
                 )
             emits.append(event_type(event))
+    if len([event for event in dict.fromkeys(emits) if issubclass(event.type, dict)]) > 1:
+        raise HandlerError(
+            f"{who} returns several TypedDicts, which are plain dicts when it runs and cannot be told apart; "
+            "use dataclasses, or context.publish(event, topic=…)"
+        )
     return tuple(dict.fromkeys(emits))
 
 

@@ -116,13 +116,13 @@ class Caller:
             result = await self._plan.function(payload)
             if result is None:
                 return ()
-            emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.name)
+            emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
             self._collect(result, emitter)
             return tuple(emitter.messages)
         if self._transactional:
             await self._in_transaction(deliveries, payload)
             return ()
-        emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.name)
+        emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
         self._collect(await self._handle(deliveries, payload, emitter, None), emitter)
         return tuple(emitter.messages)
 
@@ -141,7 +141,7 @@ class Caller:
         ledger, relay = self._around.ledger, self._around.relay
         if ledger is None or relay is None:
             raise HandlerError(f"worker {self._worker.name} takes a Transaction, but the application has no database")
-        name, batch = self._worker.name, self._worker.batch > 1
+        name, batch = self._worker.identity, self._worker.batch > 1
         if not batch and await ledger.seen(name, deliveries[0].message.id):
             self._metrics.duplicates += 1
             raise AlreadyDone
@@ -167,7 +167,7 @@ class Caller:
         for parameter in self._plan.injected:
             if parameter.type is Context:
                 arguments[parameter.name] = Context(
-                    deliveries[0], self._worker.name, emitter, self._around.shutting_down
+                    deliveries[0], self._worker.name, self._worker.identity, emitter, self._around.shutting_down
                 )
             elif parameter.type is Message:
                 arguments[parameter.name] = deliveries[0].message
@@ -200,7 +200,12 @@ class Caller:
             positional, named = unpack(call.payload)
             pool = self._around.pool
             assert pool is not None
-            return await pool.run(f"{function.__module__}:{function.__qualname__}", positional, {**named, **arguments})
+            return await pool.run(
+                f"{function.__module__}:{function.__qualname__}",
+                positional,
+                {**named, **arguments},
+                timeout_seconds=self._worker.timeout_seconds,
+            )
 
         return {Mode.ASYNC: in_loop, Mode.THREAD: in_thread, Mode.PROCESS: in_process}[plan.mode]
 

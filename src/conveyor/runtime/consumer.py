@@ -8,11 +8,11 @@ import random
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from conveyor.broker import Broker, Clock, Delivery, Subscription
-from conveyor.core.codec import Codec
+from conveyor.core.handler import Mode
 from conveyor.core.message import Message
 from conveyor.core.settle import (
     DONE,
@@ -27,12 +27,19 @@ from conveyor.core.settle import (
     verdict_on_arrival,
     verdict_on_error,
 )
-from conveyor.errors import BrokerUnavailable, HandlerTimeout, LedgerUnavailable, PayloadError
+from conveyor.errors import (
+    BrokerError,
+    BrokerFull,
+    BrokerUnavailable,
+    HandlerTimeout,
+    LedgerUnavailable,
+    PayloadError,
+)
 from conveyor.runtime.call import AlreadyDone, Caller
 from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.points import point
-from conveyor.runtime.settler import Settler
+from conveyor.runtime.settler import AGAIN, Settler
 from conveyor.runtime.worker import Worker
 
 log = logging.getLogger("conveyor.consumer")
@@ -54,7 +61,7 @@ TIMEOUT, LEASE_LOST, DRAINED = "timeout", "lease lost", "drained"
 class Lane:
     """One place where messages are handled, one (or one batch) after the other."""
 
-    __slots__ = ("cancels", "deadline", "deliveries", "started", "task", "why")
+    __slots__ = ("cancels", "deadline", "deliveries", "ended", "lost", "started", "task", "why")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
@@ -63,6 +70,10 @@ class Lane:
         self.deadline = FOREVER
         self.why: str | None = None
         self.cancels = 0
+        self.lost: set[Any] = set()
+        """Receipts of deliveries that belong to somebody else by now."""
+        self.ended: asyncio.Future[None] | None = None
+        """Done when the attempt has ended, or was left behind; for a lane that runs a suspect."""
 
     def cancel(self, why: str) -> None:
         """Interrupt the attempt that runs here."""
@@ -85,6 +96,7 @@ class Consumer:
         metrics: counts.
         clock: gives Unix seconds.
         suspect: called with a delivery that has to run alone.
+        emitted: called with what a handler has emitted.
     """
 
     def __init__(
@@ -96,6 +108,7 @@ class Consumer:
         metrics: WorkerMetrics,
         clock: Clock,
         suspect: Callable[[Consumer, Delivery], None],
+        emitted: Callable[[Sequence[Message]], None],
     ) -> None:
         self.worker = worker
         self.metrics = metrics
@@ -104,6 +117,7 @@ class Consumer:
         self._settler = settler
         self._clock = clock
         self._suspect = suspect
+        self._note_emits = emitted
         self._ready: deque[Delivery] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._hungry = asyncio.Event()
@@ -117,8 +131,10 @@ class Consumer:
         """Open (set) while messages may be started."""
         self.progressed = time.monotonic()
         """When something was fetched or finished last."""
-        codecs = worker.codecs
-        self._decode = next(iter(codecs.values())).decode if len(codecs) == 1 else None
+        self._closing = False
+        self._decoders = {topic: codec.decode for topic, codec in worker.codecs.items()}
+        # A process of the pool has its own clock, which starts when the attempt does and not while it waits for a free one.
+        self._timeout_seconds = None if worker.plan.mode is Mode.PROCESS else worker.timeout_seconds
 
     # --- what the runner sees -----------------------------------------------------------------------------------------
 
@@ -147,6 +163,7 @@ class Consumer:
 
     async def close(self) -> None:
         """End the lanes (which are idle, or cancelled, by then) and the subscription."""
+        self._closing = True
         tasks = [lane.task for lane in self._lanes if lane.task is not None]
         for task in tasks:
             task.cancel()
@@ -192,19 +209,20 @@ class Consumer:
 
     async def run_alone(self, delivery: Delivery) -> None:
         """Handle one delivery while nothing else runs."""
+        loop = asyncio.get_running_loop()
         lane = Lane()
-        lane.task = asyncio.get_running_loop().create_task(
-            self._handle(lane, (delivery,)), name=f"{self.worker.name} alone"
-        )
+        lane.ended = loop.create_future()
+        lane.task = loop.create_task(self._handle(lane, (delivery,)), name=f"{self.worker.name} alone")
         self._lanes.append(lane)
         lane.task.add_done_callback(lambda _: self._lanes.remove(lane) if lane in self._lanes else None)
-        await asyncio.wait([lane.task])
+        await asyncio.shield(lane.ended)
 
     def lose(self, delivery: Delivery) -> None:
         """Somebody else has this delivery by now: stop working on it."""
         self.metrics.lost_leases += 1
         for lane in self._lanes:
             if any(held.receipt == delivery.receipt for held in lane.deliveries):
+                lane.lost.add(delivery.receipt)
                 lane.cancel(LEASE_LOST)
                 return
         if any(held.receipt == delivery.receipt for held in self._ready):
@@ -232,10 +250,12 @@ class Consumer:
     def _accept(self, arrived: list[Delivery]) -> None:
         ready = self._ready
         for delivery in arrived:
-            if delivery.deliveries > SUSPECT_AFTER_CRASHES and delivery.crashes >= SUSPECT_AFTER_CRASHES:
-                self._suspect(self, delivery)
-            else:
+            if delivery.deliveries <= SUSPECT_AFTER_CRASHES or delivery.crashes < SUSPECT_AFTER_CRASHES:
                 ready.append(delivery)
+            elif (end := self._verdict_on_arrival(delivery)) is not None:
+                self._settle(delivery, end)
+            else:
+                self._suspect(self, delivery)
         if not self.gate.is_set():
             self.release_unstarted()
             return
@@ -267,7 +287,7 @@ class Consumer:
                 if len(ready) <= half:
                     self._hungry.set()
                 await self._handle(lane, deliveries)
-                if lane.task is None:  # left behind, and replaced
+                if lane.task is None or self._closing:  # left behind, and replaced; or ended
                     return
                 handled += 1
                 if handled % STRIDE == 0:
@@ -293,23 +313,31 @@ class Consumer:
             self._still.clear()
         self._busy += 1
         lane.deliveries = deliveries
-        lane.why = None
-        lane.cancels = 0
-        timeout = self.worker.timeout_seconds
-        lane.started = started = time.monotonic()
-        lane.deadline = FOREVER if timeout is None else started + timeout
+        lane.lost.clear()
+        started = self._begin(lane)
         if (first := deliveries[0]).deliveries == 1:
             self.metrics.wait.observe(max(0.0, self._clock() - max(first.message.created, first.message.due)))
         try:
-            if self.worker.batch == 1:
-                verdict = await self._attempt(lane, deliveries[0])
-                if verdict is not None and lane.task is not None:
-                    self._settle(deliveries[0], verdict)
+            if len(deliveries) == 1:
+                self._settle_in(lane, first, await self._attempt(lane, first))
             else:
                 await self._attempt_batch(lane, deliveries)
+        except Exception as error:  # not the handler's: those have become verdicts
+            log.exception("Conveyor failed at a message of %s", self.worker.name)
+            for delivery in lane.deliveries:
+                self._settle_in(lane, delivery, Dead(Reason.REJECTED, f"Conveyor's own failure: {describe(error)}"))
         finally:
             if lane.task is not None:
                 self._end(lane, started)
+
+    def _begin(self, lane: Lane) -> float:
+        """An attempt begins now (monotonic seconds)."""
+        lane.why = None
+        lane.cancels = 0
+        lane.started = started = time.monotonic()
+        timeout = self._timeout_seconds
+        lane.deadline = FOREVER if timeout is None else started + timeout
+        return started
 
     def _end(self, lane: Lane, started: float) -> None:
         lane.deliveries = ()
@@ -320,18 +348,14 @@ class Consumer:
             self._still.set()
         if not self._ready:
             self._hungry.set()
+        if lane.ended is not None and not lane.ended.done():
+            lane.ended.set_result(None)
 
     async def _attempt(self, lane: Lane, delivery: Delivery) -> Verdict | None:
         """One message, from its bytes to its verdict; None where there is nothing left to settle."""
         message = delivery.message
         if delivery.deliveries > 1 or message.expires is not None:
-            end = verdict_on_arrival(
-                message,
-                crashes=delivery.crashes,
-                policy=self.worker.retry,
-                now=self._clock(),
-                last_error=delivery.error,
-            )
+            end = self._verdict_on_arrival(delivery)
             if end is not None:
                 return end
         current.set(Current(message.id, message.correlation_id, self.worker.name, delivery.attempts + 1))
@@ -340,7 +364,7 @@ class Consumer:
         except Exception as error:
             return Dead(Reason.INVALID, self._explain(delivery, error))
         try:
-            emits = await self._caller((delivery,), payload)
+            emits = await self._caller((delivery,), payload if self.worker.batch == 1 else [payload])
         except asyncio.CancelledError:
             return self._on_cancel(lane, delivery)
         except AlreadyDone:
@@ -352,12 +376,10 @@ class Consumer:
         return Done(emits) if emits else DONE
 
     async def _attempt_batch(self, lane: Lane, deliveries: tuple[Delivery, ...]) -> None:
-        now = self._clock()
+        """Several messages by one call. If that fails, each is attempted alone, so that it is charged for itself only."""
         payloads, good = [], []
         for delivery in deliveries:
-            end = verdict_on_arrival(
-                delivery.message, crashes=delivery.crashes, policy=self.worker.retry, now=now, last_error=delivery.error
-            )
+            end = self._verdict_on_arrival(delivery)
             try:
                 payload = None if end else self._payload(delivery)
             except Exception as error:
@@ -373,52 +395,96 @@ class Consumer:
         first = good[0]
         current.set(Current(first.message.id, first.message.correlation_id, self.worker.name, first.attempts + 1))
         failure: BaseException | None = None
-        emits: tuple[Message, ...] = ()
         try:
-            emits = await self._caller(tuple(good), payloads)
+            # Each of them may lose its lease: what they emit together must not depend on a single settlement.
+            await self._publish(await self._caller(tuple(good), payloads))
+        except AlreadyDone:
+            pass
         except BaseException as error:
             failure = error
-        if lane.task is None:  # left behind
-            return
-        cancelled = lane.why is not None or isinstance(failure, asyncio.CancelledError)
-        for delivery in good:
-            if cancelled:
-                verdict = self._on_cancel(lane, delivery)
-            elif isinstance(failure, AlreadyDone):
-                verdict = DONE
-            elif failure is not None:
-                verdict = self._on_error(delivery, failure)
-            else:  # what the batch emits goes out with the settlement of its first message
-                verdict = Done(emits) if emits and delivery is first else DONE
-            if verdict is not None:
-                self._settle(delivery, verdict)
+        if failure is None and lane.why is None:
+            for delivery in good:
+                self._settle_in(lane, delivery, DONE)
+        elif lane.why in (LEASE_LOST, DRAINED) or isinstance(
+            failure, asyncio.CancelledError | BrokerError | LedgerUnavailable
+        ):
+            for delivery in good:
+                on_cancel = lane.why is not None or isinstance(failure, asyncio.CancelledError)
+                outcome = (
+                    self._on_cancel(lane, delivery)
+                    if on_cancel or failure is None
+                    else self._on_error(delivery, failure)
+                )
+                self._settle_in(lane, delivery, outcome)
+        else:
+            log.warning(
+                "a batch of %d failed, trying its messages one by one: %s",
+                len(good),
+                describe(failure) if failure else lane.why,
+            )
+            await self._attempt_each(lane, good)
+
+    async def _attempt_each(self, lane: Lane, deliveries: list[Delivery]) -> None:
+        if lane.task is not None:
+            _uncancel(lane.task)
+        for position, delivery in enumerate(deliveries):
+            if lane.task is None:  # left behind, and settled
+                return
+            if lane.why == DRAINED or self._closing:
+                self._settle(delivery, Release())
+                continue
+            lane.deliveries = tuple(deliveries[position:])
+            if delivery.receipt in lane.lost:
+                continue
+            self._begin(lane)
+            self._settle_in(lane, delivery, await self._attempt(lane, delivery))
+
+    async def _publish(self, emits: tuple[Message, ...]) -> None:
+        failures = 0
+        while emits:
+            try:
+                await self._broker.publish(emits)
+            except (BrokerUnavailable, BrokerFull) as error:
+                failures += 1
+                log.log(
+                    logging.WARNING if failures == 1 else logging.DEBUG,
+                    "cannot publish what a batch emitted, trying on: %s",
+                    error,
+                )
+                await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
+            else:
+                self._note_emits(emits)
+                return
+
+    def _verdict_on_arrival(self, delivery: Delivery) -> Dead | None:
+        return verdict_on_arrival(
+            delivery.message,
+            crashes=delivery.crashes,
+            policy=self.worker.retry,
+            now=self._clock(),
+            last_error=delivery.error,
+        )
 
     def _payload(self, delivery: Delivery) -> Any:
-        if self._decode is not None:
-            return self._decode(delivery.message.body)
-        return self._codec(delivery).decode(delivery.message.body)
-
-    def _codec(self, delivery: Delivery) -> Codec:
-        codecs = self.worker.codecs
-        if len(codecs) == 1:
-            return next(iter(codecs.values()))
-        try:
-            return codecs[delivery.message.topic]
-        except KeyError:
-            known = ", ".join(codecs)
-            raise PayloadError(
-                f"its topic {delivery.message.topic!r} is none of those that the worker knows: {known}"
-            ) from None
+        decode = self._decoders.get(delivery.message.topic)
+        if decode is None:
+            known = ", ".join(self._decoders)
+            raise PayloadError(f"its topic {delivery.message.topic!r} is none of those that the worker knows: {known}")
+        return decode(delivery.message.body)
 
     def _explain(self, delivery: Delivery, error: Exception) -> str:
-        return str(error) if isinstance(error, PayloadError) else self._codec(delivery).explain(error)
+        codec = self.worker.codecs.get(delivery.message.topic)
+        return str(error) if codec is None or isinstance(error, PayloadError) else codec.explain(error)
 
     # --- how it ends --------------------------------------------------------------------------------------------------
 
     def _on_error(self, delivery: Delivery, error: BaseException) -> Verdict:
         if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):
             log.warning("given back until it works again, uncounted: %s", describe(error))
-        text = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
+        try:
+            text = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
+        except Exception as broken:  # an exception may be of anybody's making
+            text = f"(its traceback cannot be had: {type(broken).__name__})"
         return verdict_on_error(
             error,
             attempts=delivery.attempts,
@@ -429,26 +495,30 @@ class Consumer:
         )
 
     def _on_cancel(self, lane: Lane, delivery: Delivery) -> Verdict | None:
-        if lane.why is None:  # nobody here asked for it: the lane itself is ended, or the handler cancelled itself
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                return Release()
+        task = asyncio.current_task()
+        if self._closing or (lane.why is None and task is not None and task.cancelling()):
+            return Release()  # the lane itself is ended
+        if lane.why is None:
             return self._on_error(delivery, RuntimeError("the handler was cancelled from within"))
-        if lane.task is not None:
-            while lane.task.cancelling():
-                lane.task.uncancel()
+        if task is not None:
+            _uncancel(task)
         if lane.why == TIMEOUT:
-            seconds = self.worker.timeout_seconds
-            return self._on_error(delivery, HandlerTimeout(f"no end after {seconds:g} s (the worker's timeout)"))
-        if lane.why == DRAINED:
-            return Release()
-        return None
+            return self._on_error(
+                delivery, HandlerTimeout(f"no end after {self.worker.timeout_seconds:g} s (the worker's timeout)")
+            )
+        return None if delivery.receipt in lane.lost else Release()
+
+    def _settle_in(self, lane: Lane, delivery: Delivery, verdict: Verdict | None) -> None:
+        """Settle what was handled in a lane, unless it was left behind and settled by then."""
+        if verdict is not None and lane.task is not None:
+            self._settle(delivery, verdict)
 
     def _settle(self, delivery: Delivery, verdict: Verdict) -> None:
         metrics = self.metrics
-        kind = type(verdict)
-        if kind is Done:
+        if isinstance(verdict, Done):
             metrics.succeeded += 1
+            if verdict.emits:
+                self._note_emits(verdict.emits)
         elif isinstance(verdict, Release):
             metrics.released += 1
         else:
@@ -482,4 +552,11 @@ class Consumer:
         lane.task.add_done_callback(self._left_behind.discard)
         self._end(lane, lane.started)
         lane.task = None
-        self._add_lane()
+        if lane.ended is None:
+            self._add_lane()
+
+
+def _uncancel(task: asyncio.Task[Any]) -> None:
+    """The cancellation has been dealt with; the task goes on."""
+    while task.cancelling():
+        task.uncancel()

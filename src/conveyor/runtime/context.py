@@ -22,20 +22,23 @@ class Context:
         shutting_down: set when the runner drains; a long handler may look at it and stop early with Retry(after=0).
     """
 
-    __slots__ = ("_emitter", "attempt", "log", "message", "shutting_down", "worker")
+    __slots__ = ("_emitter", "_identity", "attempt", "log", "message", "shutting_down", "worker")
 
-    def __init__(self, delivery: Delivery, worker: str, emitter: Emitter, shutting_down: asyncio.Event) -> None:
+    def __init__(
+        self, delivery: Delivery, worker: str, identity: str, emitter: Emitter, shutting_down: asyncio.Event
+    ) -> None:
         self.message: Final[Message] = delivery.message
         self.attempt: Final[int] = delivery.attempts + 1
         self.worker: Final[str] = worker
         self.shutting_down: Final = shutting_down
         self.log: Final = logging.getLogger(f"conveyor.worker.{worker}")
+        self._identity = identity
         self._emitter = emitter
 
     @property
     def idempotency_key(self) -> str:
         """The same text on every attempt of this worker on this message: hand it to services that know repeats by it."""
-        return idempotency_key(self.worker, self.message.id)
+        return idempotency_key(self._identity, self.message.id)
 
     def publish(self, event: object, **options: Unpack[Publishing]) -> Message:
         """Publish an event when, and only when, this attempt succeeds.
@@ -49,5 +52,5 @@ class Context:
 
 
 def idempotency_key(worker: str, message_id: str) -> str:
-    """A key for the effects of worker on a message, in services that recognise repeats by a key."""
+    """A key for the effects of a worker (its identity) on a message, in services that recognise repeats by a key."""
     return hashlib.sha256(f"{worker}\0{message_id}".encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -160,7 +161,7 @@ class Outgoing:
             causation_id,
             now,
             _due(now, options),
-            None if options.expires is None else now + _seconds(options.expires),
+            None if options.expires is None else _finite("expires", now + _seconds(options.expires)),
             options.priority,
         )
 
@@ -189,8 +190,14 @@ def _due(now: float, options: Options) -> float:
                     f"at={options.at.isoformat()} has no time zone; use an aware datetime such as datetime.now(UTC)"
                 )
             return options.at.astimezone(UTC).timestamp()
-        return float(options.at)
-    return now + _seconds(options.delay) if options.delay else 0.0
+        return _finite("at", float(options.at))
+    return _finite("delay", now + _seconds(options.delay)) if options.delay else 0.0
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise PayloadError(f"{name}= is a number of seconds, not {value}")
+    return value
 
 
 def _seconds(value: float | timedelta) -> float:

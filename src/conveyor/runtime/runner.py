@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from conveyor.broker import Broker, Clock, Delivery
+from conveyor.broker import Broker, Clock, Delivery, QueueInfo
+from conveyor.core.message import Message
 from conveyor.core.settle import Release, describe
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
@@ -64,6 +65,10 @@ class Runner:
         self._suspects: deque[tuple[Consumer, Delivery]] = deque()
         self._suspected = asyncio.Event()
         self._waits_alone: Delivery | None = None
+        self._alone: str | None = None
+        self._bound: frozenset[str] = frozenset()
+        """Topics that some queue receives."""
+        self._unrouted: set[str] = set()
         self._stalled: dict[str, str] = {}
         self._state = "starting"
         self._patience: asyncio.Timeout | None = None
@@ -75,12 +80,20 @@ class Runner:
     def _consumer(self, worker: Worker) -> Consumer:
         metrics = self._metrics.worker(worker.name)
         caller = Caller(worker, self._around, metrics)
-        return Consumer(worker, self._broker, caller, self._settler, metrics, self._clock, self._suspect)
+        return Consumer(
+            worker, self._broker, caller, self._settler, metrics, self._clock, self._suspect, self._note_emits
+        )
 
     async def start(self) -> None:
         """Subscribe and begin."""
-        for consumer in self.consumers.values():
-            await consumer.open()
+        self._bound = _topics(await self._broker.queues())
+        try:
+            for consumer in self.consumers.values():
+                await consumer.open()
+        except BaseException:
+            for consumer in self.consumers.values():
+                await consumer.close()
+            raise
         self._loops.start("settle", self._settler.run)
         self._loops.start("heartbeat", self._beat)
         self._loops.start("deadlines", self._watch_deadlines)
@@ -150,7 +163,8 @@ class Runner:
         if self._around.relay is not None and self._around.relay.problem:
             unready.append(f"outbox: {self._around.relay.problem}")
         unready.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
-        return Health(unready=tuple(unready), unhealthy=tuple(unhealthy))
+        notes = () if self._alone is None else (self._alone,)
+        return Health(unready=tuple(unready), unhealthy=tuple(unhealthy), notes=notes)
 
     def snapshot(self) -> Snapshot:
         """What it has done so far, in numbers."""
@@ -173,8 +187,10 @@ class Runner:
                 held.append(self._waits_alone)
             if held:
                 try:
-                    for delivery in await self._broker.extend(held):
-                        self._lose(delivery)
+                    lost = await self._broker.extend(held)
+                    for delivery in lost:
+                        if self._holds(delivery):  # it may have been settled meanwhile
+                            self._lose(delivery)
                 except BrokerError as error:
                     log.warning("cannot extend %d leases: %s", len(held), describe(error))
 
@@ -196,9 +212,14 @@ class Runner:
             await asyncio.sleep(STALL_SECONDS / 3)
             if self._around.ledger is not None:
                 self._metrics.outbox_pending = (await self._around.ledger.pending()).rows
+            infos = await self._broker.queues()
+            self._bound = _topics(infos)
             now = time.monotonic()
-            idle = [c for c in self.consumers.values() if not c.busy and now - c.progressed > STALL_SECONDS / 3]
-            ready = {info.name: info.ready for info in await self._broker.queues()} if idle else {}
+            alone = self._alone is not None  # then the others wait on purpose
+            idle = [
+                c for c in self.consumers.values() if not (alone or c.busy) and now - c.progressed > STALL_SECONDS / 3
+            ]
+            ready = {info.name: info.ready for info in infos}
             hungry = [c for c in idle if ready.get(c.worker.queue.name)]
             waiting_since = {c.worker.name: waiting_since.get(c.worker.name, now) for c in hungry}
             self._stalled = {
@@ -207,6 +228,19 @@ class Runner:
                 for c in hungry
                 if now - waiting_since[c.worker.name] >= STALL_SECONDS
             }
+
+    def _note_emits(self, emits: Sequence[Message]) -> None:
+        """Count what handlers publish, and say once which of it goes nowhere."""
+        self._metrics.published += len(emits)
+        for message in emits:
+            if message.topic not in self._bound:
+                self._metrics.unrouted += 1
+                if message.topic not in self._unrouted:
+                    self._unrouted.add(message.topic)
+                    log.info("no queue receives %r: such events go nowhere (said once)", message.topic)
+
+    def _holds(self, delivery: Delivery) -> bool:
+        return any(held.receipt == delivery.receipt for consumer in self.consumers.values() for held in consumer.held())
 
     # --- suspects -----------------------------------------------------------------------------------------------------
 
@@ -222,6 +256,7 @@ class Runner:
             self._suspected.clear()
             while self._suspects:
                 consumer, delivery = self._suspects.popleft()
+                self._waits_alone = delivery
                 # A fetch that waits in the broker would take back at once what is released now, and hold it at the crash.
                 await self._loops.stop(*(f"fetch {name}" for name in self.consumers))
                 try:
@@ -240,7 +275,6 @@ class Runner:
         waiting, self._suspects = self._suspects, deque()
         for _, other_suspect in waiting:
             self._settler.add(other_suspect, Release())
-        self._waits_alone = delivery
         try:
             quiet = await self._all_still(QUIET_SECONDS)
             await self._settler.flush()
@@ -259,8 +293,12 @@ class Runner:
             delivery.queue,
             delivery.crashes,
         )
-        await consumer.run_alone(delivery)
-        await self._settler.flush()
+        self._alone = f"message {delivery.message.id} of {delivery.queue} runs alone; all else waits for it"
+        try:
+            await consumer.run_alone(delivery)
+            await self._settler.flush()
+        finally:
+            self._alone = None
 
     async def _all_still(self, seconds: float | None) -> bool:
         try:
@@ -279,3 +317,7 @@ class Runner:
         for consumer in self.consumers.values():
             if consumer.worker.queue.name == delivery.queue:
                 consumer.lose(delivery)
+
+
+def _topics(queues: Sequence[QueueInfo]) -> frozenset[str]:
+    return frozenset(topic for queue in queues for topic in queue.topics)

@@ -10,7 +10,7 @@ from typing import Final
 from conveyor.broker import Broker, Delivery, Settlement
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import Dead, Reason, Verdict, describe
-from conveyor.errors import BrokerError, PublishFailed
+from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed
 from conveyor.runtime.points import point
 
 log = logging.getLogger("conveyor.settle")
@@ -67,21 +67,24 @@ class Settler:
         while True:
             try:
                 lost = await self._broker.settle(batch)
-            except PublishFailed as error:
-                if error.unknown:
-                    await asyncio.sleep(AGAIN.wait_seconds(1, 0.5))
-                elif len(batch) > 1:  # one of them is at fault, and the others must not wait for it
-                    return [delivery for settlement in batch for delivery in await self._settle([settlement])]
-                else:
-                    why = f"what the handler emitted cannot be published: {describe(error)}"
-                    log.error("dead letter (%s): %s", Reason.REJECTED, why)
-                    batch = [Settlement(batch[0].delivery, Dead(Reason.REJECTED, why))]
-            except BrokerError as error:
+            except (BrokerUnavailable, BrokerFull) as error:
                 failures += 1
                 self.problem = f"settling fails: {describe(error)}"
                 if failures == 1:
                     log.warning("cannot settle %d deliveries, trying on: %s", len(batch), describe(error))
                 await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
+            except BrokerError as error:
+                if isinstance(error, PublishFailed) and error.unknown:
+                    await asyncio.sleep(AGAIN.wait_seconds(1, 0.5))
+                elif len(batch) > 1:  # one of them is at fault, and the others must not wait for it
+                    return [delivery for settlement in batch for delivery in await self._settle([settlement])]
+                elif isinstance(batch[0].verdict, Dead):  # nothing simpler is left; its lease will end
+                    log.exception("message %s cannot be settled", batch[0].delivery.message.id)
+                    return [settlement.delivery for settlement in batch]
+                else:
+                    why = f"the broker refuses what its handler decided: {describe(error)}"
+                    log.error("dead letter (%s): %s", Reason.REJECTED, why)
+                    batch = [Settlement(batch[0].delivery, Dead(Reason.REJECTED, why))]
             else:
                 if failures:
                     log.info("settling works again after %d tries", failures)

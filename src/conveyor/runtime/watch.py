@@ -62,7 +62,11 @@ class Watch(Generic[T]):
 
     def offer(self, event: T) -> None:
         """Take an event in; never waits."""
-        if self._where is not None and not self._where(event):
+        try:
+            if self._where is not None and not self._where(event):
+                return
+        except Exception:
+            log.exception("a watcher's where= failed; the event is left out for it, and only for it")
             return
         if len(self._events) == self._events.maxlen:
             self.missed += 1

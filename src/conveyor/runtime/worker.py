@@ -26,6 +26,7 @@ class Worker:
 
     Parameters:
         name: unique in its application.
+        identity: names it among all applications: ``<application>.<name>``.
         plan: how the handler is called.
         queue: where its messages wait.
         codecs: topic → what decodes a payload published under it.
@@ -37,6 +38,7 @@ class Worker:
     """
 
     name: str
+    identity: str
     plan: Plan
     queue: Queue
     codecs: Mapping[str, Codec]
