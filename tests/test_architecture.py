@@ -20,7 +20,7 @@ PACKAGE: Final = ROOT / "src" / "conveyor"
 API: Final = "conveyor"
 """The package itself: what `from conveyor import …` offers."""
 
-# Who may import whom within the package; every part may import itself, and a file of brokers/ only itself.
+# Who may import whom within the package; every part may import itself, and a broker of brokers/ only its own files.
 BELOW_RUNTIME: Final = frozenset({"errors", "core", "broker", "config", "brokers"})
 ARROWS: Final[dict[str, frozenset[str]]] = {
     "errors": frozenset(),
@@ -112,7 +112,8 @@ def wrong_arrows(module: str, source: str) -> list[str]:
         if found.name.split(".")[0] not in {"conveyor", ""}:
             continue
         if part == "brokers" and found.part == "brokers":
-            right = f"{found.name}.".startswith(f"{module}.")
+            broker = ".".join(module.split(".")[:3])
+            right = f"{found.name}.".startswith(f"{broker}.")
         else:
             right = found.part == part or found.part in ARROWS[part]
         if not right:
@@ -185,6 +186,9 @@ def test_an_example_stands_on_the_public_names_only(path: Path) -> None:
         ("conveyor.broker", "def later():\n    from conveyor.brokers.memory import MemoryBroker"),
         ("conveyor.brokers.redis", "from conveyor.brokers.sqlite import SqliteBroker"),
         ("conveyor.brokers.redis", "from conveyor.brokers import sqlite"),
+        ("conveyor.brokers.redis.client", "from conveyor.brokers.sqlite.wake import WakeSockets"),
+        ("conveyor.brokers.redis.client", "from conveyor.brokers.redis_cluster import Slots"),
+        ("conveyor.brokers.redis.client", "from conveyor.brokers import from_url"),
         ("conveyor.brokers.redis", "from conveyor.runtime.loop import Loops"),
         (
             "conveyor.runtime.runner",
@@ -198,6 +202,13 @@ def test_an_example_stands_on_the_public_names_only(path: Path) -> None:
 )
 def test_a_wrong_arrow_is_caught(module: str, source: str) -> None:
     assert len(wrong_arrows(module, source)) == 1
+
+
+def test_the_files_of_one_broker_may_import_each_other() -> None:
+    source = "from conveyor.brokers.redis.client import Client"
+    assert (
+        wrong_arrows("conveyor.brokers.redis", source) == wrong_arrows("conveyor.brokers.redis.scripts", source) == []
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The seam: what a broker is. One file in brokers/ implements this page; conveyor.testing proves it.
+"""The seam: what a broker is. One file or package in brokers/ implements this page; conveyor.testing proves it.
 
 A broker stores and moves messages. It decides nothing: when to retry and when to give up is decided above it, by pure
 functions, and reaches it as verdicts. Everything takes batches, because one commit, one round trip or one thread hop for

@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
-from conveyor.brokers import from_url, sqlite
-from conveyor.brokers.sqlite import SQL, SqliteBroker
+from conveyor.brokers import from_url
+from conveyor.brokers.sqlite import SqliteBroker, queue_file, writer
+from conveyor.brokers.sqlite.queue_file import SQL, file_system
+from conveyor.brokers.sqlite.store import DIED
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, Done, RetryAt
 from conveyor.errors import (
@@ -137,8 +139,8 @@ except BrokerError as error:
 async def test_a_network_file_system_is_refused_unless_allowed(
     opened: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    here = sqlite._file_system(tmp_path, Path("/proc/self/mountinfo"))
-    monkeypatch.setattr(sqlite, "REMOTE", frozenset([here]))
+    here = file_system(tmp_path, Path("/proc/self/mountinfo"))
+    monkeypatch.setattr(queue_file, "REMOTE", frozenset([here]))
     with pytest.raises(BrokerError, match="network file system"):
         await opened()
     await opened(network_filesystem=True)
@@ -152,11 +154,11 @@ def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
         "31 30 0:41 / /data/my\\040disk rw master:3 - xfs /dev/vdb rw\n"
         "32 22 0:42 / /home/me rw - fuse.sshfs host: rw\n"
     )
-    assert sqlite._file_system(Path("/database"), mounts) == "ext4"
-    assert sqlite._file_system(Path("/data/queues"), mounts) == "nfs4"
-    assert sqlite._file_system(Path("/data/my disk"), mounts) == "xfs"
-    assert sqlite._file_system(Path("/home/me/x"), mounts) == "fuse.sshfs"
-    assert sqlite._file_system(Path("/home"), tmp_path / "nothing") == ""
+    assert file_system(Path("/database"), mounts) == "ext4"
+    assert file_system(Path("/data/queues"), mounts) == "nfs4"
+    assert file_system(Path("/data/my disk"), mounts) == "xfs"
+    assert file_system(Path("/home/me/x"), mounts) == "fuse.sshfs"
+    assert file_system(Path("/home"), tmp_path / "nothing") == ""
 
 
 async def test_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
@@ -482,10 +484,10 @@ async def test_waiting_costs_no_processor(opened: Open) -> None:
     fetch.cancel()
 
 
-async def test_a_dead_owner_is_buried_by_those_who_live(
+async def test_what_a_dead_owner_held_is_given_back_by_those_who_live(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "WITNESS_SECONDS", 0.05)
+    monkeypatch.setattr(writer, "WITNESS_SECONDS", 0.05)
     program = f"""
 import asyncio, os, signal
 from conveyor.broker import Queue
@@ -503,7 +505,7 @@ asyncio.run(main())
     await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program])
     broker = await opened()
     [delivery] = await (await broker.subscribe("q", 1)).fetch(1)
-    assert (delivery.deliveries, delivery.error) == (2, sqlite.BURIED)
+    assert (delivery.deliveries, delivery.error) == (2, DIED)
     assert [each.name for each in await broker.queues()] == ["q"]
     assert len(list((tmp_path / "shop.queue.wake").iterdir())) == 1
 
@@ -524,9 +526,9 @@ async def test_an_owner_lives_once(opened: Open) -> None:
 async def test_a_grown_wal_and_unused_pages_are_given_back_in_a_quiet_moment(
     opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "WAL_LIMIT_BYTES", 100_000)
-    monkeypatch.setattr(sqlite, "FREE_PAGES", 10)
-    monkeypatch.setattr(sqlite, "POLL_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr(queue_file, "WAL_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(queue_file, "FREE_PAGES", 10)
+    monkeypatch.setattr(writer, "POLL_SECONDS", (0.01, 0.02))
     broker = await opened()
     await broker.declare([Queue(name="q", topics=("t",))])
     await broker.publish([message(str(number), body=bytes(10_000)) for number in range(200)])

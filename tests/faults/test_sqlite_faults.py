@@ -16,8 +16,7 @@ import apsw
 import pytest
 
 from conveyor.broker import Delivery, Queue, QueueInfo, Settlement, Subscription
-from conveyor.brokers import sqlite
-from conveyor.brokers.sqlite import SqliteBroker
+from conveyor.brokers.sqlite import Durability, SqliteBroker, queue_file
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Done
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable
@@ -51,7 +50,7 @@ asyncio.run(main())
 
 
 @contextlib.asynccontextmanager
-async def opened(path: Path, durability: sqlite.Durability = "full") -> AsyncIterator[SqliteBroker]:
+async def opened(path: Path, durability: Durability = "full") -> AsyncIterator[SqliteBroker]:
     broker = SqliteBroker(path, durability=durability)
     await broker.open()
     try:
@@ -96,9 +95,7 @@ async def figures(broker: SqliteBroker, queue: str) -> QueueInfo:
 
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
-async def test_random_kills_lose_nothing_and_settle_nothing_twice(
-    tmp_path: Path, durability: sqlite.Durability
-) -> None:
+async def test_random_kills_lose_nothing_and_settle_nothing_twice(tmp_path: Path, durability: Durability) -> None:
     path, chance = tmp_path / "shop.queue", random.Random(7)
     accepted: list[bytes] = []
     async with opened(path, durability) as broker:
@@ -169,7 +166,7 @@ asyncio.run(main())
 async def test_who_was_stopped_inside_a_write_is_named_and_its_death_frees_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.3)
+    monkeypatch.setattr(queue_file, "BUSY_SECONDS", 0.3)
     path = tmp_path / "shop.queue"
     program = """
 import apsw, os, signal, sys

@@ -12,7 +12,7 @@ from conveyor.errors import ConfigurationError, MissingExtra
 
 
 class BrokerModule(Protocol):
-    """What a file in this folder offers."""
+    """What a file or package in this folder offers."""
 
     def from_url(self, url: str, *, owner: str | None, clock: Clock) -> Broker:
         """The broker that a URL names, not opened yet.

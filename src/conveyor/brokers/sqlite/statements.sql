@@ -150,13 +150,13 @@ DELETE FROM message WHERE seq IN (
     UNION ALL SELECT * FROM (SELECT seq FROM message WHERE ordered = 1 AND queue = ?1 AND state = 3 LIMIT ?2))
 
 -- name: remove_queue
-DELETE FROM message WHERE state = 0 AND queue = ?1;
-DELETE FROM message WHERE state = 1 AND queue = ?1;
-DELETE FROM message WHERE state = 2 AND queue = ?1;
-DELETE FROM message WHERE ordered = 1 AND queue = ?1;
-DELETE FROM binding WHERE queue = ?1;
-DELETE FROM subscription WHERE queue = ?1;
-DELETE FROM queue WHERE id = ?1
+DELETE FROM message WHERE state = 0 AND queue = :queue;
+DELETE FROM message WHERE state = 1 AND queue = :queue;
+DELETE FROM message WHERE state = 2 AND queue = :queue;
+DELETE FROM message WHERE ordered = 1 AND queue = :queue;
+DELETE FROM binding WHERE queue = :queue;
+DELETE FROM subscription WHERE queue = :queue;
+DELETE FROM queue WHERE id = :queue
 
 -- name: set_bounded
 UPDATE message SET bounded = ?2 WHERE queue = ?1 AND bounded <> ?2
