@@ -14,7 +14,8 @@ ConveyorError
 │   └── PublishFailed           some messages of a batch are not (or perhaps not) owned by the broker
 ├── NoSubscriber                a message that somebody had to receive has no queue
 ├── LedgerError                 the application's database refused, or is not set up
-│   └── LedgerUnavailable       it could not do it now; trying again may help
+│   ├── LedgerUnavailable       it cannot be reached or is full; trying again helps once that is over
+│   └── LedgerBusy              it had no room or time for this transaction; counts as a failed attempt
 ├── LeaseLost                   this delivery belongs to somebody else by now
 ├── HandlerTimeout              a handler ran longer than its worker allows
 └── HandlerCrashed              the process that ran a handler died
@@ -111,7 +112,7 @@ class LedgerError(ConveyorError):
 
 
 class LedgerUnavailable(LedgerError):
-    """The application's database could not do it now: not reachable, busy, full, or it let another transaction win.
+    """The application's database is out of order: not reachable, or its disk is full. No fault of a message, so it counts no attempt.
 
     Parameters:
         unknown: nobody can tell whether the transaction was committed. Doing it again is safe for a handler
@@ -121,6 +122,12 @@ class LedgerUnavailable(LedgerError):
     def __init__(self, text: str, *, unknown: bool = False) -> None:
         super().__init__(text)
         self.unknown = unknown
+
+
+class LedgerBusy(LedgerError):
+    """The application's database works, but not for this transaction: it met a deadlock or conflict, waited too long for a lock or a
+    connection, or was silent for too long. Trying again may help; as it may also be the handler's own doing, each time counts.
+    """
 
 
 class LeaseLost(ConveyorError):

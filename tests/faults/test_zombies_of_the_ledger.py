@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
-from conveyor.errors import LedgerUnavailable
+from conveyor.errors import LedgerBusy
 from conveyor.runtime.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ from conveyor.errors import AlreadyHandled, LedgerError
 from conveyor.runtime.ledger import Ledger
 
 async def main(url, touches_first):
-    ledger = Ledger(url, owner="zombie", idle_seconds=0.5)
+    ledger = Ledger(url, app="shop", owner="zombie", idle_seconds=0.5)
     await ledger.open()
     try:
         async with ledger.transaction(inbox=("w", "m")) as tx:
@@ -48,7 +48,7 @@ asyncio.run(main(sys.argv[1], sys.argv[2] == "inside"))
 
 async def prepared(url: str) -> Ledger:
     """The ledger of the process that handles the message in the zombie's place."""
-    ledger = Ledger(url, owner="successor", lock_seconds=2.0)
+    ledger = Ledger(url, app="shop", owner="successor", lock_seconds=2.0)
     await ledger.migrate()
     async with ledger.transaction() as tx:
         await tx.session.execute(text("CREATE TABLE effects (name varchar(20))"))
@@ -115,7 +115,7 @@ async def test_one_that_sleeps_inside_its_transaction_is_cut_off_by_postgresql(p
     ledger = await prepared(url)
     async with stopped(url, "inside") as zombie:
         await handle(ledger)  # waits until PostgreSQL has ended the zombie's transaction
-        assert await woken(zombie) == "LedgerUnavailable"
+        assert await woken(zombie) == "LedgerBusy"
     assert await effects(ledger) == ["successor"]
     await ledger.close()
 
@@ -123,7 +123,7 @@ async def test_one_that_sleeps_inside_its_transaction_is_cut_off_by_postgresql(p
 async def test_one_that_sleeps_inside_its_transaction_blocks_sqlite_until_it_is_killed(sqlite_url: str) -> None:
     ledger = await prepared(sqlite_url)
     async with stopped(sqlite_url, "inside") as zombie:
-        with pytest.raises(LedgerUnavailable):
+        with pytest.raises(LedgerBusy):
             await handle(ledger)
         assert await effects(ledger) == [], "readers go on"
         zombie.kill()

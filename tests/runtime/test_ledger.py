@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -24,9 +25,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError, SQLAlchemyError
 
 from conveyor.core.message import Message
-from conveyor.errors import AlreadyHandled, ConfigurationError, LedgerError, LedgerUnavailable
-from conveyor.runtime.database import wal_is_safe
-from conveyor.runtime.ledger import Claimed, Ledger, Transaction
+from conveyor.core.retry import RetryPolicy
+from conveyor.core.settle import Release, RetryAt, Verdict, verdict_on_error
+from conveyor.errors import AlreadyHandled, ConfigurationError, LedgerBusy, LedgerError, LedgerUnavailable
+from conveyor.runtime.database import trouble, wal_is_safe
+from conveyor.runtime.ledger import NEVER, Claimed, Ledger, Transaction, _Outgoing
 
 if TYPE_CHECKING:
     from tests.conftest import Postgres
@@ -45,9 +48,9 @@ class World:
     def is_sqlite(self) -> bool:
         return self.url.startswith("sqlite")
 
-    async def ledger(self, **options: Any) -> Ledger:
+    async def ledger(self, *, app: str = "shop", **options: Any) -> Ledger:
         """As another process would open it."""
-        made = Ledger(self.url, owner=uuid.uuid4().hex, **options)
+        made = Ledger(self.url, app=app, owner=uuid.uuid4().hex, **options)
         self.ledgers.append(made)
         await made.open()
         return made
@@ -70,7 +73,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 async def prepare(url: str) -> None:
-    ledger = Ledger(url, owner="setup")
+    ledger = Ledger(url, app="shop", owner="setup")
     await ledger.migrate()
     async with ledger.transaction() as tx:
         await tx.session.execute(text("CREATE TABLE effects (name varchar(100) NOT NULL)"))
@@ -378,7 +381,7 @@ async def test_an_error_inside_a_savepoint_does_not_hurt_the_rest(world: World) 
 async def test_after_sqlite_rolled_back_by_itself_nothing_slips_out_of_the_transaction(tmp_path: Path) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"
     await prepare(url)
-    ledger = Ledger(url, owner="me")
+    ledger = Ledger(url, app="shop", owner="me")
 
     async def rolled_back(tx: Transaction) -> None:
         await tx.session.execute(text("INSERT INTO once VALUES ('x')"))
@@ -545,6 +548,44 @@ async def test_an_id_that_is_published_twice_is_stored_once(world: World) -> Non
     assert await world.outbox() == ["same"]
 
 
+async def test_events_of_two_topics_may_have_one_id_and_both_are_kept(world: World) -> None:
+    ledger = await world.ledger()
+    paid = Message(id="order-1", topic="order.paid", body=b"{}")
+    for sent in ([message("order-1"), paid], [paid], [message("order-1")]):
+        async with ledger.transaction() as tx:
+            tx.add(sent)
+    assert [row.message for row in (await ledger.claim(10, 30.0)).rows] == [message("order-1"), paid]
+
+
+async def test_a_repeat_within_a_transaction_is_handed_off_once(world: World) -> None:
+    ledger = await world.ledger()
+    ledger.hands_off = True
+    async with ledger.transaction() as tx:
+        tx.add([message("same"), message("same", created=5.0)])
+    assert [row.message for row in tx.committed.rows] == [message("same")]
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("other", [message("same", key="k"), Message(id="same", topic="thing.happened", body=b"[]")])
+async def test_two_different_messages_of_one_id_are_refused_whole(world: World, other: Message, together: bool) -> None:
+    ledger = await world.ledger()
+
+    async def publish(*messages: Message) -> None:
+        async with ledger.transaction() as tx:
+            await tx.session.execute(ADD, {"name": "effect"})
+            tx.add(messages)
+
+    if together:
+        with pytest.raises(LedgerError, match="an id names one message"):
+            await publish(message("same"), other)
+        assert (await world.outbox(), await world.effects()) == ([], [])
+        return
+    await publish(message("same"))
+    with pytest.raises(LedgerError, match="an id names one message"):
+        await publish(other)
+    assert (await world.outbox(), await world.effects()) == (["same"], ["effect"])
+
+
 NASTY = Message(
     id="i'd; --",
     topic="tøpic",
@@ -594,7 +635,7 @@ def test_any_message_is_stored_exactly_and_in_order(
     tmp_path_factory: pytest.TempPathFactory, batch: list[Message]
 ) -> None:
     async def story() -> list[Message]:
-        ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('any') / 'app.db'}", owner="me")
+        ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('any') / 'app.db'}", app="shop", owner="me")
         await ledger.migrate()
         async with ledger.transaction() as tx:
             tx.add(batch)
@@ -627,7 +668,7 @@ async def test_the_inbox_forgets_after_its_days_and_not_before(world: World) -> 
 
 
 async def test_without_its_tables_it_names_the_command_that_makes_them(url: str) -> None:
-    ledger = Ledger(url, owner="me")
+    ledger = Ledger(url, app="shop", owner="me")
     with pytest.raises(LedgerError, match="conveyor migrate"):
         await ledger.open()
     assert len(await ledger.migrate()) > 0
@@ -636,9 +677,56 @@ async def test_without_its_tables_it_names_the_command_that_makes_them(url: str)
     await ledger.close()
 
 
+async def test_two_applications_on_one_database_neither_see_nor_touch_each_others_rows(world: World) -> None:
+    now = time.time()
+    shop, billing = await world.ledger(), await world.ledger(app="billing", inbox_days=1.0, clock=lambda: now)
+    await handle(shop, "m", "of shop")
+    await handle(billing, "m", "of billing")
+    assert await world.effects() == ["of billing", "of shop"]
+    async with billing.transaction() as tx:
+        tx.add([message("first", "k")])
+    shop.hands_off = True
+    async with shop.transaction() as tx:
+        tx.add([message("second", "k")])
+    assert [row.message.id for row in tx.committed.rows] == ["second"], "what billing has of this key is none of shop's"
+    assert ((await shop.pending()).rows, (await billing.pending()).rows) == (2, 2)
+    assert [row.message.id for row in (await billing.claim(10, 30.0)).rows] == ["m-emitted", "first"]
+    assert [row.message.id for row in (await shop.claim(10, 30.0)).rows] == ["m-emitted"]
+    await park(billing, "parked")
+    assert ((await shop.pending()).parked, (await billing.pending()).parked) == (0, 1)
+    assert await shop.parked() == []
+    assert await shop.unpark(["parked"]) == await shop.discard(["parked"]) == await shop.reclaim(billing.owner) == 0
+    assert await billing.discard(["parked"]) == 1
+    now += 2 * 86_400
+    assert await billing.purge_inbox() == 1
+    assert await shop.seen("w", "m")
+    assert not await billing.seen("w", "m")
+
+
+async def park(ledger: Ledger, id: str) -> None:
+    async with ledger.transaction() as tx:
+        tx.add([message(id)])
+    for row in (await ledger.claim(10, 30.0)).rows:
+        await ledger.put_off(row.seq, "refused", NEVER)
+
+
+async def test_of_one_key_two_applications_do_not_wait_for_each_other(postgres: Postgres) -> None:
+    world = World(postgres.url())
+    await prepare(world.url)
+    shop, billing = await world.ledger(), await world.ledger(app="billing", lock_seconds=1.0)
+    async with shop.transaction() as tx:
+        connection = await tx.session.connection()
+        await connection.run_sync(lambda sync: shop.write_outbox(sync, [_Outgoing(message("1", "k"), required=False)]))
+        async with billing.transaction() as other:
+            other.add([message("2", "k")])
+    assert await world.outbox() == ["1", "2"]
+    for ledger in world.ledgers:
+        await ledger.close()
+
+
 async def test_two_prefixes_keep_apart_what_they_hold(url: str) -> None:
     await prepare(url)
-    one, two = Ledger(url, owner="me"), Ledger(url, owner="me", prefix="other_")
+    one, two = Ledger(url, app="shop", owner="me"), Ledger(url, app="shop", owner="me", prefix="other_")
     await two.migrate()
     async with one.transaction(inbox=("w", "m")) as tx:
         tx.add([message("a")])
@@ -652,7 +740,7 @@ MIGRATE = """
 import asyncio, sys
 from conveyor.runtime.ledger import Ledger
 async def main():
-    ledger = Ledger(sys.argv[1], owner="me")
+    ledger = Ledger(sys.argv[1], app="shop", owner="me")
     sys.stdin.readline()
     print(len(await ledger.migrate()))
     await ledger.open()
@@ -676,7 +764,7 @@ def test_of_four_processes_that_migrate_at_once_one_does_it(url: str) -> None:
 
 async def test_a_database_file_that_it_creates_is_private(tmp_path: Path) -> None:
     path = tmp_path / "app.db"
-    ledger = Ledger(f"sqlite+aiosqlite:///{path}", owner="me")
+    ledger = Ledger(f"sqlite+aiosqlite:///{path}", app="shop", owner="me")
     await ledger.migrate()
 
     def modes() -> set[int]:
@@ -709,7 +797,7 @@ def test_wal_is_used_only_where_it_cannot_lose_commits(version: tuple[int, int, 
 async def test_a_sqlite_ledger_is_durable_and_in_the_safe_journal_mode(tmp_path: Path) -> None:
     path = tmp_path / "app.db"
     sqlite3.connect(path).execute("PRAGMA journal_mode = WAL").connection.close()
-    ledger = Ledger(f"sqlite+aiosqlite:///{path}", owner="me")
+    ledger = Ledger(f"sqlite+aiosqlite:///{path}", app="shop", owner="me")
     await ledger.migrate()
     async with ledger.transaction() as tx:
         found = [
@@ -731,18 +819,21 @@ async def test_a_sqlite_ledger_is_durable_and_in_the_safe_journal_mode(tmp_path:
         ("sqlite+aiosqlite://", "needs a file"),
         ("sqlite+aiosqlite:///:memory:", "needs a file"),
         ("mysql+aiomysql://db/shop", "PostgreSQL and SQLite"),
-        ("shop.db", "no database URL"),
+        ("shop.db", "no database URL, it has no driver://"),
+        ("joe:secret@db/shop", "no database URL, it has no driver://"),
+        ("postgresql+asyncpg:/joe:secret@db/shop", "no database URL, it has no driver://"),
+        ("postgresql+asyncpg://joe:secret@db:secret/shop", "no database URL, its port is no number"),
     ],
 )
 def test_a_url_that_cannot_work_is_refused_with_what_to_write_instead(wrong: str, hint: str) -> None:
     with pytest.raises(ConfigurationError, match=re.escape(hint)) as caught:
-        Ledger(wrong, owner="me")
-    assert "secret" not in str(caught.value)
+        Ledger(wrong, app="shop", owner="me")
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_a_prefix_that_is_no_plain_name_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="prefix"):
-        Ledger("sqlite+aiosqlite:///x.db", owner="me", prefix="a; DROP TABLE b")
+        Ledger("sqlite+aiosqlite:///x.db", app="shop", owner="me", prefix="a; DROP TABLE b")
 
 
 def test_without_sqlalchemy_the_extra_to_install_is_named() -> None:
@@ -753,7 +844,7 @@ def test_without_sqlalchemy_the_extra_to_install_is_named() -> None:
 
 @pytest.mark.parametrize("where", ["no/such/folder/app.db", "."])
 async def test_a_file_that_cannot_be_created_is_a_clear_error(tmp_path: Path, where: str) -> None:
-    ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path / where}", owner="me")
+    ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path / where}", app="shop", owner="me")
     with pytest.raises(LedgerError, match=re.escape(str(tmp_path))):
         await ledger.migrate()
     await ledger.close()
@@ -762,15 +853,14 @@ async def test_a_file_that_cannot_be_created_is_a_clear_error(tmp_path: Path, wh
 # -- faults of the database ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_database_locked_for_too_long_is_unavailable_and_then_works_again(tmp_path: Path) -> None:
+async def test_a_database_locked_for_too_long_is_busy_and_then_works_again(tmp_path: Path) -> None:
     url = f"sqlite+aiosqlite:///{tmp_path / 'app.db'}"
     await prepare(url)
-    ledger = Ledger(url, owner="me", lock_seconds=0.2)
+    ledger = Ledger(url, app="shop", owner="me", lock_seconds=0.2)
     other = sqlite3.connect(tmp_path / "app.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(LedgerUnavailable, match="locked") as caught:
+    with pytest.raises(LedgerBusy, match="locked"):
         await handle(ledger, "m")
-    assert not caught.value.unknown
     other.execute("ROLLBACK")
     other.close()
     await handle(ledger, "m")
@@ -778,7 +868,7 @@ async def test_a_database_locked_for_too_long_is_unavailable_and_then_works_agai
 
 
 async def test_a_server_that_is_not_there_is_unavailable(free_port: int) -> None:
-    ledger = Ledger(f"postgresql+asyncpg://joe:secret@127.0.0.1:{free_port}/x", owner="me")
+    ledger = Ledger(f"postgresql+asyncpg://joe:secret@127.0.0.1:{free_port}/x", app="shop", owner="me")
     with pytest.raises(LedgerUnavailable) as caught:
         await ledger.open()
     assert "secret" not in str(caught.value)
@@ -815,7 +905,7 @@ async def test_a_handler_that_falls_silent_in_its_transaction_is_cut_off(postgre
         await tx.session.execute(ADD, {"name": "no"})
         await handle(other, "m", "yes")  # waits until the silent one is cut off
 
-    with pytest.raises(LedgerUnavailable):
+    with pytest.raises(LedgerBusy, match="nothing was asked of it"):
         await handle_with(silent, handler)
     assert await world.effects() == ["yes"]
     for ledger in world.ledgers:
@@ -865,7 +955,7 @@ async def test_a_commit_whose_answer_was_lost_is_unknown_and_its_repeat_is_told(
     cutter = CommitCutter(postgres.port)
     async with await asyncio.start_server(cutter.serve, "127.0.0.1") as server:
         port = server.sockets[0].getsockname()[1]
-        ledger = Ledger(world.url.replace(f":{urlsplit(world.url).port}", f":{port}"), owner="me")
+        ledger = Ledger(world.url.replace(f":{urlsplit(world.url).port}", f":{port}"), app="shop", owner="me")
         await handle(ledger, "before", "before")
         cutter.armed = True
         with pytest.raises(LedgerUnavailable, match="COMMIT") as caught:
@@ -882,7 +972,7 @@ async def test_a_commit_whose_answer_was_lost_is_unknown_and_its_repeat_is_told(
 async def test_a_transaction_inside_one_that_has_begun_is_refused_on_sqlite_instead_of_waiting_for_ever(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path}/app.db", owner="o")
+    ledger = Ledger(f"sqlite+aiosqlite:///{tmp_path}/app.db", app="shop", owner="o")
     await ledger.migrate()
     try:
         async with ledger.transaction() as outer:
@@ -896,3 +986,100 @@ async def test_a_transaction_inside_one_that_has_begun_is_refused_on_sqlite_inst
             await later.session.execute(text("SELECT 1"))
     finally:
         await ledger.close()
+
+
+async def test_a_transaction_inside_another_that_finds_no_connection_says_why(postgres: Postgres) -> None:
+    world = World(postgres.url())
+    await prepare(world.url)
+    ledger = await world.ledger(connections=2, lock_seconds=0.5)
+    inside = asyncio.Barrier(2)
+
+    async def handler() -> None:
+        async with ledger.transaction() as outer:
+            await outer.session.execute(ADD, {"name": "outer"})
+            await inside.wait()
+            async with ledger.transaction() as inner:
+                await inner.session.execute(ADD, {"name": "inner"})
+
+    found = await asyncio.gather(handler(), handler(), return_exceptions=True)
+    busy = [error for error in found if isinstance(error, LedgerBusy)]
+    assert busy
+    assert "opens a transaction inside another" in str(busy[0])
+    await ledger.close()
+
+
+async def test_a_deadlock_is_busy_and_not_an_outage(postgres: Postgres) -> None:
+    world = World(postgres.url())
+    await prepare(world.url)
+    ledger = await world.ledger()
+    async with ledger.transaction() as tx:
+        await tx.session.execute(text("INSERT INTO once VALUES ('a'), ('b')"))
+    both = asyncio.Barrier(2)
+
+    async def lock(*names: str) -> None:
+        async with ledger.transaction() as tx:
+            for name in names:
+                await tx.session.execute(text("UPDATE once SET name = name WHERE name = :name"), {"name": name})
+                if name == names[0]:
+                    await both.wait()
+
+    found = await asyncio.gather(lock("a", "b"), lock("b", "a"), return_exceptions=True)
+    assert [type(error) for error in found if error is not None] == [LedgerBusy]
+    await ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        *((state, LedgerUnavailable) for state in ("08006", "57P01", "57P03", "53300", "53100")),
+        *((state, LedgerBusy) for state in ("40001", "40P01", "53200", "55P03", "25P03")),
+        *((state, None) for state in ("23505", "42P01", "57014")),
+    ],
+)
+def test_only_an_outage_is_one(state: str, kind: type[LedgerError] | None) -> None:
+    class FromServer(Exception):
+        sqlstate = state
+
+    assert trouble(FromServer()) is kind
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (sqlite3.SQLITE_FULL, LedgerUnavailable),
+        (sqlite3.SQLITE_IOERR_FSYNC, LedgerUnavailable),
+        (sqlite3.SQLITE_BUSY, LedgerBusy),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, LedgerBusy),
+        (sqlite3.SQLITE_CONSTRAINT_UNIQUE, None),
+    ],
+)
+def test_only_an_outage_is_one_on_sqlite(code: int, kind: type[LedgerError] | None) -> None:
+    error = sqlite3.OperationalError()
+    error.sqlite_errorcode = code
+    assert trouble(error) is kind
+
+
+def test_being_busy_counts_as_an_attempt_and_an_outage_does_not() -> None:
+    def verdict(error: LedgerError) -> Verdict:
+        return verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=0.0, chance=0.0)
+
+    assert isinstance(verdict(LedgerBusy("deadlock")), RetryAt)
+    assert isinstance(verdict(LedgerUnavailable("gone")), Release)
+
+
+async def test_a_block_that_ends_in_another_task_than_it_began_in_is_committed_like_any(world: World) -> None:
+    ledger = await world.ledger()
+    block = ledger.transaction(inbox=("w", "m"))
+    tx = await asyncio.create_task(begin(block))
+    await tx.session.execute(ADD, {"name": "effect"})
+    await asyncio.create_task(end(block))
+    assert await world.effects() == ["effect"]
+    await handle(ledger, "n", "later")
+
+
+async def begin(block: contextlib.AbstractAsyncContextManager[Transaction]) -> Transaction:
+    return await block.__aenter__()
+
+
+async def end(block: contextlib.AbstractAsyncContextManager[Transaction]) -> None:
+    await block.__aexit__(None, None, None)

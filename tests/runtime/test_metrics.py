@@ -63,6 +63,7 @@ snapshots = st.lists(
         resident_bytes=st.integers(0, 10**9),
         workers=st.dictionaries(st.sampled_from("abc"), counts),
         outbox_pending=st.none() | st.integers(0, 99),
+        outbox_parked=st.none() | st.integers(0, 99),
         deaths=st.integers(0, 9),
     ),
     max_size=4,
@@ -117,12 +118,16 @@ def test_counters_do_not_run_backwards_when_a_process_ends() -> None:
     metrics = Metrics("1")
     metrics.worker("charge").received = 3
     metrics.worker("charge").in_flight = 2
-    metrics.outbox_pending = 4
+    metrics.outbox_pending, metrics.outbox_parked = 4, 1
     gone = merge([ended(metrics.snapshot())], process="ended")
     found = samples(prometheus_text([gone], []))
     assert found["conveyor_messages_received_total", (("worker", "charge"),)] == 3
     assert found["conveyor_messages_in_flight", (("worker", "charge"),)] == 0
-    assert not [name for name, _ in found if name in {"conveyor_process_resident_bytes", "conveyor_outbox_pending"}]
+    assert not [
+        name
+        for name, _ in found
+        if name in {"conveyor_process_resident_bytes", "conveyor_outbox_pending", "conveyor_outbox_parked"}
+    ]
 
 
 def test_queues_show_their_depth_and_age() -> None:
@@ -140,9 +145,12 @@ def test_queues_show_their_depth_and_age() -> None:
 
 def test_the_outbox_is_counted_once_however_many_see_it() -> None:
     found = samples(
-        prometheus_text([Snapshot(process="1", outbox_pending=5), Snapshot(process="2", outbox_pending=6)], [])
+        prometheus_text(
+            [Snapshot(process="1", outbox_pending=5, outbox_parked=2), Snapshot(process="2", outbox_pending=6)], []
+        )
     )
     assert found["conveyor_outbox_pending", ()] == 6
+    assert found["conveyor_outbox_parked", ()] == 2
 
 
 @pytest.mark.parametrize("name", ['a"} 1\nconveyor_forged 1\n#', "a\\", "\ud800", "x\r\ny", "\0", "日本"])

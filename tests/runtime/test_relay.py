@@ -75,8 +75,8 @@ class World:
         self.passed_seconds = 0.0
         self._stack = contextlib.AsyncExitStack()
 
-    async def ledger(self) -> Ledger:
-        made = Ledger(self.url, owner=uuid.uuid4().hex, clock=lambda: time.time() + self.passed_seconds)
+    async def ledger(self, app: str = "shop") -> Ledger:
+        made = Ledger(self.url, app=app, owner=uuid.uuid4().hex, clock=lambda: time.time() + self.passed_seconds)
         await made.migrate()
         self._stack.push_async_callback(made.close)
         return made
@@ -202,6 +202,19 @@ async def test_what_a_dead_process_had_claimed_is_sent_when_its_claim_has_ended(
     assert sorted(world.tape.ids) == ["1", "2", "3", "4"]
 
 
+async def test_what_a_dead_process_left_is_not_sent_by_another_application(world: World) -> None:
+    dead, other, heir = await world.ledger(), await world.ledger("billing"), await world.ledger()
+    await commit(dead, None, message("left"))
+    relay = await world.relay(other, poll_seconds=0.01)
+    await commit(other, relay, message("own"))
+    await world.tape.until(lambda: world.tape.ids == ["own"])
+    await until_empty(other)
+    assert await relay._sweep() is False
+    assert (await heir.pending()).rows == 1
+    await world.relay(heir)
+    await world.tape.until(lambda: world.tape.ids == ["own", "left"])
+
+
 async def test_what_a_dead_process_had_claimed_is_sent_at_once_where_its_death_was_seen(world: World) -> None:
     dead, alive = await world.ledger(), await world.ledger()
     dead.hands_off = True
@@ -307,7 +320,9 @@ async def test_several_relays_and_a_failing_broker_never_reorder_a_key(world: Wo
 # -- refusals and outages --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_message_that_the_broker_refuses_is_tried_again_then_parked_and_its_key_waits(world: World) -> None:
+async def test_a_message_that_the_broker_refuses_is_tried_again_then_parked_and_its_key_waits(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = await world.ledger()
     relay = await world.relay(ledger, attempts=3, poll_seconds=0.01)
 
@@ -326,6 +341,7 @@ async def test_a_message_that_the_broker_refuses_is_tried_again_then_parked_and_
     [row] = await ledger.parked()
     assert (row.message.id, row.attempts, row.error) == ("bad", 3, "too large")
     assert world.tape.ids == ["free"]
+    assert "holds up the later ones of its key (see: conveyor outbox list shop): too large" in caplog.text
     world.tape.before = None
     assert await ledger.unpark(["bad"]) == 1
     await world.tape.until(lambda: world.tape.ids == ["free", "bad", "behind"])

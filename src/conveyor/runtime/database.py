@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from conveyor.core.settle import describe
-from conveyor.errors import ConfigurationError, LedgerError, LedgerUnavailable, MissingExtra
+from conveyor.errors import ConfigurationError, LedgerBusy, LedgerError, LedgerUnavailable, MissingExtra
 
 try:
     from sqlalchemy import Connection, TextClause, event
@@ -32,8 +33,8 @@ CLOSE_SECONDS: Final = 2.0
 """Longest wait for cancelled statements of SQLite; one that waits for a lock longer than that dies with the process."""
 _WATCHER: Final = "conveyor.watcher"
 """In the info of a connection: the Watcher of its present transaction."""
-
-
+_ANSWERED: Final = "conveyor.answered"
+"""In the info of a connection: when the last answer came, by time.monotonic()."""
 _NO_BEGIN: Final = "conveyor_no_begin"
 """An execution option: a single statement is a transaction of its own."""
 
@@ -66,6 +67,7 @@ class Database:
 
     def __init__(self, url: str, *, connections: int, lock_seconds: float, idle_seconds: float) -> None:
         self._url = _checked(url)
+        self._lock_seconds = lock_seconds
         self._leaving: set[asyncio.Future[None]] = set()
         self.shown: Final = _shown(self._url)
         """The URL without anything secret."""
@@ -113,13 +115,19 @@ class Database:
 
     @contextmanager
     def translated(self) -> Iterator[None]:
-        """Errors that may be over when one tries again become LedgerUnavailable."""
+        """Errors that may be over when one tries again become LedgerUnavailable or LedgerBusy."""
         try:
             yield
-        except (DBAPIError, PoolTimeout, sqlite3.Error) as error:
-            if not is_transient(error):
+        except PoolTimeout as error:
+            raise LedgerBusy(
+                f"{self.shown}: no connection became free within {self._lock_seconds:g} s; whoever opens a transaction inside another "
+                "one holds two, and where all do so at once each waits for the others: use the outer transaction, or end it first"
+            ) from error
+        except (DBAPIError, sqlite3.Error) as error:
+            kind = trouble(error)
+            if kind is None:
                 raise
-            raise LedgerUnavailable(f"{self.shown} could not do it now: {describe(error)}") from error
+            raise kind(f"{self.shown} could not do it now: {describe(error)}") from error
 
     def fetch(self, connection: Connection, statement: TextClause, values: Mapping[str, object]) -> Sequence[Any]:
         """Execute a statement with plain parameters, and fetch its rows; for what is done with every message."""
@@ -154,35 +162,46 @@ def wal_is_safe(version: tuple[int, int, int]) -> bool:
     return version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether the same transaction may well succeed when tried again: it met a lock, a conflict, a full disk or a lost connection."""
-    if isinstance(error, PoolTimeout):
-        return True
+def trouble(error: BaseException) -> type[LedgerUnavailable | LedgerBusy] | None:
+    """What an error says about the database, where the same transaction may well succeed when tried again; None elsewhere."""
     if isinstance(error, DBAPIError):
         if error.connection_invalidated:
-            return True
+            return LedgerUnavailable
         cause: BaseException | None = error.orig
     else:
         cause = error
     state = getattr(cause, "sqlstate", None)
     if isinstance(state, str):
-        return _is_transient_state(state)
+        return _trouble_of_state(state)
     code = (getattr(cause, "sqlite_errorcode", None) or 0) & 0xFF
-    return code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
+    if code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}:
+        return LedgerUnavailable
+    return LedgerBusy if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED} else None
 
 
-def _is_transient_state(state: str) -> bool:
-    """Connection, transaction rollback, resources, operator intervention, lock and idle time-outs (PostgreSQL, appendix A)."""
-    return state[:2] in {"08", "40", "53"} or state[:3] == "57P" or state in {"55P03", "25P03"}
+def _trouble_of_state(state: str) -> type[LedgerUnavailable | LedgerBusy] | None:
+    """Sort an SQLSTATE (PostgreSQL, appendix A).
+
+    An outage: connection (08), operator intervention (57P), disk full, too many connections. Busy: transaction rollback (40),
+    other resources (53), lock and idle time-outs.
+    """
+    if state[:2] == "08" or state[:3] == "57P" or state in {"53100", "53300"}:
+        return LedgerUnavailable
+    return LedgerBusy if state[:2] in {"40", "53"} or state in {"55P03", "25P03"} else None
 
 
 def _checked(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (
+        ArgumentError,
+        ValueError,
+    ):  # the URL is not shown, nor the cause, which quotes it: there may be a password in it
+        missing = "its port is no number" if "://" in url else "it has no driver:// at its begin"
         raise ConfigurationError(
-            f"{url!r} is no database URL; write postgresql+asyncpg://user@host/database or sqlite+aiosqlite:///file.db"
-        ) from error
+            f"this is no database URL, {missing}; "
+            "write postgresql+asyncpg://user@host/database or sqlite+aiosqlite:///file.db"
+        ) from None
     drivers = {"postgresql": "postgresql+asyncpg", "postgres": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
     wanted = drivers.get(parsed.drivername.partition("+")[0])
     if wanted is None:
@@ -231,7 +250,30 @@ def _postgresql_engine(url: URL, connections: int, lock_seconds: float, idle_sec
         },
     )
     _listen(engine)
+    _tell_silence(engine, idle_seconds)
     return engine
+
+
+def _tell_silence(engine: AsyncEngine, idle_seconds: float) -> None:
+    """Tell a connection that PostgreSQL ended for its silence from one that was lost: the driver drops what the server said (25P03)."""
+    sync = engine.sync_engine
+
+    @event.listens_for(sync, "begin")
+    @event.listens_for(sync, "after_cursor_execute")
+    def answered(connection: Connection, *_: object) -> None:
+        connection.info[_ANSWERED] = time.monotonic()
+
+    @event.listens_for(sync, "handle_error")
+    def handle_error(context: ExceptionContext) -> None:
+        connection = context.connection
+        if not context.is_disconnect or connection is None or connection.closed or connection.invalidated:
+            return
+        silent = time.monotonic() - connection.info.get(_ANSWERED, float("inf"))
+        if silent > idle_seconds:
+            raise LedgerBusy(
+                f"{_shown(engine.url)} ended this transaction, because nothing was asked of it for {silent:.1f} s (at most "
+                f"{idle_seconds:g} s); do slow work before the transaction is first used"
+            ) from context.original_exception
 
 
 def _sqlite_engine(url: URL, lock_seconds: float, leaving: set[asyncio.Future[None]], *, writes: bool) -> AsyncEngine:
@@ -282,7 +324,8 @@ def _sqlite_engine(url: URL, lock_seconds: float, leaving: set[asyncio.Future[No
         try:
             _awaited(connection, _driver(connection).execute(begin_statement))
         except sqlite3.OperationalError as error:
-            raise LedgerUnavailable(f"{_shown(url)} could not begin a transaction: {describe(error)}") from error
+            kind = trouble(error) or LedgerError
+            raise kind(f"{_shown(url)} could not begin a transaction: {describe(error)}") from error
 
     @event.listens_for(sync, "reset")
     def reset(connection: Any, _: object, state: PoolResetState) -> None:
@@ -315,7 +358,7 @@ def _listen(engine: AsyncEngine) -> None:
             return dialect.connect(*arguments, **options)
         except Exception as error:
             state = getattr(error, "sqlstate", None)
-            later = isinstance(error, OSError) or (isinstance(state, str) and _is_transient_state(state))
+            later = isinstance(error, OSError) or (isinstance(state, str) and _trouble_of_state(state) is not None)
             kind = LedgerUnavailable if later else LedgerError
             raise kind(f"{shown} cannot be opened: {describe(error)}") from error
 

@@ -132,15 +132,17 @@ MIGRATIONS: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
     {
         "sqlite": (
             """CREATE TABLE {p}inbox (
+                app TEXT NOT NULL,
                 worker TEXT NOT NULL,
                 message_id TEXT NOT NULL,
                 handled_at REAL NOT NULL,
-                PRIMARY KEY (worker, message_id)
+                PRIMARY KEY (app, worker, message_id)
             ) WITHOUT ROWID""",
-            "CREATE INDEX {p}inbox_handled_at ON {p}inbox (handled_at)",
+            "CREATE INDEX {p}inbox_handled_at ON {p}inbox (app, handled_at)",
             """CREATE TABLE {p}outbox (
                 seq INTEGER PRIMARY KEY AUTOINCREMENT,
-                id TEXT NOT NULL UNIQUE,
+                app TEXT NOT NULL,
+                id TEXT NOT NULL,
                 topic TEXT NOT NULL,
                 key TEXT,
                 headers TEXT NOT NULL,
@@ -157,22 +159,25 @@ MIGRATIONS: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
                 claim TEXT,
                 claim_until REAL NOT NULL,
                 attempts INTEGER NOT NULL DEFAULT 0,
-                error TEXT NOT NULL DEFAULT ''
+                error TEXT NOT NULL DEFAULT '',
+                UNIQUE (app, id, topic)
             )""",
-            "CREATE INDEX {p}outbox_claim_until ON {p}outbox (claim_until, seq)",
-            "CREATE INDEX {p}outbox_key ON {p}outbox (key, seq) WHERE key IS NOT NULL",
+            "CREATE INDEX {p}outbox_claim_until ON {p}outbox (app, claim_until, seq)",
+            "CREATE INDEX {p}outbox_key ON {p}outbox (app, key, seq) WHERE key IS NOT NULL",
         ),
         "postgresql": (
             """CREATE TABLE {p}inbox (
+                app text NOT NULL,
                 worker text NOT NULL,
                 message_id text NOT NULL,
                 handled_at double precision NOT NULL,
-                PRIMARY KEY (worker, message_id)
+                PRIMARY KEY (app, worker, message_id)
             )""",
-            "CREATE INDEX {p}inbox_handled_at ON {p}inbox (handled_at)",
+            "CREATE INDEX {p}inbox_handled_at ON {p}inbox (app, handled_at)",
             """CREATE TABLE {p}outbox (
                 seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-                id text NOT NULL UNIQUE,
+                app text NOT NULL,
+                id text NOT NULL,
                 topic text NOT NULL,
                 key text,
                 headers text NOT NULL,
@@ -189,10 +194,11 @@ MIGRATIONS: Final[tuple[Mapping[str, tuple[str, ...]], ...]] = (
                 claim text,
                 claim_until double precision NOT NULL,
                 attempts integer NOT NULL DEFAULT 0,
-                error text NOT NULL DEFAULT ''
+                error text NOT NULL DEFAULT '',
+                UNIQUE (app, id, topic)
             )""",
-            "CREATE INDEX {p}outbox_claim_until ON {p}outbox (claim_until, seq)",
-            "CREATE INDEX {p}outbox_key ON {p}outbox (key, seq) WHERE key IS NOT NULL",
+            "CREATE INDEX {p}outbox_claim_until ON {p}outbox (app, claim_until, seq)",
+            "CREATE INDEX {p}outbox_key ON {p}outbox (app, key, seq) WHERE key IS NOT NULL",
         ),
     },
 )
@@ -223,28 +229,32 @@ _LISTS: Final = frozenset({"seqs", "ids", "keys"})
 _PARAMETER: Final = re.compile(r"(?<![:\w]):([a-z]+(?:_[a-z]+)*)(_\d+)?")
 
 _SQL: Final = {
+    "lock_schema": "SELECT pg_advisory_xact_lock(hashtextextended('{p}schema', 0))",
     "schema": "CREATE TABLE IF NOT EXISTS {p}schema (version integer PRIMARY KEY, applied_at double precision NOT NULL)",
     "version": "SELECT max(version) FROM {p}schema",
     "applied": "INSERT INTO {p}schema (version, applied_at) VALUES (:version, {now})",
-    "seen": "SELECT 1 FROM {p}inbox WHERE worker = :worker AND message_id = :message_id",
+    "seen": "SELECT 1 FROM {p}inbox WHERE app = :app AND worker = :worker AND message_id = :message_id",
     "purge": """
-        DELETE FROM {p}inbox WHERE (worker, message_id) IN
-            (SELECT worker, message_id FROM {p}inbox WHERE handled_at < {now} - :keep ORDER BY handled_at LIMIT :limit)""",
+        DELETE FROM {p}inbox WHERE app = :app AND (worker, message_id) IN (
+            SELECT worker, message_id FROM {p}inbox
+            WHERE app = :app AND handled_at < {now} - :keep ORDER BY handled_at LIMIT :limit)""",
     # Held until COMMIT: whoever writes a row of this key later also commits later, so that seq orders the commits of a key.
-    "lock_keys": "SELECT pg_advisory_xact_lock(hashtextextended('{p}outbox ' || key, 0)) FROM unnest(:key_array) AS key",
-    "older": "SELECT DISTINCT key FROM {p}outbox WHERE key IN :keys",
-    "free": "SELECT 1 FROM {p}outbox WHERE claim_until <= {now} LIMIT 1",
+    "lock_keys": """
+        SELECT pg_advisory_xact_lock(hashtextextended('{p}outbox ' || :app || ' ' || key, 0)) FROM unnest(:key_array) AS key""",
+    "older": "SELECT DISTINCT key FROM {p}outbox WHERE app = :app AND key IN :keys",
+    "stored": "SELECT {columns} FROM {p}outbox WHERE app = :app AND id = :id AND topic = :topic",
+    "free": "SELECT 1 FROM {p}outbox WHERE app = :app AND claim_until <= {now} LIMIT 1",
     # One relay claims at a time, so that none takes the second row of a key while another is about to take the first.
-    "lock_claims": "SELECT pg_advisory_xact_lock(hashtextextended('{p}outbox', 0))",
+    "lock_claims": "SELECT pg_advisory_xact_lock(hashtextextended('{p}claims ' || :app, 0))",
     # Never "seq > the last one sent": a lower seq may be committed later. A row waits while an older one of its key is
     # claimed, backs off or is parked; older ones that are free are lower in this very list.
     "claim": """
         UPDATE {p}outbox SET claim = :me, claim_until = {now} + :hold
         WHERE seq IN (
             SELECT seq FROM {p}outbox AS this
-            WHERE claim_until <= {now} AND (key IS NULL OR NOT EXISTS (
+            WHERE app = :app AND claim_until <= {now} AND (key IS NULL OR NOT EXISTS (
                 SELECT 1 FROM {p}outbox AS older
-                WHERE older.key = this.key AND older.seq < this.seq AND older.claim_until > {now}))
+                WHERE older.app = :app AND older.key = this.key AND older.seq < this.seq AND older.claim_until > {now}))
             ORDER BY seq LIMIT :limit)
         RETURNING seq, attempts, error, {columns}""",
     "sent": "DELETE FROM {p}outbox WHERE claim = :me AND seq IN :seqs",
@@ -252,20 +262,23 @@ _SQL: Final = {
         UPDATE {p}outbox SET claim = NULL, claim_until = {now} + :hold, attempts = attempts + 1, error = :error
         WHERE claim = :me AND seq = :seq""",
     "release": "UPDATE {p}outbox SET claim = NULL, claim_until = 0 WHERE claim = :me AND seq IN :seqs",
-    "reclaim": "UPDATE {p}outbox SET claim = NULL, claim_until = 0 WHERE claim = :owner",
+    "reclaim": "UPDATE {p}outbox SET claim = NULL, claim_until = 0 WHERE app = :app AND claim = :owner",
     "pending": """
-        SELECT count(*), min(added_at), coalesce(sum(CASE WHEN claim_until > 1e300 THEN 1 ELSE 0 END), 0), {now} FROM {p}outbox""",
-    "parked": "SELECT seq, attempts, error, {columns} FROM {p}outbox WHERE claim_until > 1e300 ORDER BY seq LIMIT :limit",
-    "unpark": "UPDATE {p}outbox SET claim_until = 0, attempts = 0 WHERE claim_until > 1e300 AND id IN :ids",
-    "discard": "DELETE FROM {p}outbox WHERE claim_until > 1e300 AND id IN :ids",
+        SELECT count(*), min(added_at), coalesce(sum(CASE WHEN claim_until > 1e300 THEN 1 ELSE 0 END), 0), {now}
+        FROM {p}outbox WHERE app = :app""",
+    "parked": """
+        SELECT seq, attempts, error, {columns} FROM {p}outbox
+        WHERE app = :app AND claim_until > 1e300 ORDER BY seq LIMIT :limit""",
+    "unpark": "UPDATE {p}outbox SET claim_until = 0, attempts = 0 WHERE app = :app AND claim_until > 1e300 AND id IN :ids",
+    "discard": "DELETE FROM {p}outbox WHERE app = :app AND claim_until > 1e300 AND id IN :ids",
 }
 _INBOX_INSERT: Final = """
-    INSERT INTO {p}inbox (worker, message_id, handled_at) VALUES {values}
-    ON CONFLICT (worker, message_id) DO NOTHING RETURNING message_id"""
-# A message that is still in the outbox under the same id is the same message.
+    INSERT INTO {p}inbox (app, worker, message_id, handled_at) VALUES {values}
+    ON CONFLICT (app, worker, message_id) DO NOTHING RETURNING message_id"""
+# A message that is still in the outbox under the same id and topic is the same message.
 _OUTBOX_INSERT: Final = """
-    INSERT INTO {p}outbox ({columns}, added_at, claim, claim_until) VALUES {values}
-    ON CONFLICT (id) DO NOTHING RETURNING seq, id"""
+    INSERT INTO {p}outbox (app, {columns}, added_at, claim, claim_until) VALUES {values}
+    ON CONFLICT (app, id, topic) DO NOTHING RETURNING seq, id, topic"""
 
 
 class _Statements:
@@ -285,14 +298,14 @@ class _Statements:
         return self._made[name]
 
     def _inbox_insert(self, count: int) -> TextClause:
-        values = ", ".join(f"(:worker, :message_id_{i}, {self._names['now']})" for i in range(count))
+        values = ", ".join(f"(:app, :worker, :message_id_{i}, {self._names['now']})" for i in range(count))
         return self._typed(_INBOX_INSERT.format(values=values, **self._names))
 
     def _outbox_insert(self, count: int) -> TextClause:
         now = self._names["now"]
         names = _MESSAGE_COLUMNS.split(", ")
         values = ", ".join(
-            f"({', '.join(f':{name}_{i}' for name in names)}, {now}, :claim_{i}, {now} + :hold_{i})"
+            f"(:app, {', '.join(f':{name}_{i}' for name in names)}, {now}, :claim_{i}, {now} + :hold_{i})"
             for i in range(count)
         )
         return self._typed(_OUTBOX_INSERT.format(values=values, **self._names))
@@ -459,6 +472,12 @@ class _Work:
         if not still_open:
             self._lost = LedgerError("the database rolled this transaction back; session.rollback() begins anew")
 
+    def end(self) -> None:
+        """The block is over, however. It may end in another task than it began in: there it is around nothing."""
+        self.holds_lock = False
+        if _around.get() is self:
+            _around.set(self._outer)
+
     async def commit(self) -> Claimed:
         """The block has ended well: write inbox and outbox, and COMMIT."""
         self.check()
@@ -531,6 +550,7 @@ class Ledger:
 
     Parameters:
         url: ``postgresql+asyncpg://…`` or ``sqlite+aiosqlite:///file``.
+        app: the application's name; applications that share a database neither see nor touch each other's rows.
         owner: names this process in the claims of the outbox, unguessably.
         clock: gives Unix seconds; None is the server's own clock on PostgreSQL, this host's on SQLite.
         prefix: begins the names of Conveyor's tables.
@@ -548,6 +568,7 @@ class Ledger:
         self,
         url: str,
         *,
+        app: str,
         owner: str,
         clock: Clock | None = None,
         prefix: str = "conveyor_",
@@ -565,6 +586,7 @@ class Ledger:
         self.database: Final = Database(
             url, connections=connections, lock_seconds=lock_seconds, idle_seconds=idle_seconds
         )
+        self.app: Final = app
         self.owner: Final = owner
         self.hands_off = False
         """A relay of this process is at work: what is written here is claimed for it."""
@@ -616,7 +638,7 @@ class Ledger:
         done: list[str] = []
         async with self.database.writing() as connection:
             if self.database.dialect == "postgresql":
-                await connection.execute(self._sql["lock_claims"])
+                await connection.execute(self._sql["lock_schema"])
             version = await self._version(connection)
             if version == 0:
                 await connection.execute(self._sql["schema"])
@@ -655,13 +677,15 @@ class Ledger:
 
         Raises:
             AlreadyHandled: some of these messages were handled before; nothing was done. Also where the block swallowed it.
-            LedgerUnavailable: the database could not do it now; nothing was done, unless the error says that this is unknown.
+            LedgerUnavailable: the database is out of order; nothing was done, unless the error says that this is unknown.
+            LedgerBusy: it met a deadlock, a conflict or a limit of time; nothing was done.
+            LedgerError: it cannot be done so, for instance as another message with the same id and topic waits in the outbox.
         """
         worker, ids = inbox if inbox is not None else ("", ())
         work = _Work(self, worker, (ids,) if isinstance(ids, str) else tuple(ids))
         tx = Transaction(work, make)
         point("transaction.opening")
-        before = _around.set(work)
+        _around.set(work)
         try:
             with self.database.translated():
                 async with work.session:
@@ -674,50 +698,52 @@ class Ledger:
                 raise work.doom from error
             raise
         finally:
-            work.holds_lock = False
-            _around.reset(before)
+            work.end()
 
     async def seen(self, worker: str, message_id: str) -> bool:
         """Whether the worker has handled this message; a cheap look, the decision falls when a transaction begins."""
         async with self.database.looking() as connection:
-            values = {"worker": worker, "message_id": message_id}
+            values = {"app": self.app, "worker": worker, "message_id": message_id}
             return bool(await connection.run_sync(self.database.fetch, self._sql["seen"], values))
 
     async def pending(self) -> Pending:
         """What waits in the outbox."""
         async with self.database.looking() as connection:
-            rows, oldest, parked, now = (await connection.execute(self._sql["pending"], self._with_now())).one()
+            rows, oldest, parked, now = (
+                await connection.execute(self._sql["pending"], self._with_now(app=self.app))
+            ).one()
         return Pending(rows, 0.0 if oldest is None else max(0.0, now - oldest), parked)
 
     async def parked(self, limit: int = 100) -> list[Row]:
         """The messages that the broker refuses for good, oldest first; each blocks the later ones of its key."""
         async with self.database.looking() as connection:
-            return [_row(found) for found in await connection.execute(self._sql["parked"], {"limit": limit})]
+            values = {"app": self.app, "limit": limit}
+            return [_row(found) for found in await connection.execute(self._sql["parked"], values)]
 
     async def unpark(self, ids: Sequence[str]) -> int:
         """Have the relay try these parked messages again. Returns how many there were."""
-        return await self._change("unpark", ids=list(ids))
+        return await self._change("unpark", app=self.app, ids=list(ids))
 
     async def discard(self, ids: Sequence[str]) -> int:
         """Delete these parked messages for good. Returns how many there were."""
-        return await self._change("discard", ids=list(ids))
+        return await self._change("discard", app=self.app, ids=list(ids))
 
     async def reclaim(self, owner: str) -> int:
         """Leave to anybody's relay what a dead process had claimed, without waiting for its claims to end. Returns how many."""
-        return await self._change("reclaim", owner=owner)
+        return await self._change("reclaim", app=self.app, owner=owner)
 
     # -- for the relay
 
     async def claim(self, limit: int, hold_seconds: float) -> Claimed:
         """Take rows that nobody holds, such that no older row of their keys is held by another or put off."""
         async with self.database.looking() as connection:
-            if (await connection.execute(self._sql["free"], self._with_now())).first() is None:
+            if (await connection.execute(self._sql["free"], self._with_now(app=self.app))).first() is None:
                 return Claimed()
         until = steady() + hold_seconds
-        values = self._with_now(me=self.owner, hold=hold_seconds, limit=limit)
+        values = self._with_now(app=self.app, me=self.owner, hold=hold_seconds, limit=limit)
         async with self.database.writing() as connection:
             if self.database.dialect == "postgresql":
-                await connection.execute(self._sql["lock_claims"])
+                await connection.execute(self._sql["lock_claims"], {"app": self.app})
             rows = [_row(found) for found in await connection.execute(self._sql["claim"], values)]
         return Claimed(tuple(sorted(rows, key=lambda row: row.seq)), until)
 
@@ -737,7 +763,7 @@ class Ledger:
 
     async def purge_inbox(self, limit: int = 1000) -> int:
         """Forget up to limit messages that were handled longer ago than inbox_days. Returns how many."""
-        return await self._change("purge", **self._with_now(keep=self._inbox_seconds, limit=limit))
+        return await self._change("purge", **self._with_now(app=self.app, keep=self._inbox_seconds, limit=limit))
 
     # -- within
 
@@ -747,7 +773,7 @@ class Ledger:
         Where another transaction is just handling one of them, this waits until that ends.
         """
         ids = sorted(message_ids)  # so that two transactions wait for each other in one order only
-        values = self._with_now(worker=worker, **{f"message_id_{i}": id for i, id in enumerate(ids)})
+        values = self._with_now(app=self.app, worker=worker, **{f"message_id_{i}": id for i, id in enumerate(ids)})
         noted = self.database.fetch(connection, self._sql.inbox_insert(len(ids)), values)
         return () if len(noted) == len(ids) else tuple(sorted(set(ids).difference(id for (id,) in noted)))
 
@@ -755,27 +781,37 @@ class Ledger:
         """Insert outbox rows; those that may go at once are claimed for this process, which hands them off after COMMIT."""
         if not outgoing:
             return Claimed()
+        outgoing = _once(outgoing)
         keys = sorted({each.message.key for each in outgoing if each.message.key is not None})
         waiting: set[str] = set()
         if keys and self.database.dialect == "postgresql":
-            connection.execute(self._sql["lock_keys"], {"key_array": keys})
+            connection.execute(self._sql["lock_keys"], {"app": self.app, "key_array": keys})
         for some in _chunks(keys):
-            waiting.update(connection.execute(self._sql["older"], {"keys": some}).scalars())
+            waiting.update(connection.execute(self._sql["older"], {"app": self.app, "keys": some}).scalars())
         direct = [self.hands_off and each.message.key not in waiting for each in outgoing]
         until = steady() + HAND_OFF_SECONDS
         rows: list[Row] = []
         for chunk in _chunks(list(zip(outgoing, direct, strict=True))):
-            values = self._with_now()
+            values = self._with_now(app=self.app)
             for i, (each, claims) in enumerate(chunk):
                 values |= _values(each, i)
                 values[f"claim_{i}"], values[f"hold_{i}"] = (self.owner, HAND_OFF_SECONDS) if claims else (None, 0.0)
-            seqs = {id: seq for seq, id in self.database.fetch(connection, self._sql.outbox_insert(len(chunk)), values)}
-            rows += [
-                Row(seqs[each.message.id], each.message, required=each.required)
-                for each, claims in chunk
-                if claims and each.message.id in seqs
-            ]
+            inserted = self.database.fetch(connection, self._sql.outbox_insert(len(chunk)), values)
+            seqs = {(id, topic): seq for seq, id, topic in inserted}
+            for each, claims in chunk:
+                if (seq := seqs.get((each.message.id, each.message.topic))) is None:
+                    self._check_same(connection, each.message)
+                elif claims:
+                    rows.append(Row(seq, each.message, required=each.required))
         return Claimed(tuple(sorted(rows, key=lambda row: row.seq)), until, left=direct.count(False))
+
+    def _check_same(self, connection: Connection, message: Message) -> None:
+        """A row of this id and topic waits in the outbox already: it has to be the same message."""
+        stored = connection.execute(
+            self._sql["stored"], {"app": self.app, "id": message.id, "topic": message.topic}
+        ).first()
+        if stored is not None:
+            _same(message, stored)
 
     def _with_now(self, **values: object) -> dict[str, object]:
         if not self._server_clock:
@@ -785,6 +821,29 @@ class Ledger:
     async def _change(self, statement: str, **values: object) -> int:
         async with self.database.writing() as connection:
             return (await connection.execute(self._sql[statement], values)).rowcount
+
+
+def _once(outgoing: Iterable[_Outgoing]) -> list[_Outgoing]:
+    """What a transaction publishes, each message once.
+
+    Raises:
+        LedgerError: two different messages have the same id and topic.
+    """
+    found: dict[tuple[str, str], _Outgoing] = {}
+    for each in outgoing:
+        first = found.setdefault((each.message.id, each.message.topic), each)
+        if first is not each:
+            _same(each.message, first.message)
+    return list(found.values())
+
+
+def _same(message: Message, other: Any) -> None:
+    """Check that two messages of one id and topic mean the same (their times and headers may differ: published again, later)."""
+    if (message.key, message.body, message.content_type) != (other.key, bytes(other.body), other.content_type):
+        raise LedgerError(
+            f"message {message.id!r} of topic {message.topic!r} waits to be sent already, with another key or body; an id names one "
+            "message: give each its own"
+        )
 
 
 def _values(outgoing: _Outgoing, i: int) -> dict[str, object]:

@@ -108,6 +108,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         published: messages published, emitted ones included.
         unrouted: published messages whose topic no queue receives.
         outbox_pending: outbox rows not handed to the broker yet; None where there is no ledger.
+        outbox_parked: those of them that the broker refuses for good.
         deaths: processes that ended otherwise than asked.
     """
 
@@ -119,6 +120,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     published: int = 0
     unrouted: int = 0
     outbox_pending: int | None = None
+    outbox_parked: int | None = None
     deaths: int = 0
 
     @property
@@ -142,6 +144,7 @@ class Metrics:
         self.published = 0
         self.unrouted = 0
         self.outbox_pending: int | None = None
+        self.outbox_parked: int | None = None
 
     def worker(self, name: str) -> WorkerMetrics:
         """The counters of one worker, always the same object."""
@@ -158,6 +161,7 @@ class Metrics:
             published=self.published,
             unrouted=self.unrouted,
             outbox_pending=self.outbox_pending,
+            outbox_parked=self.outbox_parked,
         )
 
 
@@ -179,7 +183,8 @@ def resident_bytes(pid: int | None = None) -> int:
 def ended(snapshot: Snapshot) -> Snapshot:
     """What remains to be counted of a process that has ended: what it did, not what it held."""
     workers = {name: msgspec.structs.replace(worker, in_flight=0) for name, worker in snapshot.workers.items()}
-    return msgspec.structs.replace(snapshot, pid=0, resident_bytes=0, outbox_pending=None, workers=workers)
+    held = {"outbox_pending": None, "outbox_parked": None}
+    return msgspec.structs.replace(snapshot, pid=0, resident_bytes=0, workers=workers, **held)
 
 
 def merge(snapshots: Iterable[Snapshot], *, process: str = "all") -> Snapshot:
@@ -200,6 +205,7 @@ def merge(snapshots: Iterable[Snapshot], *, process: str = "all") -> Snapshot:
         published=sum(s.published for s in snapshots),
         unrouted=sum(s.unrouted for s in snapshots),
         outbox_pending=max((s.outbox_pending for s in snapshots if s.outbox_pending is not None), default=None),
+        outbox_parked=max((s.outbox_parked for s in snapshots if s.outbox_parked is not None), default=None),
         deaths=sum(s.deaths for s in snapshots),
     )
 
@@ -329,6 +335,12 @@ def _of_processes(snapshots: Sequence[Snapshot], total: Snapshot) -> Iterator[Me
     if total.outbox_pending is not None:
         yield GaugeMetricFamily(
             "conveyor_outbox_pending", "Outbox rows not handed to the broker yet.", value=total.outbox_pending
+        )
+    if total.outbox_parked is not None:
+        yield GaugeMetricFamily(
+            "conveyor_outbox_parked",
+            "Outbox rows that the broker refuses for good; each holds up the later ones of its key.",
+            value=total.outbox_parked,
         )
 
 

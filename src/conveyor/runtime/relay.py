@@ -326,7 +326,15 @@ class Relay:
             log.warning("the broker refused message %s, again in %.0f s: %s", row.message.id, seconds, why)
         else:
             seconds = NEVER
-            log.error("the broker refused message %s %d times, it is parked: %s", row.message.id, attempt, why)
+            held_up = "" if row.message.key is None else " and holds up the later ones of its key"
+            log.error(
+                "the broker refused message %s %d times; it is parked%s (see: conveyor outbox list %s): %s",
+                row.message.id,
+                attempt,
+                held_up,
+                self._ledger.app,
+                why,
+            )
         await self._ledger.put_off(row.seq, why, seconds)
 
     # -- how it goes

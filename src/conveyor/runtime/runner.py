@@ -163,8 +163,10 @@ class Runner:
         if self._around.relay is not None and self._around.relay.problem:
             unready.append(f"outbox: {self._around.relay.problem}")
         unready.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
-        notes = () if self._alone is None else (self._alone,)
-        return Health(unready=tuple(unready), unhealthy=tuple(unhealthy), notes=notes)
+        notes = [] if self._alone is None else [self._alone]
+        if self._around.ledger is not None and self._metrics.outbox_parked:
+            notes.append(f"outbox: {self._metrics.outbox_parked} parked; see: conveyor outbox list {self._around.ledger.app}")
+        return Health(unready=tuple(unready), unhealthy=tuple(unhealthy), notes=tuple(notes))
 
     def snapshot(self) -> Snapshot:
         """What it has done so far, in numbers."""
@@ -211,7 +213,8 @@ class Runner:
         while True:
             await asyncio.sleep(STALL_SECONDS / 3)
             if self._around.ledger is not None:
-                self._metrics.outbox_pending = (await self._around.ledger.pending()).rows
+                outbox = await self._around.ledger.pending()
+                self._metrics.outbox_pending, self._metrics.outbox_parked = outbox.rows, outbox.parked
             infos = await self._broker.queues()
             self._bound = _topics(infos)
             now = time.monotonic()
