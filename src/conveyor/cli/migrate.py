@@ -71,7 +71,7 @@ def _url(path: str | None, flag: str | None) -> str:
 async def _migrate(url: str) -> list[str]:
     from conveyor.runtime.ledger import Ledger  # needs the extra `ledger`
 
-    ledger = Ledger(url, owner=uuid.uuid4().hex)
+    ledger = Ledger(url, app="", owner=uuid.uuid4().hex)
     try:
         return await ledger.migrate()
     finally:
