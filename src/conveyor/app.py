@@ -669,12 +669,18 @@ class Conveyor:
         """The broker that this application is on, not opened here; for tools that look at it from outside."""
         if self._given_broker is not None:
             return self._given_broker
-        url = self.broker_url or os.environ.get("CONVEYOR_BROKER") or f"sqlite:///{self.name}.queue"
+        from conveyor import config
+
+        url, database = config.broker_url(self.name, self.broker_url), config.database_url(self.database_url)
+        tables = f"; its database is {config.place(database)}" if database else ""
+        log.info("the messages of %s are in %s%s", self.name, config.place(url), tables)
         return brokers.from_url(url, owner=self.owner, clock=self._clock)
 
     def new_ledger(self, owner: str) -> Ledger | None:
         """The ledger in the application's database, not opened; None where it has no database."""
-        url = self.database_url or os.environ.get("CONVEYOR_DATABASE")
+        from conveyor import config
+
+        url = config.database_url(self.database_url)
         if not url:
             return None
         from conveyor.runtime.ledger import Ledger

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_type_hints
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -90,6 +92,32 @@ def load(directory: Path, environment: Mapping[str, str], flags: Mapping[str, ob
     return Config(**values)
 
 
+def broker_url(app: str, said: str | None) -> str:
+    """Where the messages of an app are.
+
+    Parameters:
+        app: its name; without a setting, its messages are in a SQLite file of this name in the current directory.
+        said: what its code or a flag says, which overrules the settings of this process.
+
+    Raises:
+        ConfigurationError: the settings make no sense.
+    """
+    return said or _settings().broker or f"sqlite:///{app}.queue"
+
+
+def database_url(said: str | None) -> str | None:
+    """Where an app's ledger is: what its code or a flag says, else the settings of this process; None is nowhere.
+
+    Raises:
+        ConfigurationError: the settings make no sense.
+    """
+    return said or _settings().database
+
+
+def _settings() -> Config:
+    return load(Path.cwd(), os.environ, {})
+
+
 def read_file(directory: Path) -> dict[str, Any]:
     """The settings in a directory's conveyor.toml, or in pyproject.toml under [tool.conveyor]; empty without either."""
     own = _toml(directory / FILE)
@@ -155,6 +183,15 @@ _SECRET: Final = re.compile(
 def masked(text: str) -> str:
     """A text in which the secrets of URLs (user and password, and query parameters named like secrets) are stars."""
     return _USERINFO.sub(r"\g<scheme>***@", _SECRET.sub(r"\g<name>***", text))
+
+
+def place(url: str) -> str:
+    """A URL for people: without its secrets, and a SQLite file by its whole path."""
+    parts = urlsplit(url)
+    file = unquote(parts.path.removeprefix("/"))
+    if parts.scheme.partition("+")[0] != "sqlite" or parts.netloc or file.startswith((":", "file:")) or not file:
+        return masked(url)
+    return str(Path(file).absolute())
 
 
 def _toml(path: Path) -> dict[str, Any] | None:

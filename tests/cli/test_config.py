@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conveyor.config import Config, address, load, masked, read_environment, read_file
+from conveyor.config import Config, address, load, masked, place, read_environment, read_file
 from conveyor.errors import ConfigurationError
 
 
@@ -122,3 +122,12 @@ def test_no_password_survives_masking(password: str) -> None:
 def test_no_environment_is_refused_but_in_words(environment: dict[str, str]) -> None:
     with contextlib.suppress(ConfigurationError):
         read_environment({f"CONVEYOR_{name}": value for name, value in environment.items()})
+
+
+def test_a_place_is_a_whole_path_or_a_url_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place("sqlite:///a%20b.queue?durability=normal") == str(tmp_path / "a b.queue")
+    assert place("sqlite+aiosqlite:////var/shop.db") == "/var/shop.db"
+    assert place("postgresql+asyncpg://me:geheim@db/shop") == "postgresql+asyncpg://***@db/shop"
+    for url in ("sqlite+aiosqlite:///:memory:", "sqlite+aiosqlite:///file:x?uri=true", "memory://x"):
+        assert place(url) == url

@@ -23,8 +23,7 @@ class AppNotFound(ConfigurationError):
 def load_app(path: str, *, broker: str | None = None, database: str | None = None) -> Conveyor:
     """The app that ``module:attribute`` names; a module alone stands for the only app in it.
 
-    The current directory is searched first, as ``python -m`` does. What the settings say about broker and database holds
-    where the app itself says nothing; a flag overrules the app.
+    The current directory is searched first, as ``python -m`` does. A flag overrules what the app says.
 
     Parameters:
         broker: the flag --broker; None where it was not given.
@@ -32,12 +31,7 @@ def load_app(path: str, *, broker: str | None = None, database: str | None = Non
 
     Raises:
         AppNotFound: it does not import, or is no app.
-        ConfigurationError: the settings make no sense.
     """
-    settings = config.load(Path.cwd(), os.environ, {})
-    for name, value in (("CONVEYOR_BROKER", settings.broker), ("CONVEYOR_DATABASE", settings.database)):
-        if value is not None:
-            os.environ[name] = value
     app = _find(path)
     if broker is not None:
         app.broker_url, app._given_broker = broker, None
@@ -50,11 +44,11 @@ def broker_url(app: Conveyor) -> str:
     """The URL of an app's broker.
 
     Raises:
-        ConfigurationError: it was given as an object, which only its own process can use.
+        ConfigurationError: it was given as an object, which only its own process can use; or the settings make no sense.
     """
     if app._given_broker is not None:
         raise ConfigurationError(f"the broker of {app.name} is an object made in code; say which one with --broker URL")
-    return app.broker_url or os.environ.get("CONVEYOR_BROKER") or f"sqlite:///{app.name}.queue"
+    return config.broker_url(app.name, app.broker_url)
 
 
 def _find(path: str) -> Conveyor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import enum
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from cyclopts import App
 
+from conveyor import config
 from conveyor.broker import Broker, Feature, Queue
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.application import load_app
@@ -198,7 +198,7 @@ def unprovided(app: Conveyor, workers: Iterable[Worker]) -> Iterator[Finding]:
     """What these workers need that nobody provides: the one mistake that stops them from being started."""
     wanted = {worker.name: [parameter.type for parameter in worker.plan.injected] for worker in workers}
     wanted |= {_name(provider.function): list(provider.needs.values()) for provider in app.providers.values()}
-    has_database = bool(app.database_url or os.environ.get("CONVEYOR_DATABASE"))
+    has_database = config.database_url(app.database_url) is not None
     for who, types in wanted.items():
         for needed in types:
             if is_transaction(needed) and not has_database:

@@ -57,7 +57,7 @@ def _url(path: str | None, flag: str | None) -> str:
         from conveyor.cli.application import load_app  # only where an app is named
 
         app = load_app(path, database=flag)
-        found, who = app.database_url or os.environ.get("CONVEYOR_DATABASE"), f"neither {app.name} nor a setting"
+        found, who = config.database_url(app.database_url), f"neither {app.name} nor a setting"
     else:
         found, who = config.load(Path.cwd(), os.environ, {"database": flag}).database, "nothing"
     if not found:
