@@ -201,3 +201,89 @@ async def book(order: OrderCreated, tx: Transaction) -> None:
     with running(conveyor, "ledger", "--workers", "book,ship", "--database", url):
         assert await shipped(conveyor, 1) == ["booked"]
     assert (conveyor.folder / "shop.db").exists()
+
+
+SLOW = """
+import asyncio
+from pathlib import Path
+from shop import OrderCreated, app
+
+@app.worker
+async def slow(order: OrderCreated) -> None:
+    Path("started").touch()
+    await asyncio.sleep(1.5)
+    Path("finished").touch()
+"""
+
+
+async def test_a_signal_that_reaches_every_process_at_once_gives_handlers_their_grace(conveyor: Program) -> None:
+    """What `systemctl stop` does by default, so that processes get SIGTERM twice: once more from their supervisor."""
+    (conveyor.folder / "slow.py").write_text(SLOW)
+    conveyor.ok("publish", "slow", "OrderCreated", "--data", '{"order_id": "A-1", "total": "1"}')
+    with running(conveyor, "slow", "--processes", "2") as program:
+        await appears(conveyor.folder / "started")
+        for pid in [*children(program.pid), program.pid]:
+            os.kill(pid, signal.SIGTERM)
+        await asyncio.to_thread(read_until, program, "stopping: SIGTERM")
+        for pid in children(program.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert await asyncio.to_thread(program.wait, PATIENCE_SECONDS) == 0
+    assert (conveyor.folder / "finished").exists()
+
+
+async def test_urls_with_passwords_stand_in_no_command_line_of_a_process_that_works(conveyor: Program) -> None:
+    (conveyor.folder / "environment.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom shop import app\n"
+        "Path(f'seen-{os.getpid()}').write_text(repr([text for text in os.environ.values() if 'chosen' in text]))\n"
+    )
+    conveyor.ok("migrate", "--database", "sqlite+aiosqlite:///chosen.db")
+    chosen = ("--broker", "sqlite:///chosen.queue", "--database", "sqlite+aiosqlite:///chosen.db")
+    with running(conveyor, "environment", *chosen) as program:
+        await asyncio.to_thread(read_until, program, "the messages of shop are in")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not (pids := children(program.pid)) or not (conveyor.folder / f"seen-{pids[0]}").exists():
+                await asyncio.sleep(0.02)
+        await asyncio.to_thread(
+            read_until, program, "chosen.queue; its database is"
+        )  # the process uses them all the same
+        [pid] = children(program.pid)
+        assert "chosen" not in command_line(pid)
+    # Nor do programs that a handler starts get them.
+    assert (conveyor.folder / f"seen-{pid}").read_text() == "[]"
+
+
+async def test_a_broker_that_is_away_at_the_end_does_not_use_up_the_grace_period(conveyor: Program) -> None:
+    (conveyor.folder / "away.py").write_text(
+        """
+from pathlib import Path
+from conveyor.brokers.sqlite import SqliteBroker
+from conveyor.errors import BrokerUnavailable
+from shop import app
+
+async def settle(self, settlements):
+    Path("settling").touch()
+    raise BrokerUnavailable("it is away")
+
+SqliteBroker.settle = settle
+"""
+    )
+    order(conveyor, "A-1")
+    with running(conveyor, "away", "--grace", "3600"):
+        await appears(conveyor.folder / "settling")
+
+
+async def appears(file: Path) -> None:
+    """Wait until a file exists."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not os.access(file, os.F_OK):
+            await asyncio.sleep(0.02)
+
+
+def command_line(pid: int) -> str:
+    """What everybody on the machine can see of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process' main thread has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -24,7 +24,7 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.application import broker_url, load_app
 from conveyor.cli.check import unprovided
 from conveyor.cli.terminal import FAILED, OK, Output
-from conveyor.config import Config, LogFormat, LogLevel, masked
+from conveyor.config import Config, LogFormat, LogLevel, place
 from conveyor.core.settle import describe
 from conveyor.errors import BrokerError, ConfigurationError
 from conveyor.runtime import logs
@@ -36,10 +36,13 @@ from conveyor.runtime.supervisor import MB, Limits, Supervisor
 
 log = logging.getLogger("conveyor.run")
 
-UNHURRIED_SECONDS: Final = 1e6
-"""A drain that is not cut off by the runner itself: whoever asked for it says when it is enough."""
+UNHURRIED: Final[Any] = None
+"""The grace of a drain that the runner itself does not cut off: whoever asked for it says when it is enough."""
+GIVEN: Final = {"broker": "CONVEYOR_GIVEN_BROKER", "database": "CONVEYOR_GIVEN_DATABASE"}
+"""Flags that may hold passwords, and the variables in which a child gets them: everybody can read a command line."""
 LEFTOVERS_SECONDS: Final = 1.0
 """How long, after the drain, a process waits for what its handlers left running."""
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 PLAIN = Output()
 
 command = App(
@@ -110,6 +113,8 @@ def run(
         log_format: human, json, or auto: human on a terminal, else json. Default: auto.
     """
     link = ChildLink.from_environment()  # first of all: from here on this process ends with its supervisor
+    if link is not None:
+        broker, database = (os.environ.pop(variable, None) for variable in GIVEN.values())
     flags = _Flags(
         broker=broker,
         database=database,
@@ -131,7 +136,9 @@ def run(
     if link is None:
         _refuse_unprovided(loaded, chosen)
         child = _command(app, chosen, flags, json=output.json)
-        return asyncio.run(_supervise(loaded, chosen, settings, child))
+        given = {GIVEN["broker"]: broker, GIVEN["database"]: database}
+        environment = os.environ | {variable: value for variable, value in given.items() if value is not None}
+        return asyncio.run(_supervise(loaded, chosen, settings, child, environment))
     loaded.owner = link.owner
     loaded.metrics = Metrics(link.process)
     return _work(loaded, chosen, settings, link)
@@ -163,7 +170,9 @@ def _refuse_unprovided(app: Conveyor, workers: Sequence[str]) -> None:
 # --- the supervisor -----------------------------------------------------------------------------------------------------
 
 
-async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, child: Sequence[str]) -> int:
+async def _supervise(
+    app: Conveyor, workers: Sequence[str], settings: Config, child: Sequence[str], environment: Mapping[str, str]
+) -> int:
     broker = app.new_broker()
     shared = Feature.DURABLE not in broker.missing
     if not shared and settings.processes > 1:
@@ -182,7 +191,9 @@ async def _supervise(app: Conveyor, workers: Sequence[str], settings: Config, ch
                 log.info("handed back %d messages of a dead process", count)
             await _free_outbox(app, owner)
 
-        supervisor = Supervisor(child, settings.processes, on_death=hand_back, limits=_limits(settings))
+        supervisor = Supervisor(
+            child, settings.processes, on_death=hand_back, limits=_limits(settings), environment=environment
+        )
         if settings.http_address is not None:
             server = HealthServer(
                 settings.http_address,
@@ -211,11 +222,9 @@ async def _free_outbox(app: Conveyor, owner: str) -> None:
 
 
 def _command(app: str, workers: Sequence[str], flags: _Flags, *, json: bool) -> list[str]:
-    """What starts a process that works: this very command, with what the command line said about it."""
+    """What starts a process that works: this very command, with what the command line said about it (but see GIVEN)."""
     said = {
         "--workers": ",".join(workers),
-        "--broker": flags["broker"],
-        "--database": flags["database"],
         "--grace": flags["grace_seconds"],
         "--max-rss": flags["max_rss_mb"],
         "--log-level": flags["log_level"],
@@ -247,7 +256,7 @@ async def _metrics(supervisor: Supervisor, broker: Broker | None) -> bytes:
 
 def _shown(app: Conveyor) -> str:
     try:
-        return masked(broker_url(app))
+        return place(broker_url(app))
     except ConfigurationError:
         return "made in code"
 
@@ -271,6 +280,19 @@ def _end_soon(code: int) -> None:
     timer = threading.Timer(LEFTOVERS_SECONDS, end)
     timer.daemon = True
     timer.start()
+
+
+@contextlib.contextmanager
+def _signals(hear: Callable[[str], object]) -> Iterator[None]:
+    """Hear the signals to end in this event loop while the block lasts; one that comes later does not make an end a crash."""
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: loop.call_soon_threadsafe(hear, signal.Signals(number).name))
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
@@ -299,14 +321,16 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         asked.set()
 
     def on_signal(name: str) -> None:
-        drain(Ask(name, 0.0 if asked.is_set() else _limits(settings).grace_seconds))
+        # One shutdown may bring several: systemd signals the supervisor and every process, and the supervisor passes its
+        # own on. So a second one means nothing here; to hurry is asked over the line.
+        if not asked.is_set():
+            drain(Ask(name, _limits(settings).grace_seconds))
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number.name)
     beats = asyncio.create_task(link.run(health, snapshot, drain), name="signs of life")
     try:
-        async with app.running(workers, grace_seconds=UNHURRIED_SECONDS) as runner:
-            await asked.wait()
+        with _signals(on_signal):
+            async with app.running(workers, grace_seconds=UNHURRIED) as runner:
+                await asked.wait()
     finally:
         if hurry is not None:
             hurry.cancel()

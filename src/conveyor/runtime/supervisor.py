@@ -482,7 +482,7 @@ class Supervisor:
                 "a second signal: %d processes have %g s to release what they hold", len(self._children), HURRY_SECONDS
             )
             for child in self._children.values():
-                child.terminate(f"a second {name}", grace_seconds=0.0, patience_seconds=HURRY_SECONDS)
+                child.ask(Ask(f"a second {name}", 0.0), patience_seconds=HURRY_SECONDS)
         else:
             for child in self._children.values():
                 child.kill(f"a third {name}")
