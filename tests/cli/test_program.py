@@ -14,7 +14,11 @@ from conveyor.cli import COMMANDS, main
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
 
-ALL = [*([name] for name in COMMANDS), *(["dead", name] for name in ("list", "show", "redrive", "discard"))]
+ALL = [
+    *([name] for name in COMMANDS),
+    *(["dead", name] for name in ("list", "show", "redrive", "discard")),
+    *(["outbox", name] for name in ("list", "retry", "discard")),
+]
 
 
 @pytest.mark.parametrize("command", ALL, ids=" ".join)
@@ -26,7 +30,7 @@ def test_every_command_has_help_with_an_example_and_its_exit_codes(
     assert f"conveyor {' '.join(command)}" in shown
     assert "Examples:" in shown
     assert "Exit codes: 0 fine" in shown
-    if command != ["dead"]:
+    if command not in (["dead"], ["outbox"]):
         assert "--json" in shown
         assert "--debug" in shown
 
@@ -178,6 +182,38 @@ def test_settings_come_from_a_file_in_the_current_directory(conveyor: Program) -
     assert "from-variable.queue" in conveyor.refused("queues", code=1, CONVEYOR_BROKER="sqlite:///from-variable.queue")
     (conveyor.folder / "conveyor.toml").write_text("brokr = 1\n")
     assert "did you mean 'broker'" in conveyor.refused("queues")
+
+
+def test_programs_that_are_no_command_use_the_file_of_settings_too(conveyor: Program) -> None:
+    (conveyor.folder / "conveyor.toml").write_text(
+        'broker = "sqlite:///real.queue"\ndatabase = "sqlite+aiosqlite:///real.db"\n'
+    )
+    (conveyor.folder / "script.py").write_text(
+        """
+import logging
+from shop import app, OrderCreated
+
+logging.basicConfig(level="INFO")
+ledger = app.new_ledger("me")
+assert ledger is not None and ledger.database.file.name == "real.db"
+app.database_url = "sqlite+aiosqlite:///code.db"
+assert app.new_ledger("me").database.file.name == "code.db"
+app.new_broker()
+app.broker_url = "sqlite:///code.queue"
+app.new_broker()
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=conveyor.folder,
+        env=conveyor.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder = conveyor.folder
+    assert f"the messages of shop are in {folder / 'real.queue'}; its database is {folder / 'code.db'}" in done.stderr
+    assert f"the messages of shop are in {folder / 'code.queue'}" in done.stderr
 
 
 def test_check_finds_what_is_wrong_and_fails(conveyor: Program) -> None:

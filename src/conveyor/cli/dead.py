@@ -16,7 +16,7 @@ from cyclopts import App, Parameter, validators
 from conveyor.broker import Broker, DeadFilter, DeadLetter
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
-from conveyor.cli.terminal import FAILED, OK, Output, moment, out, payload_text, safe, shortened, span
+from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, payload_text, safe, shortened, span
 from conveyor.errors import BrokerError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -222,7 +222,11 @@ async def _act(url: str, which: Which, output: Output, *, verb: str, dry_run: bo
         async for letter in letters(broker, which.filter(), None):
             counts[letter.queue, letter.reason] += 1
         total = counts.total()
-        if not dry_run and total and (not ask or await asyncio.to_thread(_confirmed, total, verb)):
+        if (
+            not dry_run
+            and total
+            and (not ask or await asyncio.to_thread(confirmed, f"{verb} {total:,} dead letter(s) for good?"))
+        ):
             done = await _chunks(broker, which.filter(), total, verb, output)
         else:
             done = 0
@@ -282,11 +286,6 @@ async def _known(broker: Broker, which: Which) -> None:
         near = difflib.get_close_matches(which.queue, names, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
         raise BrokerError(f"there is no queue {which.queue!r}; {hint}")
-
-
-def _confirmed(total: int, verb: str) -> bool:
-    print(f"{verb} {total:,} dead letter(s) for good? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def as_json(letter: DeadLetter) -> dict[str, Any]:

@@ -87,6 +87,12 @@ def complain(text: str) -> None:
     console.print(safe(masked(text), "red" if console.is_terminal else ""), soft_wrap=True)
 
 
+def confirmed(question: str) -> bool:
+    """Whether somebody at the terminal says yes."""
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[str] = ()) -> Table:
     """A table of untrusted texts; the first column is never cut, those named in right hold numbers."""
     from rich import box  # slow
