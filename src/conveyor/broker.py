@@ -263,7 +263,11 @@ class Broker(Protocol):
         ...
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
-        """Put dead letters back into their queues, behind what waits there, all counts at zero. Returns how many there still were."""
+        """Put dead letters back into their queues (as conveyor.core.message.redriven), behind what waits there, all counts at zero.
+
+        Returns:
+            How many there still were.
+        """
         ...
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:

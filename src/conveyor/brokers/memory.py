@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
-from conveyor.core.message import Message
+from conveyor.core.message import Message, redriven
 from conveyor.core.settle import Dead, Done, Release, RetryAt
 from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, QueueConflict
 
@@ -581,7 +581,7 @@ class MemoryBroker:
         now = self.clock()
         there = [letter for letter in letters if letter.queue in self.store.queues and self._unbury(letter)]
         for letter in there:
-            self.store.queues[letter.queue].add(_Entry(letter.message, next(self.store.sequence), now), now)
+            self.store.queues[letter.queue].add(_Entry(redriven(letter.message), next(self.store.sequence), now), now)
         return len(there)
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:

@@ -69,6 +69,11 @@ class Message(msgspec.Struct, frozen=True, gc=False):
     priority: int = 0
 
 
+def redriven(message: Message) -> Message:
+    """A dead letter's message as it goes back: due at once, and no longer limited in time, or it would expire again."""
+    return msgspec.structs.replace(message, due=0.0, expires=None)
+
+
 def uuid7(unix_seconds: float, random: bytes) -> str:
     """A UUIDv7 as text: 48 bits of milliseconds, then ten random bytes (RFC 9562, section 5.7).
 

@@ -12,7 +12,7 @@ import msgspec
 from conveyor.broker import Clock, DeadLetter, Delivery, Queue, Settlement
 from conveyor.brokers.sqlite.queue_file import SQL, QueueFile
 from conveyor.brokers.sqlite.wake import WakeSockets
-from conveyor.core.message import JSON, NO_HEADERS, Message
+from conveyor.core.message import JSON, NO_HEADERS, Message, redriven
 from conveyor.core.settle import Dead, Done, RetryAt
 from conveyor.errors import BrokerError, BrokerUnavailable, QueueConflict
 
@@ -24,6 +24,8 @@ DIED: Final = "its process ended without closing the broker"
 """What is told about the end of a hand-over, where nobody else could."""
 LARGE_BODY: Final = 65_536
 """Bytes; larger bodies are read one by one, smaller ones of a batch together."""
+CLAIM_ROWS: Final = 1_000
+"""So many messages are claimed in one commit at most: their bodies come out of SQLite as one value, which has its limit."""
 PURGE_ROWS: Final = 5_000
 """So many messages are purged in one commit, so that others wait milliseconds."""
 COLUMNS: Final = 17
@@ -382,6 +384,7 @@ class Store:
         row = self._by_name.get(queue)
         if row is None:
             raise BrokerUnavailable(f"the queue {queue!r} is gone")
+        limit = min(limit, CLAIM_ROWS)
         [[due, ended]] = self.file.rows(SQL["turned"], row.id, self._now)
         if due:
             self._db.execute(SQL["become_due"], (row.id, self._now, limit))
@@ -411,7 +414,7 @@ class Store:
         positions = _json([int(each.position) for each in letters])
         there = [letter_of(row) for row in self.file.rows(SQL["letters"], positions) if row[1] in self._by_name]
         for each in there:
-            self._insert([(each.message, (self._by_name[each.queue],))])
+            self._insert([(redriven(each.message), (self._by_name[each.queue],))])
         return self.discard(there)
 
     def discard(self, letters: Iterable[DeadLetter]) -> int:

@@ -138,6 +138,19 @@ async def a_redriven_message_starts_anew(world: World) -> None:
 
 
 @promise("dead letters")
+async def a_redriven_message_does_not_expire_again(world: World) -> None:
+    """What an operator sends back has no limit in time any more."""
+    queue = await world.queue()
+    [topic] = queue.topics
+    await world.broker.publish([Message("m", topic, b"x", expires=world.now() + 60.0)])
+    subscription = await world.subscribe(queue)
+    await world.settle(Dead("expired", "too late"), *await world.take(subscription, 1))
+    await world.broker.redrive(await letters_of(world, queue))
+    [again] = await world.take(subscription, 1)
+    assert again.message.expires is None
+
+
+@promise("dead letters")
 async def a_redriven_message_wakes_a_fetch(world: World) -> None:
     """A receiver that waits gets what is redriven."""
     queue = await world.queue()
