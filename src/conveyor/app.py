@@ -517,13 +517,13 @@ class Conveyor:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, workers: Collection[str] | None = None, *, grace_seconds: float = DEFAULT_GRACE_SECONDS
+        self, workers: Collection[str] | None = None, *, grace_seconds: float | None = DEFAULT_GRACE_SECONDS
     ) -> AsyncIterator[Runner]:
         """Run the workers in this event loop while the block lasts, then drain.
 
         Parameters:
             workers: names of those to run; None is all.
-            grace_seconds: how long handlers may take to finish at the end.
+            grace_seconds: how long handlers may take to finish at the end; None is as long as they take.
 
         Raises:
             ConfigurationError: a name is unknown, or a handler asks for what nobody provides.

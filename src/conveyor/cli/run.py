@@ -36,8 +36,6 @@ from conveyor.runtime.supervisor import MB, Limits, Supervisor
 
 log = logging.getLogger("conveyor.run")
 
-UNHURRIED: Final[Any] = None
-"""The grace of a drain that the runner itself does not cut off: whoever asked for it says when it is enough."""
 GIVEN: Final = {"broker": "CONVEYOR_GIVEN_BROKER", "database": "CONVEYOR_GIVEN_DATABASE"}
 """Flags that may hold passwords, and the variables in which a child gets them: everybody can read a command line."""
 LEFTOVERS_SECONDS: Final = 1.0
@@ -329,7 +327,8 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
     beats = asyncio.create_task(link.run(health, snapshot, drain), name="signs of life")
     try:
         with _signals(on_signal):
-            async with app.running(workers, grace_seconds=UNHURRIED) as runner:
+            # Whoever asks for the drain says when it is enough: see cut().
+            async with app.running(workers, grace_seconds=None) as runner:
                 await asked.wait()
     finally:
         if hurry is not None:
