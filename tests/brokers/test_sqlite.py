@@ -191,6 +191,22 @@ async def test_many_may_create_the_file_at_once(opened: Open) -> None:
     await asyncio.gather(*(opened() for _ in range(8)))
 
 
+async def test_a_file_that_became_a_queue_since_the_first_look_is_one(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened()
+    look = queue_file.QueueFile._is_ours
+    looks: list[bool] = []
+
+    def looked(file: queue_file.QueueFile) -> bool:
+        looks.append(len(looks) > 0 and look(file))
+        return looks[-1]
+
+    monkeypatch.setattr(queue_file.QueueFile, "_is_ours", looked)
+    await opened()
+    assert looks[:2] == [False, True]
+
+
 async def test_a_file_that_vanished_is_noticed_before_anything_is_written_to_it(opened: Open, tmp_path: Path) -> None:
     broker = await opened()
     await broker.declare([Queue(name="q", topics=("t",))])

@@ -58,6 +58,8 @@ class QueueFile:
 
     def __init__(self, path: Path, durability: Durability, *, network_filesystem: bool) -> None:
         self.path = path
+        self._wal = Path(f"{path}-wal")
+        self._ballast = Path(f"{path}.ballast")
         self._durability = durability
         self._network_filesystem = network_filesystem
 
@@ -89,13 +91,14 @@ class QueueFile:
         """Close it; the last one of all processes takes the ballast away."""
         self.db.close()
         _open_connections.discard(self.db)
-        if not Path(f"{self.path}-wal").exists():
+        if not self._wal.exists():
             self.drop_ballast()
 
     def _check_content(self) -> None:
         deadline = time.monotonic() + BUSY_SECONDS
         while not self._is_ours():
-            if self.rows("SELECT 1 FROM sqlite_schema"):
+            # Whoever makes it sets the tables and the id in one commit, which may have come after the first look.
+            if self.rows("SELECT 1 FROM sqlite_schema") and not self._is_ours():
                 raise BrokerError(
                     f"cannot open {self.path}: it is a database of another program; give the queue a file of its own"
                 )
@@ -146,12 +149,11 @@ class QueueFile:
         return f"the disk of {self.path} is almost full ({free // 1024} kB free): what is at work may end; free some space to go on"
 
     def _fill_ballast(self) -> None:
-        ballast = self._ballast
-        if ballast.exists() or self.low_disk():
+        if self._ballast.exists() or self.low_disk():
             return
         with contextlib.suppress(OSError):  # no room, or another process made it
-            ballast.touch(0o600, exist_ok=False)
-            ballast.write_bytes(bytes(int(min(BALLAST_BYTES, _disk(self.path.parent)[1] * LOW_DISK_SHARE))))
+            self._ballast.touch(0o600, exist_ok=False)
+            self._ballast.write_bytes(bytes(int(min(BALLAST_BYTES, _disk(self.path.parent)[1] * LOW_DISK_SHARE))))
 
     def drop_ballast(self) -> bool:
         """Give up the held space; False where it is gone already."""
@@ -160,10 +162,6 @@ class QueueFile:
         except FileNotFoundError:
             return False
         return True
-
-    @property
-    def _ballast(self) -> Path:
-        return self.path.with_name(self.path.name + ".ballast")
 
     def tidy(self) -> bool:
         """In a quiet moment: cut off a WAL that grew, give unused pages back to the disk, hold space for hard times.
@@ -179,7 +177,7 @@ class QueueFile:
                 self.rows(f"PRAGMA incremental_vacuum({FREE_PAGES})")
                 self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)  # only now is the file shorter
                 more = unused > 3 * FREE_PAGES
-            if Path(f"{self.path}-wal").stat().st_size > WAL_LIMIT_BYTES:
+            if self._wal.stat().st_size > WAL_LIMIT_BYTES:
                 self.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         self.db.set_busy_timeout(int(BUSY_SECONDS * 1000))
         return more
