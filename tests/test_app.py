@@ -115,6 +115,38 @@ def test_a_time_that_is_none_is_refused(options: dict[str, Any]) -> None:
         Conveyor("t").worker(**options)(charge)
 
 
+def test_what_is_no_retry_policy_is_refused() -> None:
+    with pytest.raises(HandlerError, match=r"such as RetryPolicy\(attempts=3\), not 3"):
+        Conveyor("t").worker(retry=3)(charge)  # type: ignore[call-overload]
+    with pytest.raises(ConfigurationError, match="or None for no retry, not 3"):
+        RetryPolicy(rules={ValueError: 3})  # type: ignore[dict-item]
+
+
+def test_middleware_of_the_wrong_shape_is_refused() -> None:
+    def not_async(call: object, next: object) -> None: ...
+
+    async def one_parameter(call: object) -> None: ...
+
+    for wrong in (not_async, one_parameter):
+        with pytest.raises(HandlerError, match="async def middleware"):
+            Conveyor("t").use(wrong)  # type: ignore[arg-type]
+
+
+async def test_a_handler_that_promised_an_event_and_returns_none_has_failed() -> None:
+    app = Conveyor("t")
+
+    @app.worker(retry=RetryPolicy(attempts=1))
+    async def pay(order: OrderCreated) -> Paid:
+        return None  # type: ignore[return-value]
+
+    async with Harness(app) as run:
+        await run.publish(OrderCreated("1"))
+        (letter,) = await run.dead("pay")
+        with pytest.raises(ConfigurationError, match="it has: pay"):
+            await run.dead("payy")
+    assert "promises an event" in letter.error
+
+
 def test_a_transaction_in_a_handler_that_cannot_await_it_is_refused() -> None:
     def store(order: OrderCreated, tx: Transaction) -> None: ...
 

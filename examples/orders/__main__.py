@@ -96,7 +96,8 @@ def workers(processes: int) -> Iterator[None]:
         yield
         return
     command = [sys.executable, "-m", "conveyor", "run", WORKERS, "--processes", str(processes)]
-    with subprocess.Popen(command) as supervisor:  # noqa: S603 - our own program
+    # In a session of its own: Ctrl-C reaches this process only, which asks the supervisor once.
+    with subprocess.Popen(command, start_new_session=True) as supervisor:  # noqa: S603 - our own program
         try:
             yield
         finally:

@@ -237,6 +237,7 @@ class Conveyor:
             )
             _at_least_one(function, prefetch=prefetch, batch=batch, max_length=max_length)
             _positive(function, lease=lease, timeout=timeout)
+            _check_retry(function, retry)
             if plan.mode is not Mode.ASYNC and any(is_transaction(p.type) for p in plan.injected):
                 raise HandlerError(
                     f"handler {function.__qualname__} takes a Transaction, which can only be awaited: make it async def"
@@ -312,6 +313,7 @@ class Conveyor:
         def register(function: Callable[P, R]) -> Task[P, R]:
             _at_least_one(function, prefetch=prefetch, max_length=max_length)
             _positive(function, lease=lease, timeout=timeout)
+            _check_retry(function, retry)
             plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
             known_as = check_topic(name or function.__name__)
             own = check_topic(queue or f"{self.name}.{known_as}")
@@ -354,7 +356,16 @@ class Conveyor:
         return function
 
     def use(self, middleware: Middleware) -> None:
-        """Wrap every handler: ``async def middleware(call, next)``, which awaits ``next(call)``. The first one is the outermost."""
+        """Wrap every handler: ``async def middleware(call, next)``, which awaits ``next(call)``. The first one is the outermost.
+
+        Raises:
+            HandlerError: it is not async, or does not take these two.
+        """
+        called = middleware if inspect.isroutine(middleware) else getattr(middleware, "__call__", None)  # noqa: B004 - the method
+        if not inspect.iscoroutinefunction(called) or len(inspect.signature(middleware).parameters) != 2:
+            raise HandlerError(
+                f"{middleware!r} is no middleware; write: async def middleware(call: Call, next: Next) -> object"
+            )
         self._middleware.append(middleware)
 
     @property
@@ -709,6 +720,13 @@ def _at_least_one(function: Callable[..., Any], **values: int | None) -> None:
             raise HandlerError(
                 f"handler {getattr(function, '__qualname__', function)}: {name} is at least 1, not {value}"
             )
+
+
+def _check_retry(function: Callable[..., Any], retry: Any) -> None:
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise HandlerError(
+            f"handler {getattr(function, '__qualname__', function)}: retry is a RetryPolicy, such as RetryPolicy(attempts=3), not {retry!r}"
+        )
 
 
 def _positive(function: Callable[..., Any], **values: Seconds | None) -> None:

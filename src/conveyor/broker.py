@@ -134,6 +134,7 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     Parameters:
         position: names this dead letter on its broker, and orders the list (oldest first).
         reason: one of conveyor.core.settle.Reason, or what another program wrote there.
+        attempts: those that were to be repeated; the last one, which ended it, is not among them.
         died: Unix seconds.
     """
 

@@ -26,7 +26,7 @@ export function showNothing() {
   $("details").hidden = true;
   $("eyebrow").textContent = "How it works";
   $("headline").textContent = "Place an order and watch it travel";
-  $("lead").textContent = "Four independent workers carry it from one station to the next. Each hands on a durable event: "
+  $("lead").textContent = "Independent workers carry it from one station to the next. Each hands on a durable event: "
     + "stop any of them, start it again, and the order goes on where it was.";
   showBelt(0, "");
   $("timeline").replaceChildren(...STATIONS.map((station) => entry("ahead", station.ahead)));

@@ -56,6 +56,7 @@ class Plan:
         fields: a job's payload, parameter by parameter; None for a worker.
         injected: the parameters that the runner fills in by their type.
         emits: the events that it may return or yield.
+        silent: it may also return None.
     """
 
     function: Callable[..., Any]
@@ -67,6 +68,7 @@ class Plan:
     fields: tuple[Parameter, ...] | None
     injected: tuple[Parameter, ...]
     emits: tuple[EventType, ...]
+    silent: bool = True
 
 
 def plan_worker(
@@ -110,7 +112,8 @@ def plan_worker(
     mode, yields = _mode(function, who, cpu=cpu)
     _check_injected(injected, who, mode)
     emits = _emitted(returns, who, yields=yields)
-    return Plan(function, mode, yields, receives, payload, batch, None, tuple(injected), emits)
+    silent = yields or not emits or type(None) in _members(_bare(returns))
+    return Plan(function, mode, yields, receives, payload, batch, None, tuple(injected), emits, silent)
 
 
 def plan_task(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 from conveyor.errors import ConfigurationError
 
@@ -49,8 +49,15 @@ class RetryPolicy:
     rules: Mapping[type[BaseException], RetryPolicy | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.crashes < 1:
-            raise ConfigurationError("RetryPolicy: attempts and crashes are at least 1")
+        counts: dict[str, Any] = {"attempts": self.attempts, "crashes": self.crashes}
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 1:
+                raise ConfigurationError(f"RetryPolicy: {name} is a whole number from 1 on, not {count!r}")
+        for kind, rule in self.rules.items():
+            if rule is not None and not isinstance(rule, RetryPolicy):
+                raise ConfigurationError(
+                    f"RetryPolicy: the rule for {kind!r} is a RetryPolicy, or None for no retry, not {rule!r}"
+                )
         if not (0 <= self.initial_seconds <= self.maximum_seconds):
             raise ConfigurationError("RetryPolicy: needs 0 <= initial <= maximum (seconds)")
         if not (self.factor >= 1 and 0 <= self.jitter <= 1):  # said so that NaN is refused, too

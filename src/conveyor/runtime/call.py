@@ -114,7 +114,7 @@ class Caller:
         """
         if self._plain:
             result = await self._plan.function(payload)
-            if result is None:
+            if result is None and self._plan.silent:
                 return ()
             emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
             self._collect(result, emitter)
@@ -212,6 +212,11 @@ class Caller:
     def _collect(self, result: Any, emitter: Emitter) -> None:
         if self._plan.fields is not None:
             return  # what a job returns is its result, not an event
+        if result is None and not self._plan.silent:
+            raise HandlerError(
+                f"handler {self._plan.function.__qualname__} returned None, but its return annotation promises an event; "
+                "write -> … | None where there may be none"
+            )
         for event in collected(result):
             kind = type(event)
             if kind not in self._emits:

@@ -316,7 +316,7 @@ class Relay:
                 self.unrouted += 1
                 if topic not in self._unrouted_topics and len(self._unrouted_topics) < UNROUTED_TOPICS:
                     self._unrouted_topics.add(topic)
-                    log.warning("no queue receives topic %r: its messages go nowhere (said once)", topic)
+                    log.info("no queue receives topic %r: its messages go nowhere (said once)", topic)
         return outcome
 
     async def _put_off(self, row: Row, why: str) -> None:

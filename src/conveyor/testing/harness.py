@@ -17,6 +17,7 @@ from conveyor.core.codec import codec_for
 from conveyor.core.events import event_type
 from conveyor.core.message import Message
 from conveyor.core.settle import Done, RetryAt
+from conveyor.errors import ConfigurationError
 from conveyor.runtime.outgoing import Publishing
 from conveyor.testing.clock import TurnableClock
 
@@ -171,7 +172,15 @@ class Harness:
         return [verdict.error for message, verdict in self._broker.retried if topic in (None, message.topic)]
 
     async def dead(self, worker: str | None = None) -> list[DeadLetter]:
-        """The dead letters of a worker, or all, oldest first."""
+        """The dead letters of a worker (by its name), or all, oldest first.
+
+        Raises:
+            ConfigurationError: there is no such worker.
+        """
+        if worker is not None and worker not in self.app.workers:
+            raise ConfigurationError(
+                f"{self.app.name} has no worker named {worker!r}; it has: {', '.join(self.app.workers)}"
+            )
         queue = None if worker is None else self.app.workers[worker].queue.name
         return await self._broker.dead_letters(DeadFilter(queue=queue), limit=LARGEST_PAGE)
 
