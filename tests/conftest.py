@@ -38,6 +38,12 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
         report.longrepr = f"{report.nodeid} was skipped, and a skipped test fails the run. {reason}"
 
 
+def pytest_configure() -> None:
+    """A shell starts what it puts into the background deaf to Ctrl-C, and its children inherit that; the tests' programs must hear."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A skipped test fails the run, with its reason."""
