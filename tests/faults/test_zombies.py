@@ -44,7 +44,12 @@ async def test_one_that_slept_past_its_lease_does_nothing_twice(
     point: str, trade: World, eventually: Eventually, free_port: int
 ) -> None:
     first = trade.run(
-        "trade", f"--http=127.0.0.1:{free_port}", "--hang-limit=300", STOP_AT=point, LEASE_SECONDS=LEASE_SECONDS, CLAIM_SECONDS="3"
+        "trade",
+        f"--http=127.0.0.1:{free_port}",
+        "--hang-limit=300",
+        STOP_AT=point,
+        LEASE_SECONDS=LEASE_SECONDS,
+        CLAIM_SECONDS="3",
     )
     await trade.ready(first)
     await trade.publish(*ORDER, key="A-1")

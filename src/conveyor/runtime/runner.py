@@ -165,7 +165,9 @@ class Runner:
         unready.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
         notes = [] if self._alone is None else [self._alone]
         if self._around.ledger is not None and self._metrics.outbox_parked:
-            notes.append(f"outbox: {self._metrics.outbox_parked} parked; see: conveyor outbox list {self._around.ledger.app}")
+            notes.append(
+                f"outbox: {self._metrics.outbox_parked} parked; see: conveyor outbox list {self._around.ledger.app}"
+            )
         return Health(unready=tuple(unready), unhealthy=tuple(unhealthy), notes=tuple(notes))
 
     def snapshot(self) -> Snapshot:
