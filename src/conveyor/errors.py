@@ -16,7 +16,6 @@ ConveyorError
 ├── LedgerError                 the application's database refused, or is not set up
 │   ├── LedgerUnavailable       it cannot be reached or is full; trying again helps once that is over
 │   └── LedgerBusy              it had no room or time for this transaction; counts as a failed attempt
-├── LeaseLost                   this delivery belongs to somebody else by now
 ├── HandlerTimeout              a handler ran longer than its worker allows
 └── HandlerCrashed              the process that ran a handler died
 Outcome                         raised by handlers to decide instead of the policy
@@ -128,10 +127,6 @@ class LedgerBusy(LedgerError):
     """The application's database works, but not for this transaction: it met a deadlock or conflict, waited too long for a lock or a
     connection, or was silent for too long. Trying again may help; as it may also be the handler's own doing, each time counts.
     """
-
-
-class LeaseLost(ConveyorError):
-    """This delivery belongs to somebody else by now."""
 
 
 class HandlerTimeout(ConveyorError):

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter, validators
 
@@ -18,9 +18,6 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, payload_text, safe, shortened, span
 from conveyor.errors import BrokerError, ConfigurationError
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK: Final = 500
 """Dead letters per step: many enough that commits cost little, few enough that the bar moves and memory stays flat."""
