@@ -208,21 +208,30 @@ class Broker(Protocol):
         """
         ...
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         """Give the messages to every queue of their topics; return when the broker durably owns them all.
 
         Messages of one call to one queue keep their order.
+
+        Parameters:
+            queue: put them into this declared queue alone, whatever their topics.
 
         Returns:
             The ids of those whose topic no queue receives: they went nowhere.
 
         Raises:
             PublishFailed: names which of them it does not own, and which perhaps.
+            BrokerError: there is no such queue.
         """
         ...
 
-    async def subscribe(self, queue: str, prefetch: int) -> Subscription:
-        """Become a receiver of a declared queue, which is given no more than prefetch deliveries that it has not settled."""
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> Subscription:
+        """Become a receiver of a declared queue, which is given no more than prefetch deliveries that it has not settled.
+
+        Parameters:
+            early: also receive what is not due yet, and what waits behind another message of its key: for whoever moves
+                messages elsewhere and handles none.
+        """
         ...
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
@@ -263,6 +272,14 @@ class Broker(Protocol):
         """A page of dead letters, oldest first, beginning behind the position after."""
         ...
 
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """Keep dead letters that came from elsewhere, whole, behind those that are here; their positions are given anew.
+
+        Raises:
+            BrokerError: one of their queues is not declared here; none of them was kept.
+        """
+        ...
+
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """Put dead letters back into their queues (as conveyor.core.message.redriven), behind what waits there, all counts at zero.
 
@@ -277,4 +294,8 @@ class Broker(Protocol):
 
     async def purge(self, queue: str) -> int:
         """Delete what waits in a queue (ready and delayed), not what is in flight or dead. Returns how many."""
+        ...
+
+    async def risks(self) -> list[str]:
+        """What in the server's settings or state endangers messages or work: sentences that say what to do; empty where all is well."""
         ...
