@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import os
-import random
-import select
 import shutil
 import signal
-import socket
-import subprocess
 import tempfile
-import time
-import uuid
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-SERVER_START_SECONDS: Final = 60.0
-"""A server that is not up by then will not come up, however crowded the machine."""
-PORTS: Final = range(20_000, 32_000)
-"""Below those that the kernel gives to outgoing connections, so that a port found free stays free until it is used."""
+from tests.servers.postgres import Postgres
+from tests.servers.rabbitmq import RabbitMQ
+from tests.servers.redis import Redis
+from tests.servers.server import Server, find_free_port
+
+ServerT = TypeVar("ServerT", bound=Server)
 
 # How long an example takes says nothing on a machine that several test processes share.
 settings.register_profile("conveyor", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
@@ -60,128 +55,21 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
-def find_free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
-    for port in random.sample(PORTS, 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError(f"none of a hundred ports of {PORTS} is free")
-
-
 @pytest.fixture
 def free_port() -> int:
     """A TCP port of loopback that nobody listens on."""
     return find_free_port()
 
 
-class Postgres:
-    """A private PostgreSQL cluster on loopback; it dies with the test process.
-
-    Parameters:
-        folder: an empty folder that the server's user can reach.
-        binaries: where initdb and postgres are.
-    """
-
-    def __init__(self, folder: Path, binaries: Path) -> None:
-        self.port: Final = find_free_port()
-        self._folder = folder
-        self._binaries = binaries
-        self._log = folder / "log"
-        # initdb and postgres refuse to run as root.
-        self._user = "postgres" if os.getuid() == 0 else None
-        self._server: subprocess.Popen[bytes] | None = None
-        self._starter = ThreadPoolExecutor(1, "postgres-starter")
-        if self._user is not None:
-            shutil.chown(folder, self._user)
-        self._run("initdb", "--pgdata=data", "--username=conveyor", "--auth=trust", "--encoding=UTF8", "--no-sync")
-
-    def url(self, database_name: str = "test") -> str:
-        """Start the server if it is down; the SQLAlchemy URL of a new, empty database, its name beginning as asked."""
-        self.start()
-        name = f"{database_name}_{uuid.uuid4().hex[:12]}"
-        self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", "--username=conveyor", name)
-        return f"postgresql+asyncpg://conveyor@127.0.0.1:{self.port}/{name}"
-
-    def start(self) -> None:
-        """Start the server, unless it runs, and wait until it answers."""
-        if self._server is not None and self._server.poll() is None:
-            return
-        # The kernel signals the death of the thread that started the server, so one thread lives just for this.
-        self._server = server = self._starter.submit(self._spawn).result()
-        deadline = time.monotonic() + SERVER_START_SECONDS
-        ready: list[str | Path] = [self._binaries / "pg_isready", "--quiet", "--host=127.0.0.1", f"--port={self.port}"]
-        while subprocess.run(ready, check=False).returncode != 0:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL does not start:\n{self._log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        """Shut the server down in order; its clients are disconnected."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.send_signal(signal.SIGINT)
-            server.wait(SERVER_START_SECONDS)
-
-    def restart(self) -> None:
-        """Shut the server down in order, and start it again: same port, same data."""
-        self.stop()
-        self.start()
-
-    def kill(self) -> None:
-        """Let the server crash: all its processes die at once. start(), restart() or url() brings it back."""
-        server, self._server = self._server, None
-        if server is None or server.poll() is not None:
-            return
-        server.send_signal(signal.SIGSTOP)  # so that it starts no process while we list them
-        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-        handles = [os.pidfd_open(int(pid)) for pid in children]
-        server.kill()
-        server.wait()
-        for handle in handles:  # what outlives the server would hold its shared memory, and bar the next start
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            select.select([handle], [], [])
-            os.close(handle)
-
-    def close(self) -> None:
-        """Stop it for good."""
-        self.stop()
-        self._starter.shutdown()
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        options = {
-            "listen_addresses": "127.0.0.1",
-            "port": str(self.port),
-            "unix_socket_directories": "",
-            "max_connections": "200",
-            "shared_buffers": "32MB",
-            "fsync": "off",  # no test takes the machine's power away, and a killed server loses nothing by it
-        }
-        flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        # SIGINT is PostgreSQL's fast shutdown; the kernel sends it even when this process is killed.
-        server: list[str | Path] = [self._binaries / "postgres", "-D", self._folder / "data", *flags]
-        command = ["setpriv", "--pdeathsig", "INT", *server]
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                command,
-                cwd=self._folder,
-                user=self._user,
-                group=self._user,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
-    def _run(self, program: str, *arguments: str) -> None:
-        command: list[str | Path] = [self._binaries / program, *arguments]
-        done = subprocess.run(
-            command, cwd=self._folder, user=self._user, group=self._user, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
+def _in_folder(name: str, make: Callable[[Path], ServerT]) -> Iterator[ServerT]:
+    # Not pytest's own folder: that one is closed to the user that PostgreSQL runs as.
+    folder = Path(tempfile.mkdtemp(prefix=f"conveyor-{name}-"))
+    server = make(folder)
+    try:
+        yield server
+    finally:
+        server.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -190,14 +78,25 @@ def postgres() -> Iterator[Postgres]:
     installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda found: int(found.parent.name))
     if not installed:
         raise RuntimeError("PostgreSQL is not installed in /usr/lib/postgresql; run scripts/install-servers")
-    # Not pytest's own folder: that one is closed to the user that the server runs as.
-    folder = Path(tempfile.mkdtemp(prefix="conveyor-postgres-"))
-    server = Postgres(folder, installed[-1])
-    try:
-        yield server
-    finally:
-        server.close()
-        shutil.rmtree(folder)
+    yield from _in_folder("postgres", lambda folder: Postgres(folder, installed[-1]))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQ]:
+    """A RabbitMQ node of this test process's own; isolate by `rabbitmq.url()`, a new virtual host each time."""
+    installed = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin"))
+    if not installed:
+        raise RuntimeError("RabbitMQ is not installed in /usr/lib/rabbitmq/lib; run scripts/install-servers")
+    yield from _in_folder("rabbitmq", lambda folder: RabbitMQ(folder, installed[-1]))
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    """A Redis of this test process's own; isolate by `redis.url()`, a new namespace each time."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        raise RuntimeError("there is no redis-server on this machine; run scripts/install-servers")
+    yield from _in_folder("redis", lambda folder: Redis(folder, binary))
 
 
 @dataclass(frozen=True)

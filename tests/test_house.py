@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 if TYPE_CHECKING:
-    from tests.conftest import Chromium, Postgres
+    from tests.conftest import Chromium
+    from tests.servers.postgres import Postgres
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -78,7 +80,10 @@ def test_a_skipped_test_fails_the_run_and_shows_its_reason(tmp_path: Path, sourc
         "--rootdir",
         str(tmp_path),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # conftest.py imports the servers from the checkout
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=120, env=environment
+    )
     assert done.returncode != 0
     assert "too hard" in done.stdout
 

@@ -30,7 +30,7 @@ from conveyor.brokers.sqlite import SqliteBroker
 from conveyor.core.message import Message
 
 if TYPE_CHECKING:
-    from tests.conftest import Postgres
+    from tests.servers.postgres import Postgres
 
 T = TypeVar("T")
 

@@ -1,0 +1,150 @@
+"""RabbitMQ for tests: a node of its own, with its own port mapper, cookie and folders."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from tests.servers.server import Server, find_free_port
+
+USER: Final = "guest"
+PROTOCOL_HEADER: Final = b"AMQP\0\0\x09\x01"
+HELLO_SECONDS: Final = 1.0
+"""A server that is up says its first frame at once."""
+
+
+class RabbitMQ(Server):
+    """A private RabbitMQ node on loopback; it dies with the test process, and so does its port mapper.
+
+    Parameters:
+        folder: an empty folder.
+        scripts: where rabbitmq-server and rabbitmqctl are.
+    """
+
+    NAME = "RabbitMQ"
+
+    def __init__(self, folder: Path, scripts: Path) -> None:
+        super().__init__(folder)
+        self._scripts: Final = scripts
+        self._mapper: subprocess.Popen[bytes] | None = None
+        self._cookie: Final = secrets.token_hex(20)
+        # The host's part is localhost, so that no name of the machine has to resolve.
+        self._node: Final = f"conveyor{self.port}@localhost"
+        self._settings: dict[str, str] = {
+            "listeners.tcp.1": f"127.0.0.1:{self.port}",
+            "loopback_users": "none",
+            "disk_free_limit.absolute": "50MB",
+            "log.console": "true",
+            "log.console.level": "info",
+            "log.file": "false",
+        }
+        self._environment: Final[Mapping[str, str]] = {
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "HOME": str(folder),
+            "ERL_EPMD_PORT": str(find_free_port()),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_CRASH_DUMP_BYTES": "0",
+            "RUNNING_UNDER_SYSTEMD": "true",  # the script becomes the server, instead of waiting for it
+            "RABBITMQ_NODENAME": self._node,
+            "RABBITMQ_DIST_PORT": str(find_free_port()),
+            "RABBITMQ_MNESIA_BASE": str(folder / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(folder / "logs"),
+            "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "generated"),
+            "RABBITMQ_SCHEMA_DIR": str(folder / "schema"),
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
+            "RABBITMQ_CONF_ENV_FILE": str(folder / "rabbitmq-env.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+            # One scheduler that sleeps when idle: several test processes share the machine.
+            "RABBITMQ_SERVER_ERL_ARGS": "+S 1:1 +SDcpu 1:1 +sbwt none +sbwtdcpu none +sbwtdio none +A 4",
+            # consumer_timeout is looked at so often (milliseconds).
+            "RABBITMQ_SERVER_START_ARGS": "-rabbit channel_tick_interval 500",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        }
+        cookie = folder / ".erlang.cookie"
+        cookie.write_text(self._cookie)
+        cookie.chmod(0o400)
+        (folder / "rabbitmq-env.conf").touch()
+        (folder / "enabled_plugins").write_text("[].")
+
+    def url(self, *, port: int | None = None) -> str:
+        """Start the server if it is down; the URL of a new, empty virtual host.
+
+        Parameters:
+            port: of a proxy that stands before the server.
+        """
+        self.start()
+        name = f"test-{uuid.uuid4().hex[:12]}"
+        self.evaluate(
+            f'rabbit_vhost:add(<<"{name}">>, <<"tests">>), '
+            f'rabbit_auth_backend_internal:set_permissions(<<"{USER}">>, <<"{name}">>, '
+            '<<".*">>, <<".*">>, <<".*">>, <<"tests">>)'
+        )
+        return f"amqp://{USER}:{USER}@127.0.0.1:{port or self.port}/{name}"
+
+    def ctl(self, *arguments: str) -> str:
+        """What rabbitmqctl prints, run against this node; a second or two each time."""
+        return self._run(
+            self._scripts / "rabbitmqctl",
+            "--quiet",
+            "--node",
+            self._node,
+            *arguments,
+            environment=self._environment,
+        )
+
+    def evaluate(self, expressions: str) -> str:
+        """What the node makes of Erlang expressions, separated by commas: the value of the last one; milliseconds each time."""
+        command = ["erl_call", "-c", self._cookie, "-sname", self._node, "-e"]
+        answer = self._run(*command, environment=self._environment, said=f"{expressions}.\n")
+        if not answer.startswith("{ok, "):
+            raise RuntimeError(f"{expressions}: {answer}")
+        return answer[len("{ok, ") : -1]
+
+    def set(self, name: str, value: str) -> None:
+        """Change a parameter of the running server, as Erlang terms: ``set("consumer_timeout", "2000")``; until its next start."""
+        self.evaluate(f"application:set_env(rabbit, {name}, {value})")
+
+    def configure(self, name: str, value: str) -> None:
+        """A line of rabbitmq.conf, in force from the next start on."""
+        self._settings[name] = value
+
+    def kill(self) -> None:
+        """Let the server crash, and all its processes with it. start(), restart() or url() brings it back."""
+        super().kill()
+        self._end_mapper()
+
+    def close(self) -> None:
+        """Stop it for good."""
+        self.stop()
+        self._end_mapper()
+        super().close()
+
+    def _end_mapper(self) -> None:
+        mapper, self._mapper = self._mapper, None
+        if mapper is not None:
+            mapper.kill()
+            mapper.wait()
+
+    def _serve(self) -> subprocess.Popen[bytes]:
+        if self._mapper is None:
+            # Erlang would start one as a daemon that stays behind.
+            self._mapper = self._spawn("epmd", environment=self._environment)
+        lines = [f"{name} = {value}\n" for name, value in self._settings.items()]
+        (self.folder / "rabbitmq.conf").write_text("".join(lines))
+        return self._spawn(self._scripts / "rabbitmq-server", environment=self._environment)
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), HELLO_SECONDS) as hello:
+                hello.sendall(PROTOCOL_HEADER)
+                return bool(hello.recv(1))
+        except OSError:
+            return False

@@ -1,0 +1,65 @@
+"""Redis for tests: a server of its own, with an append-only file."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Final, Literal
+
+from tests.servers.server import Server
+
+HELLO_SECONDS: Final = 1.0
+"""A server that is up answers at once."""
+
+
+class Redis(Server):
+    """A private Redis on loopback; it dies with the test process.
+
+    Parameters:
+        folder: an empty folder.
+        binary: the server's executable.
+        fsync: when what was written reaches the disk; a killed server loses nothing either way.
+    """
+
+    NAME = "Redis"
+
+    def __init__(self, folder: Path, binary: str, fsync: Literal["always", "everysec"] = "everysec") -> None:
+        super().__init__(folder)
+        self._settings: Final = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "dir": str(folder),
+            "appendonly": "yes",
+            "appendfsync": fsync,
+            "save": "",
+            "daemonize": "no",
+        }
+        self._binary: Final = binary
+
+    def url(self, *, port: int | None = None) -> str:
+        """Start the server if it is down; the URL of a new namespace.
+
+        Parameters:
+            port: of a proxy that stands before the server.
+        """
+        self.start()
+        return f"redis://127.0.0.1:{port or self.port}/0?namespace=test-{uuid.uuid4().hex[:12]}"
+
+    def configure(self, name: str, value: str) -> None:
+        """A directive of redis.conf, in force from the next start on."""
+        self._settings[name] = value
+
+    def _serve(self) -> subprocess.Popen[bytes]:
+        flags = [part for name, value in self._settings.items() for part in (f"--{name}", value)]
+        return self._spawn(self._binary, *flags)
+
+    def _answers(self) -> bool:
+        """It refuses commands while it loads its file."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), HELLO_SECONDS) as hello:
+                hello.sendall(b"PING\r\n")
+                return hello.recv(5) == b"+PONG"
+        except OSError:
+            return False
