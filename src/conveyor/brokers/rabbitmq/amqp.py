@@ -1,53 +1,178 @@
-"""A lean AMQP 0-9-1 client for asyncio, which knows nothing of Conveyor (the signatures; the bodies follow)."""
+"""A lean AMQP 0-9-1 client for asyncio: connections, channels, consumers and confirmed publishing.
+
+It stands alone: it reconnects nothing and retries nothing, but tells the truth about what happened. What travels for every
+message (deliver, header, body, publish, ack, confirm) is read and built here; all other methods are pamqp's frames.
+
+What bounds the memory: deliveries by `Channel.qos`, one message by MAX_BODY_BYTES, one frame by the negotiated size, what
+waits to be sent by `Channel.drain`, replies by the requests under way, confirms and returns by the unconfirmed publishes.
+
+AmqpError
+├── ConnectionFailed    no host let this client in
+├── ConnectionClosed    the connection is gone
+├── ChannelClosed       the channel is gone; its connection still works
+├── Returned            the publish reached no queue
+├── Nacked              the server could not take the publish
+├── OutcomeUnknown      the connection or channel went before the confirm came
+└── Malformed           properties or bytes that break the protocol
+"""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
+import platform
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from decimal import Decimal
-from typing import NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeVar
 
-FieldValue: TypeAlias = "bool | int | float | str | bytes | Decimal | datetime | Sequence[FieldValue] | Mapping[str, FieldValue] | None"
-Table: TypeAlias = Mapping[str, FieldValue]
+from pamqp import commands
+from pamqp.base import Frame
 
+from conveyor.brokers.rabbitmq.amqp_frames import (
+    BODY,
+    END,
+    FRAME,
+    FRAME_END,
+    HEADER,
+    HEARTBEAT,
+    METHOD,
+    NO_PROPERTIES,
+    AmqpError,
+    FieldValue,
+    Incoming,
+    Malformed,
+    Properties,
+    Table,
+    decode_method,
+    encode_method,
+    encode_text,
+    words,
+)
 
-class AmqpError(Exception): ...
+__all__ = [
+    "Address",
+    "AmqpError",
+    "Channel",
+    "ChannelClosed",
+    "Connection",
+    "ConnectionClosed",
+    "ConnectionFailed",
+    "FieldValue",
+    "Incoming",
+    "Malformed",
+    "Nacked",
+    "OutcomeUnknown",
+    "Properties",
+    "QueueOk",
+    "Returned",
+    "Table",
+    "connect",
+]
+
+MAX_FRAME_BYTES: Final = 131_072
+"""What this client offers for a frame; RabbitMQ's own default."""
+MAX_CHANNELS: Final = 2047
+"""What this client offers for channels on a connection; RabbitMQ's own default."""
+MAX_BODY_BYTES: Final = 512 * 1024 * 1024
+"""A larger body is refused in both directions; no RabbitMQ can be set to carry more."""
+MAX_ROUTES: Final = 1024
+"""Publish methods that a channel keeps encoded, one for each exchange and routing key."""
+HIGH_WATER_BYTES: Final = 256 * 1024
+"""Unsent bytes above which `Channel.drain` waits."""
+CLOSE_SECONDS: Final = 5.0
+"""How long an orderly close may take before the socket is simply cut."""
+NO_CODE: Final = 0
+"""The code of a close that the server gave no code for: the socket went away, or the server fell silent."""
+FRAME_ERROR: Final = 501
+
+DELIVER: Final = commands.Basic.Deliver.index
+ACK: Final = commands.Basic.Ack.index
+NACK: Final = commands.Basic.Nack.index
+BASIC: Final = commands.Basic.frame_id
+HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+
+_METHOD: Final = struct.Struct(">I")
+_DELIVERY: Final = struct.Struct(">QBB")  # delivery tag, redelivered, length of the exchange's name
+_CONFIRM: Final = struct.Struct(">QB")  # delivery tag, bits
+_SETTLE: Final = struct.Struct(">BHIIQBB")  # a whole ack or nack
+_HEADER: Final = struct.Struct(">HHQ")  # class, weight, body size
+_HEADER_FRAME: Final = struct.Struct(">BHIHHQ")
+_BETWEEN: Final = struct.Struct(">BBHI")  # the end of one frame and the start of the next
 
 
 class ConnectionFailed(AmqpError):
-    reasons: tuple[tuple[Address, Exception], ...]  # every host's own
+    """No host let this client in.
+
+    Parameters:
+        reasons: every address that was tried, and what it answered.
+    """
+
+    def __init__(self, reasons: Sequence[tuple[Address, Exception]]) -> None:
+        super().__init__("; ".join(f"{address}: {words(error)}" for address, error in reasons))
+        self.reasons = tuple(reasons)
 
 
-class ConnectionClosed(AmqpError):
-    code: int  # 0 where the server did not say one (socket gone, heartbeat)
-    text: str
+class _Closed(AmqpError):
+    """What a close carries.
+
+    Parameters:
+        code: the AMQP reply code; 0 where there is none.
+        text: the words of the server, or of this client where the server said nothing.
+    """
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code} {text}" if code else text)
+        self.code = code
+        self.text = text
 
 
-class ChannelClosed(AmqpError):
-    code: int
-    text: str
+class ConnectionClosed(_Closed):
+    """The connection is gone, and all its channels with it."""
+
+
+class ChannelClosed(_Closed):
+    """The channel is gone; its connection still works."""
 
 
 class Returned(AmqpError):
-    code: int
-    text: str
-    message: Incoming
+    """A mandatory publish that the server took but could route to no queue.
+
+    Parameters:
+        code: the AMQP reply code, 312 for no route.
+        text: the server's words.
+        message: the message as it came back.
+    """
+
+    def __init__(self, code: int, text: str, message: Incoming) -> None:
+        super().__init__(f"{code} {text} (exchange {message.exchange!r}, routing key {message.routing_key!r})")
+        self.code = code
+        self.text = text
+        self.message = message
 
 
-class Nacked(AmqpError): ...
+class Nacked(AmqpError):
+    """The server could not take the publish: a full queue that rejects, or an error within the server."""
 
 
-class OutcomeUnknown(AmqpError): ...  # __cause__ is the ConnectionClosed or ChannelClosed
+class OutcomeUnknown(AmqpError):
+    """The connection or channel went before the confirm came: the server may or may not have the message."""
 
 
-class Malformed(AmqpError): ...  # Incoming.properties of a message whose properties nobody can read
+# Connections --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
+    """Where a server is and as whom to enter.
+
+    Parameters:
+        tls: how to encrypt and whom to trust; None is plain TCP.
+    """
+
     host: str = "localhost"
     port: int = 5672
     virtual_host: str = "/"
@@ -55,40 +180,8 @@ class Address:
     password: str = field(default="guest", repr=False)
     tls: ssl.SSLContext | None = None
 
-
-class Properties(NamedTuple):
-    content_type: str | None = None
-    content_encoding: str | None = None
-    headers: Table | None = None
-    delivery_mode: int | None = None
-    priority: int | None = None
-    correlation_id: str | None = None
-    reply_to: str | None = None
-    expiration: str | None = None
-    message_id: str | None = None
-    timestamp: int | None = None  # POSIX seconds
-    type: str | None = None
-    user_id: str | None = None
-    app_id: str | None = None
-
-    def encode(self) -> bytes: ...  # ValueError when something does not fit (a short string over 255 bytes …)
-
-
-class Incoming:
-    exchange: str
-    routing_key: str
-    delivery_tag: int
-    redelivered: bool
-    consumer_tag: str
-    raw_properties: bytes  # may be given to publish() as it is: a copy untouched
-    body: bytes
-    properties: Properties  # decoded on first use; raises Malformed
-
-
-class QueueOk(NamedTuple):
-    name: str
-    messages: int
-    consumers: int
+    def __str__(self) -> str:
+        return f"{'amqps' if self.tls else 'amqp'}://{self.host}:{self.port} (virtual host {self.virtual_host!r})"
 
 
 async def connect(
@@ -97,48 +190,941 @@ async def connect(
     name: str = "",
     heartbeat_seconds: float = 10.0,
     timeout_seconds: float = 10.0,
-) -> Connection: ...
+) -> Connection:
+    """A connection to the first of some addresses that lets this client in.
+
+    Parameters:
+        name: shown by the server's own tools.
+        heartbeat_seconds: either side that hears nothing for two of these gives the other up; whole seconds travel, so it
+            is rounded up. 0 switches heartbeats off, unless the server insists.
+        timeout_seconds: for each address, until it has let the client in.
+
+    Raises:
+        ConnectionFailed: none did.
+    """
+    reasons: list[tuple[Address, Exception]] = []
+    for address in addresses:
+        connection = Connection(address, name, heartbeat_seconds)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await connection.open()
+        except TimeoutError:
+            reasons.append((address, TimeoutError(f"no answer within {timeout_seconds:g} s")))
+        except (OSError, AmqpError) as error:
+            reasons.append((address, error))
+        else:
+            return connection
+    raise ConnectionFailed(reasons)
 
 
-class Connection:
-    address: Address
-    server_properties: Table
-    blocked: str | None
-    on_blocked: Callable[[str | None], None] | None
-    closed: asyncio.Future[AmqpError]  # its *result* is the reason (ConnectionClosed); never an exception
+class Connection(asyncio.Protocol):
+    """A connection to one server; `connect` makes it. It belongs to the event loop that made it and to no other thread.
 
-    async def channel(self) -> Channel: ...
-    async def close(self, timeout_seconds: float = 5.0) -> None: ...
+    Parameters:
+        server_properties: what the server says of itself.
+        blocked: why the server takes no publishes now; None while it does.
+        on_blocked: called with that reason, and with None when it is over.
+        closed: done when the connection is gone; its result is the reason.
+    """
+
+    def __init__(self, address: Address, name: str = "", heartbeat_seconds: float = 10.0) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.address = address
+        self.server_properties: Table = {}
+        self.blocked: str | None = None
+        self.on_blocked: Callable[[str | None], None] | None = None
+        self.closed: asyncio.Future[AmqpError] = self._loop.create_future()
+        self.closing = False
+        self.max_payload = MAX_FRAME_BYTES - 8
+        self.heartbeat_seconds = math.ceil(heartbeat_seconds)
+        self._name = name
+        self._transport: asyncio.Transport | None = None
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._lost: asyncio.Future[None] = self._loop.create_future()
+        self._channels: dict[int, Channel] = {}
+        self._max_channels = MAX_CHANNELS
+        self._free_numbers: deque[int] = deque()
+        self._next_numbers = itertools.count(1)
+        self._tail = b""
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._writable = True
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._heard = self._sent = True
+        self._silent_ticks = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def open(self) -> None:
+        """Connect and negotiate; whatever interrupts it leaves nothing behind."""
+        host, port, tls = self.address.host, self.address.port, self.address.tls
+        try:
+            await self._loop.create_connection(lambda: self, host, port, ssl=tls)
+            await self._opened
+        except BaseException:
+            await self._cut(ConnectionClosed(NO_CODE, "the connection was never opened"))
+            raise
+
+    async def channel(self) -> Channel:
+        """A new channel.
+
+        Raises:
+            ConnectionClosed: the connection is gone.
+            AmqpError: the connection has as many as the server allows.
+        """
+        self.check()
+        number = self._free_numbers.popleft() if self._free_numbers else next(self._next_numbers)
+        if number > self._max_channels:
+            self._next_numbers = itertools.count(number)
+            raise AmqpError(f"the server allows {self._max_channels} channels on a connection")
+        channel = self._channels[number] = Channel(self, number)
+        try:
+            await channel.request(commands.Channel.Open, commands.Channel.OpenOk)
+        except asyncio.CancelledError:
+            channel.begin_close()
+            raise
+        return channel
+
+    async def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Send what is waiting, take leave of the server, and cut the socket if that takes too long."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                if not self.closed.done() and not self.closing:
+                    self.closing = True
+                    for channel in self._channels.values():
+                        channel.ignore_deliveries()
+                    close = {"reply_code": 200, "reply_text": "goodbye", "class_id": 0, "method_id": 0}
+                    self.send(encode_method(commands.Connection.Close, 0, **close))
+                await asyncio.shield(self._lost)
+        except TimeoutError:
+            pass  # cut below
+        finally:
+            await self._cut(ConnectionClosed(200, "closed by this client"))
+
+    def check(self) -> None:
+        """Raise what ended the connection, if anything did."""
+        if self.closed.done():
+            raise _again(self.closed.result())
+        if self.closing:
+            raise ConnectionClosed(200, "closed by this client")
+
+    # What the channels use: sending, waiting until sending is welcome, and leaving.
+
+    def send(self, *parts: bytes) -> None:
+        """Send some bytes with all that this tick of the event loop sends."""
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += parts
+        for part in parts:
+            self._unsent_bytes += len(part)
+        if self._unsent_bytes > HIGH_WATER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._unsent and self._transport is not None and not self.closed.done():
+            data = self._unsent[0] if len(self._unsent) == 1 else b"".join(self._unsent)
+            self._unsent.clear()
+            self._unsent_bytes = 0
+            self._sent = True
+            self._transport.write(data)
+
+    @property
+    def congested(self) -> bool:
+        """Whether publishing should wait: the socket takes no more, or the server asked for a pause."""
+        return not self._writable or self.blocked is not None
+
+    async def changed(self) -> None:
+        """Wait until something changed that publishing may be waiting for."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def wake(self) -> None:
+        """Let all who wait in `changed` look again."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def forget(self, number: int) -> None:
+        """A channel that both sides closed; its number may be used again."""
+        if self._channels.pop(number, None) is not None:
+            self._free_numbers.append(number)
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        transport.write(b"AMQP\x00\x00\x09\x01")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        what = f"the connection was lost: {words(exc)}" if exc else "the server hung up"
+        self._finish(ConnectionClosed(NO_CODE, what))
+        if not self._lost.done():
+            self._lost.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self.wake()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        if self._tail:
+            data = self._tail + data
+        try:
+            self._tail = data[self._read(data) :]
+        except (Malformed, struct.error, IndexError) as error:
+            self._tail = b""
+            words = str(error) if isinstance(error, Malformed) else "a frame shorter than its content"
+            self._refuse(FRAME_ERROR, f"the server broke the protocol: {words}")
+
+    def _read(self, data: bytes) -> int:
+        """Handle all whole frames of some bytes; how far they reach."""
+        position, end = 0, len(data)
+        while end - position >= 8 and not self.closed.done():
+            kind, number, size = FRAME.unpack_from(data, position)
+            start = position + 7
+            stop = start + size
+            if size > self.max_payload:
+                self._check_greeting(data)
+                raise Malformed(f"a frame of {size} bytes, where {self.max_payload} were agreed on")
+            if stop >= end:
+                if kind not in {METHOD, HEADER, BODY, HEARTBEAT}:
+                    raise Malformed(f"a frame of the unknown type {kind}")
+                break
+            if data[stop] != FRAME_END:
+                raise Malformed("a frame without its end mark")
+            position = stop + 1
+            channel = self._channels.get(number)
+            if channel is None:
+                self._on_frame(kind, number, data[start:stop])
+            else:
+                channel.on_frame(kind, data, start, stop)
+        return position
+
+    def _check_greeting(self, data: bytes) -> None:
+        if not self._opened.done() and data.startswith(b"AMQP"):
+            version = ".".join(map(str, data[5:8]))
+            raise Malformed(f"it does not speak AMQP 0.9.1 but asks for {version}")
+
+    # The connection's own methods
+
+    def _on_frame(self, kind: int, number: int, payload: bytes) -> None:
+        if kind == HEARTBEAT and number == 0:
+            return
+        if kind != METHOD or number != 0:
+            raise Malformed(f"a frame of type {kind} on channel {number}, which is not open")
+        match frame := decode_method(payload):
+            case commands.Connection.Close():
+                self.send(encode_method(commands.Connection.CloseOk, 0))
+                self._flush()
+                self._leave(ConnectionClosed(frame.reply_code or NO_CODE, frame.reply_text))
+            case commands.Connection.CloseOk() if self.closing:
+                self._leave(ConnectionClosed(200, "closed by this client"))
+            case commands.Connection.Blocked():
+                self._set_blocked(frame.reason)
+            case commands.Connection.Unblocked():
+                self._set_blocked(None)
+            case commands.Connection.Start() if not self._opened.done():
+                self._start(frame)
+            case commands.Connection.Tune() if not self._opened.done():
+                self._tune(frame)
+            case commands.Connection.OpenOk() if not self._opened.done():
+                self._opened.set_result(None)
+            case _:
+                raise Malformed(f"{frame.name} out of turn")
+
+    def _start(self, frame: commands.Connection.Start) -> None:
+        offered = str(frame.mechanisms).split()
+        if "PLAIN" not in offered:
+            raise Malformed(f"it offers no PLAIN authentication, only {', '.join(offered)}")
+        if isinstance(frame.server_properties, dict):
+            self.server_properties = frame.server_properties
+        abilities = (
+            "publisher_confirms consumer_cancel_notify connection.blocked basic.nack authentication_failure_close"
+        )
+        about: Table = {
+            "product": "conveyor-amqp",
+            "platform": f"Python {platform.python_version()}",
+            "capabilities": dict.fromkeys(abilities.split(), True),
+            **({"connection_name": self._name} if self._name else {}),
+        }
+        answer = {
+            "client_properties": about,
+            "mechanism": "PLAIN",
+            "response": f"\0{self.address.user}\0{self.address.password}",
+            "locale": "en_US",
+        }
+        self.send(encode_method(commands.Connection.StartOk, 0, **answer))
+
+    def _tune(self, frame: commands.Connection.Tune) -> None:
+        max_frame = min(frame.frame_max or MAX_FRAME_BYTES, MAX_FRAME_BYTES)
+        if max_frame < 4096:  # the smallest that the specification allows
+            raise Malformed(f"it wants frames of at most {max_frame} bytes")
+        self.max_payload = max_frame - 8
+        self._max_channels = min(frame.channel_max or MAX_CHANNELS, MAX_CHANNELS)
+        asked, wanted = int(frame.heartbeat or 0), self.heartbeat_seconds
+        self.heartbeat_seconds = min(asked, wanted) if asked and wanted else max(asked, wanted)
+        tuned = {"channel_max": self._max_channels, "frame_max": max_frame, "heartbeat": self.heartbeat_seconds}
+        self.send(
+            encode_method(commands.Connection.TuneOk, 0, **tuned),
+            encode_method(commands.Connection.Open, 0, virtual_host=self.address.virtual_host),
+        )
+        if self.heartbeat_seconds:
+            self._timer = self._loop.call_later(self.heartbeat_seconds / 2, self._tick)
+
+    def _tick(self) -> None:
+        """Twice an interval: say that this side lives, and see whether the other does."""
+        self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
+        # The third tick in a row comes between 1.5 and 2 intervals after the last sign of life.
+        if self._silent_ticks >= 3:
+            what = f"the server was silent for two heartbeats of {self.heartbeat_seconds} s"
+            self._finish(ConnectionClosed(NO_CODE, what))
+            self._abort()
+            return
+        if not self._sent and self._transport is not None and self._writable:
+            self._transport.write(HEARTBEAT_FRAME)
+        self._heard = self._sent = False
+        self._timer = self._loop.call_later(self.heartbeat_seconds / 2, self._tick)
+
+    def _set_blocked(self, reason: str | None) -> None:
+        self.blocked = reason
+        self.wake()
+        if self.on_blocked is not None:
+            self.call(self.on_blocked, reason)
+
+    def call(self, listener: Callable[[Any], None], argument: object) -> None:
+        """Call a listener, whose failure is the event loop's to report and must not end the reading."""
+        try:
+            listener(argument)
+        except Exception as error:
+            text = "a listener of the AMQP client failed"
+            self._loop.call_exception_handler({"message": text, "exception": error, "protocol": self})
+
+    # The end
+
+    def _refuse(self, code: int, text: str) -> None:
+        """End a connection whose server cannot be understood, and tell it why."""
+        if self._opened.done() and not self.closed.done():
+            close = {"reply_code": code, "reply_text": text[:80], "class_id": 0, "method_id": 0}
+            self.send(encode_method(commands.Connection.Close, 0, **close))
+            self._flush()
+        self._leave(ConnectionClosed(code, text))
+
+    def _leave(self, reason: ConnectionClosed) -> None:
+        """Everything is over; let the transport send what it still has, but not for ever."""
+        self._finish(reason)
+        if self._transport is not None:
+            self._transport.close()
+            self._timer = self._loop.call_later(CLOSE_SECONDS, self._abort)
+
+    def _abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _cut(self, reason: ConnectionClosed) -> None:
+        """Leave no socket behind."""
+        self._finish(reason)
+        if self._transport is not None and not self._lost.done():
+            self._abort()
+            await asyncio.shield(self._lost)
+
+    def _finish(self, reason: ConnectionClosed) -> None:
+        """Every promise that this connection made is settled with the reason why it ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.closed.done():
+            return
+        self.closed.set_result(reason)
+        self._unsent.clear()
+        if not self._opened.done():
+            _break(self._opened, reason)
+        for channel in list(self._channels.values()):
+            channel.finish(reason)
+        self.wake()
+
+
+def _again(reason: AmqpError) -> AmqpError:
+    """The same reason as another exception, since one that is raised in many places gathers all their tracebacks."""
+    return type(reason)(*((reason.code, reason.text) if isinstance(reason, _Closed) else reason.args))
+
+
+def _break(future: asyncio.Future[Any], error: AmqpError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # whoever gave it up meanwhile is not told by the event loop at exit
+
+
+# Channels -----------------------------------------------------------------------------------------------------------
+
+
+class QueueOk(NamedTuple):
+    """A declared queue: its name, the messages that are ready in it, and its consumers."""
+
+    name: str
+    messages: int
+    consumers: int
+
+
+class _Consumer(NamedTuple):
+    tag: str
+    on_delivery: Callable[[Incoming], None]
+    on_cancel: Callable[[str], None] | None
+
+
+class _Publish(NamedTuple):
+    future: asyncio.Future[None]
+    exchange: str
+    routing_key: str
+    raw_properties: bytes
+
+
+_Reply = TypeVar("_Reply", bound=Frame)
+
+
+def _ignore(_message: Incoming) -> None:
+    """Where messages go that arrive on a channel that is being closed; the server takes them back."""
 
 
 class Channel:
-    number: int
-    closed: asyncio.Future[AmqpError]  # its *result* is the reason: ChannelClosed or ConnectionClosed
-    unconfirmed: int
+    """A conversation within a connection; `Connection.channel` opens it.
 
-    async def exchange_declare(self, exchange: str, kind: str = "topic", *, passive: bool = False, durable: bool = True, auto_delete: bool = False, internal: bool = False, arguments: Table | None = None) -> None: ...
-    async def exchange_delete(self, exchange: str, *, if_unused: bool = False) -> None: ...
-    async def exchange_bind(self, destination: str, source: str, routing_key: str = "", arguments: Table | None = None) -> None: ...
-    async def exchange_unbind(self, destination: str, source: str, routing_key: str = "", arguments: Table | None = None) -> None: ...
-    async def queue_declare(self, queue: str = "", *, passive: bool = False, durable: bool = True, exclusive: bool = False, auto_delete: bool = False, arguments: Table | None = None) -> QueueOk: ...
-    async def queue_bind(self, queue: str, exchange: str, routing_key: str = "", arguments: Table | None = None) -> None: ...
-    async def queue_unbind(self, queue: str, exchange: str, routing_key: str = "", arguments: Table | None = None) -> None: ...
-    async def queue_delete(self, queue: str, *, if_unused: bool = False, if_empty: bool = False) -> int: ...
-    async def queue_purge(self, queue: str) -> int: ...
-    async def qos(self, prefetch: int, *, whole_channel: bool = False) -> None: ...
-    async def confirm_select(self) -> None: ...
-    async def consume(self, queue: str, on_delivery: Callable[[Incoming], None], *, tag: str = "", no_ack: bool = False, exclusive: bool = False, arguments: Table | None = None, on_cancel: Callable[[str], None] | None = None) -> str: ...
-    async def cancel(self, tag: str) -> None: ...
-    async def get(self, queue: str, *, no_ack: bool = False) -> Incoming | None: ...
-    def ack(self, delivery_tag: int, *, multiple: bool = False) -> None: ...  # synchronous; raises ChannelClosed/ConnectionClosed when the channel is gone
-    def nack(self, delivery_tag: int, *, multiple: bool = False, requeue: bool = True) -> None: ...
-    def reject(self, delivery_tag: int, *, requeue: bool = True) -> None: ...
-    async def recover(self, *, requeue: bool = True) -> None: ...
-    async def close(self, timeout_seconds: float = 5.0) -> None: ...
+    Requests may be sent without waiting for each other; the server answers them in order. Whoever stops waiting for one
+    has not taken it back. All of them raise ChannelClosed with the server's words if it refuses, and the channel is gone
+    then, or ConnectionClosed.
 
-    def publish(self, exchange: str, routing_key: str, body: bytes, properties: Properties | bytes = Properties(), *, mandatory: bool = False) -> asyncio.Future[None]:
-        # raises ChannelClosed/ConnectionClosed at once when nothing was sent; the future raises Returned, Nacked, OutcomeUnknown.
-        # Without confirm_select the future is done at once and mandatory is refused (ValueError).
-        ...
+    Parameters:
+        number: its number on the connection.
+        closed: done when the channel is gone; its result is the reason.
+    """
 
-    async def drain(self) -> None: ...  # waits while the buffer is above its mark, channel.flow is off, or the connection is blocked; raises when closed
+    def __init__(self, connection: Connection, number: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.number = number
+        self.connection = connection
+        self.closed: asyncio.Future[AmqpError] = loop.create_future()
+        self._loop = loop
+        self._closing = False
+        self._flowing = True
+        self._requests: deque[tuple[tuple[type[Frame], ...], asyncio.Future[Any]]] = deque()
+        self._consumers: dict[bytes, _Consumer] = {}
+        self._tags = itertools.count(1)
+        self._routes: dict[tuple[str, str, bool], bytes] = {}
+        # The next publish's number for its confirm; 0 until confirms are on.
+        self._next_publish = 0
+        self._unconfirmed: dict[int, _Publish] = {}
+        self._returned: dict[int, Returned] = {}
+        self._last_returned = 0
+        # The message whose frames are arriving, what is to be done with it, and what is missing (None: its header).
+        self._message: Incoming | None = None
+        self._sink: Callable[[Incoming], None] = _ignore
+        self._missing: int | None = None
+        self._chunks: list[bytes] = []
+
+    # Exchanges and queues
+
+    async def exchange_declare(
+        self,
+        exchange: str,
+        kind: str = "topic",
+        *,
+        passive: bool = False,
+        durable: bool = True,
+        auto_delete: bool = False,
+        internal: bool = False,
+        arguments: Table | None = None,
+    ) -> None:
+        """Create an exchange, or make sure that it exists like this; passive only asks whether it exists at all."""
+        await self.request(
+            commands.Exchange.Declare,
+            commands.Exchange.DeclareOk,
+            exchange=exchange,
+            exchange_type=kind,
+            passive=passive,
+            durable=durable,
+            auto_delete=auto_delete,
+            internal=internal,
+            arguments=arguments or {},
+        )
+
+    async def exchange_delete(self, exchange: str, *, if_unused: bool = False) -> None:
+        fields = {"exchange": exchange, "if_unused": if_unused}
+        await self.request(commands.Exchange.Delete, commands.Exchange.DeleteOk, **fields)
+
+    async def exchange_bind(
+        self, destination: str, source: str, routing_key: str = "", arguments: Table | None = None
+    ) -> None:
+        """Let messages of one exchange into another; RabbitMQ's extension."""
+        fields = {
+            "destination": destination,
+            "source": source,
+            "routing_key": routing_key,
+            "arguments": arguments or {},
+        }
+        await self.request(commands.Exchange.Bind, commands.Exchange.BindOk, **fields)
+
+    async def exchange_unbind(
+        self, destination: str, source: str, routing_key: str = "", arguments: Table | None = None
+    ) -> None:
+        fields = {
+            "destination": destination,
+            "source": source,
+            "routing_key": routing_key,
+            "arguments": arguments or {},
+        }
+        await self.request(commands.Exchange.Unbind, commands.Exchange.UnbindOk, **fields)
+
+    async def queue_declare(
+        self,
+        queue: str = "",
+        *,
+        passive: bool = False,
+        durable: bool = True,
+        exclusive: bool = False,
+        auto_delete: bool = False,
+        arguments: Table | None = None,
+    ) -> QueueOk:
+        """Create a queue, or make sure that it exists like this; passive only asks whether it exists at all.
+
+        Parameters:
+            queue: its name; if empty, the server invents one.
+        """
+        declared = await self.request(
+            commands.Queue.Declare,
+            commands.Queue.DeclareOk,
+            queue=queue,
+            passive=passive,
+            durable=durable,
+            exclusive=exclusive,
+            auto_delete=auto_delete,
+            arguments=arguments or {},
+        )
+        return QueueOk(declared.queue or queue, declared.message_count or 0, declared.consumer_count or 0)
+
+    async def queue_bind(
+        self, queue: str, exchange: str, routing_key: str = "", arguments: Table | None = None
+    ) -> None:
+        fields = {"queue": queue, "exchange": exchange, "routing_key": routing_key, "arguments": arguments or {}}
+        await self.request(commands.Queue.Bind, commands.Queue.BindOk, **fields)
+
+    async def queue_unbind(
+        self, queue: str, exchange: str, routing_key: str = "", arguments: Table | None = None
+    ) -> None:
+        fields = {"queue": queue, "exchange": exchange, "routing_key": routing_key, "arguments": arguments or {}}
+        await self.request(commands.Queue.Unbind, commands.Queue.UnbindOk, **fields)
+
+    async def queue_delete(self, queue: str, *, if_unused: bool = False, if_empty: bool = False) -> int:
+        """Delete a queue; how many messages went with it."""
+        fields = {"queue": queue, "if_unused": if_unused, "if_empty": if_empty}
+        deleted = await self.request(commands.Queue.Delete, commands.Queue.DeleteOk, **fields)
+        return deleted.message_count or 0
+
+    async def queue_purge(self, queue: str) -> int:
+        """Empty a queue of what is ready in it; how many messages that were."""
+        purged = await self.request(commands.Queue.Purge, commands.Queue.PurgeOk, queue=queue)
+        return purged.message_count or 0
+
+    # Consuming
+
+    async def qos(self, prefetch: int, *, whole_channel: bool = False) -> None:
+        """Bound the unsettled deliveries; 0 is no bound.
+
+        Parameters:
+            whole_channel: the bound is for all consumers of the channel together, not for each that starts from now on
+                (quorum queues refuse that).
+        """
+        fields = {"prefetch_count": prefetch, "global_": whole_channel}
+        await self.request(commands.Basic.Qos, commands.Basic.QosOk, **fields)
+
+    async def consume(
+        self,
+        queue: str,
+        on_delivery: Callable[[Incoming], None],
+        *,
+        tag: str = "",
+        no_ack: bool = False,
+        exclusive: bool = False,
+        arguments: Table | None = None,
+        on_cancel: Callable[[str], None] | None = None,
+    ) -> str:
+        """Have a queue's messages delivered; the consumer's tag.
+
+        Parameters:
+            on_delivery: called for each message as its last byte arrives; it must not block.
+            tag: the consumer's name on this channel; one is made up if it is empty.
+            on_cancel: called with the tag when the server ends the consumer by itself, as when the queue is deleted.
+        """
+        tag = tag or f"c{self.number}.{next(self._tags)}"
+        self.check()
+        self._consumers[encode_text(tag)] = _Consumer(tag, on_delivery, on_cancel)
+        await self.request(
+            commands.Basic.Consume,
+            commands.Basic.ConsumeOk,
+            queue=queue,
+            consumer_tag=tag,
+            no_ack=no_ack,
+            exclusive=exclusive,
+            arguments=arguments or {},
+        )
+        return tag
+
+    async def cancel(self, tag: str) -> None:
+        """End a consumer; what it was delivered stays its channel's to settle."""
+        await self.request(commands.Basic.Cancel, commands.Basic.CancelOk, consumer_tag=tag)
+
+    async def get(self, queue: str, *, no_ack: bool = False) -> Incoming | None:
+        """The next message of a queue; None if it has none ready."""
+        replies = (commands.Basic.GetOk, commands.Basic.GetEmpty)
+        self.check()
+        future: asyncio.Future[Incoming | None] = self._loop.create_future()
+        frame = encode_method(commands.Basic.Get, self.number, queue=queue, no_ack=no_ack)
+        self._requests.append((replies, future))
+        self.connection.send(frame)
+        return await future
+
+    def ack(self, delivery_tag: int, *, multiple: bool = False) -> None:
+        """Settle a delivery as done; multiple settles all before it as well. Sent with this tick, never confirmed."""
+        self._settle(ACK, delivery_tag, multiple)
+
+    def nack(self, delivery_tag: int, *, multiple: bool = False, requeue: bool = True) -> None:
+        """Give a delivery back to its queue, or else drop it (into the queue's dead-letter exchange)."""
+        self._settle(NACK, delivery_tag, multiple | requeue << 1)
+
+    def reject(self, delivery_tag: int, *, requeue: bool = True) -> None:
+        """As nack of one delivery; some servers count the two differently."""
+        self.check()
+        fields = {"delivery_tag": delivery_tag, "requeue": requeue}
+        self.connection.send(encode_method(commands.Basic.Reject, self.number, **fields))
+
+    async def recover(self, *, requeue: bool = True) -> None:
+        """Give back all unsettled deliveries of the channel."""
+        await self.request(commands.Basic.Recover, commands.Basic.RecoverOk, requeue=requeue)
+
+    def _settle(self, method: int, delivery_tag: int, bits: int) -> None:
+        if self._closing or self.closed.done() or self.connection.closing:
+            self.check()
+        frame = _SETTLE.pack(METHOD, self.number, 13, method, delivery_tag, bits, FRAME_END)
+        self.connection.send(frame)
+
+    # Publishing
+
+    @property
+    def unconfirmed(self) -> int:
+        """How many publishes await their confirm."""
+        return len(self._unconfirmed)
+
+    async def confirm_select(self) -> None:
+        """Have the server confirm every publish from now on."""
+        if self._next_publish == 0:
+            await self.request(commands.Confirm.Select, commands.Confirm.SelectOk)
+            self._next_publish = self._next_publish or 1
+
+    def publish(
+        self,
+        exchange: str,
+        routing_key: str,
+        body: bytes,
+        properties: Properties | bytes = NO_PROPERTIES,
+        *,
+        mandatory: bool = False,
+    ) -> asyncio.Future[None]:
+        """Publish a message; a future that is done when the server has confirmed it, and fails otherwise.
+
+        Sent with this tick. `drain` before it keeps what waits to be sent within bounds. Without confirm_select nothing is
+        known of the outcome, and the future is done at once. The future fails with Returned, Nacked or OutcomeUnknown.
+
+        Parameters:
+            properties: encoded already, or to be encoded.
+            mandatory: a message that no queue takes is returned, and its future fails; needs confirms. A return says not
+                which publish it answers: several of the same exchange, routing key and properties are answered in order.
+
+        Raises:
+            ChannelClosed, ConnectionClosed: it is not sent.
+            ValueError: AMQP cannot carry it.
+        """
+        if self._closing or self.closed.done() or self.connection.closing:
+            self.check()
+        raw = properties if isinstance(properties, bytes) else properties.encode()
+        size = len(body)
+        limit = self.connection.max_payload
+        if len(raw) + 12 > limit or size > MAX_BODY_BYTES:
+            raise ValueError(
+                f"properties of {len(raw)} bytes and a body of {size}; AMQP carries {limit - 12} and {MAX_BODY_BYTES}"
+            )
+        method = self._routes.get((exchange, routing_key, mandatory)) or self._route(exchange, routing_key, mandatory)
+        number = self.number
+        head = _HEADER_FRAME.pack(HEADER, number, 12 + len(raw), BASIC, 0, size)
+        if 0 < size <= limit:
+            self.connection.send(method, head, raw, _BETWEEN.pack(FRAME_END, BODY, number, size), body, END)
+        else:
+            self.connection.send(method, head, raw, END, *self._split(body, limit))
+        future: asyncio.Future[None] = self._loop.create_future()
+        if self._next_publish:
+            self._unconfirmed[self._next_publish] = _Publish(future, exchange, routing_key, raw)
+            self._next_publish += 1
+        else:
+            future.set_result(None)
+        return future
+
+    async def drain(self) -> None:
+        """Wait until publishing is welcome: the socket takes bytes, and the server asked for no pause.
+
+        Raises:
+            ChannelClosed, ConnectionClosed: it never will be.
+        """
+        self.check()
+        while self.connection.congested or not self._flowing:
+            await self.connection.changed()
+            self.check()
+
+    def _route(self, exchange: str, routing_key: str, mandatory: bool) -> bytes:
+        if mandatory and not self._next_publish:
+            raise ValueError("mandatory needs confirm_select: nobody would hear of a return")
+        fields = {"exchange": exchange, "routing_key": routing_key, "mandatory": mandatory}
+        method = encode_method(commands.Basic.Publish, self.number, **fields)
+        if len(self._routes) >= MAX_ROUTES:
+            self._routes.clear()
+        self._routes[exchange, routing_key, mandatory] = method
+        return method
+
+    def _split(self, body: bytes, limit: int) -> Iterator[bytes]:
+        for start in range(0, len(body), limit):
+            chunk = body[start : start + limit]
+            yield FRAME.pack(BODY, self.number, len(chunk))
+            yield chunk
+            yield END
+
+    # Requests and the end
+
+    def check(self) -> None:
+        """Raise what ended the channel, if anything did."""
+        if self.closed.done():
+            raise _again(self.closed.result())
+        self.connection.check()
+        if self._closing:
+            raise ChannelClosed(200, "closed by this client")
+
+    async def request(self, method: type[Frame], reply: type[_Reply], **fields: Any) -> _Reply:
+        """Send a method and wait for its reply."""
+        self.check()
+        future: asyncio.Future[_Reply] = self._loop.create_future()
+        frame = encode_method(method, self.number, **fields)
+        self._requests.append(((reply,), future))
+        self.connection.send(frame)
+        return await future
+
+    async def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Take leave of the server, which takes back what was not settled. A channel that is gone already is fine."""
+        self.begin_close()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await asyncio.shield(self.closed)
+        except TimeoutError:
+            # The number stays taken: only the server's answer frees it.
+            self.finish(ChannelClosed(NO_CODE, f"the server did not answer the close within {timeout_seconds:g} s"))
+
+    def begin_close(self) -> None:
+        """Ask the server to close the channel; what it still confirms until then counts."""
+        if not self._closing and not self.closed.done() and not self.connection.closing:
+            self._closing = True
+            self.ignore_deliveries()
+            fields = {"reply_code": 200, "reply_text": "goodbye", "class_id": 0, "method_id": 0}
+            self.connection.send(encode_method(commands.Channel.Close, self.number, **fields))
+
+    def ignore_deliveries(self) -> None:
+        """From now on, messages that arrive are the server's to take back."""
+        self._consumers.clear()
+        self._sink = _ignore
+
+    def finish(self, reason: AmqpError) -> None:
+        """Every promise that this channel made is settled with the reason why it ended."""
+        if self.closed.done():
+            return
+        self.closed.set_result(reason)
+        self._consumers.clear()
+        self._message = None
+        self._chunks.clear()
+        for _, future in self._requests:
+            _break(future, _again(reason))
+        self._requests.clear()
+        for number, publish in self._unconfirmed.items():
+            error = self._returned.get(number) or OutcomeUnknown(f"no confirm came: {reason}")
+            error.__cause__ = reason
+            _break(publish.future, error)
+        self._unconfirmed.clear()
+        self._returned.clear()
+        self.connection.wake()
+
+    # What the server sends
+
+    def on_frame(self, kind: int, data: bytes, start: int, stop: int) -> None:
+        """A frame for this channel, as a part of what was read."""
+        if kind == METHOD:
+            (method,) = _METHOD.unpack_from(data, start)
+            if method == DELIVER:
+                self.on_deliver(data, start + 4, stop)
+            elif method in {ACK, NACK}:
+                number, bits = _CONFIRM.unpack_from(data, start + 4)
+                self.on_confirm(number, bool(bits & 1), method == NACK)
+            else:
+                self.on_method(decode_method(data[start:stop]))
+        elif kind == HEADER:
+            self.on_header(data, start, stop)
+        elif kind == BODY:
+            self.on_body(data[start:stop])
+        else:
+            raise Malformed(f"a frame of type {kind} on channel {self.number}")
+
+    def on_method(self, frame: Frame) -> None:
+        """Any method but those of the hot path."""
+        match frame:
+            case commands.Channel.Close():
+                self.connection.send(encode_method(commands.Channel.CloseOk, self.number))
+                self.finish(ChannelClosed(frame.reply_code or NO_CODE, frame.reply_text))
+                if not self._closing:  # else both closed at once, and the answer to ours is still to come
+                    self.connection.forget(self.number)
+            case commands.Channel.CloseOk() if self._closing:
+                self.finish(ChannelClosed(200, "closed by this client"))
+                self.connection.forget(self.number)
+            case _ if self.closed.done():
+                pass
+            case commands.Basic.Return():
+                message = Incoming(frame.exchange or "", frame.routing_key or "")
+                code, text = frame.reply_code or NO_CODE, frame.reply_text or ""
+                self._expect(message, lambda message: self._on_return(Returned(code, text, message)))
+            case commands.Basic.Cancel():
+                consumer = self._consumers.pop(encode_text(frame.consumer_tag or ""), None)
+                if consumer is not None and consumer.on_cancel is not None:
+                    self.connection.call(consumer.on_cancel, consumer.tag)
+            case commands.Channel.Flow():
+                self._flowing = bool(frame.active)
+                self.connection.send(encode_method(commands.Channel.FlowOk, self.number, active=self._flowing))
+                self.connection.wake()
+            case _:
+                self._on_reply(frame)
+
+    def _on_reply(self, frame: Frame) -> None:
+        if not self._requests or not isinstance(frame, self._requests[0][0]):
+            raise Malformed(f"{frame.name} on channel {self.number}, where nobody asked for it")
+        _, future = self._requests.popleft()
+        if isinstance(frame, commands.Basic.GetOk):
+            message = Incoming(
+                frame.exchange or "", frame.routing_key or "", frame.delivery_tag or 0, bool(frame.redelivered)
+            )
+            self._expect(message, lambda message: None if future.done() else future.set_result(message))
+            return
+        if isinstance(frame, commands.Basic.CancelOk):
+            self._consumers.pop(encode_text(frame.consumer_tag or ""), None)
+        if not future.done():
+            future.set_result(None if isinstance(frame, commands.Basic.GetEmpty) else frame)
+
+    def on_deliver(self, data: bytes, position: int, stop: int) -> None:
+        """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key."""
+        start = position + 1
+        position = start + data[position]
+        tag = data[start:position]
+        consumer = self._consumers.get(tag)
+        delivery_tag, redelivered, size = _DELIVERY.unpack_from(data, position)
+        start = position + 10
+        position = start + size
+        exchange = data[start:position].decode("utf-8", "surrogateescape")
+        start = position + 1
+        if start + data[position] != stop:
+            raise Malformed("a delivery shorter or longer than announced")
+        routing_key = data[start:stop].decode("utf-8", "surrogateescape")
+        if consumer is not None:
+            message = Incoming(exchange, routing_key, delivery_tag, redelivered != 0, consumer.tag)
+            self._expect(message, consumer.on_delivery)
+        elif self._closing or self.connection.closing or self.closed.done():
+            self._expect(Incoming(exchange, routing_key), _ignore)
+        else:
+            raise Malformed(f"a delivery for the unknown consumer {tag!r}")
+
+    def _expect(self, message: Incoming, sink: Callable[[Incoming], None]) -> None:
+        if self._message is not None:
+            raise Malformed("a message within a message")
+        self._message = message
+        self._sink = sink
+        self._missing = None
+
+    def on_header(self, data: bytes, start: int, stop: int) -> None:
+        """The content header: the properties, and how many bytes of body follow."""
+        message = self._message
+        if message is None or self._missing is not None:
+            raise Malformed("a content header without its method")
+        kind, _, size = _HEADER.unpack_from(data, start)
+        if kind != BASIC or size > MAX_BODY_BYTES or stop - start < 14:
+            raise Malformed(f"a content header of class {kind} for a body of {size} bytes")
+        message.raw_properties = data[start + 12 : stop]
+        self._missing = size
+        if size == 0:
+            self._arrived(message)
+
+    def on_body(self, chunk: bytes) -> None:
+        """A piece of a body, or all of it."""
+        message, missing = self._message, self._missing
+        if message is None or missing is None:
+            raise Malformed("a body without its header")
+        left = missing - len(chunk)
+        if left < 0:
+            raise Malformed("a body longer than announced")
+        if left == 0 and not self._chunks:
+            message.body = chunk
+            self._arrived(message)
+            return
+        self._chunks.append(chunk)
+        self._missing = left
+        if left == 0:
+            message.body = b"".join(self._chunks)
+            self._chunks.clear()
+            self._arrived(message)
+
+    def _arrived(self, message: Incoming) -> None:
+        self._message = None
+        self.connection.call(self._sink, message)
+
+    def _on_return(self, returned: Returned) -> None:
+        """Which publish came back: returns come in the order of the publishes, and before their confirms."""
+        message = returned.message
+        first = max(self._last_returned + 1, next(iter(self._unconfirmed), 0))
+        for number in range(first, self._next_publish):
+            publish = self._unconfirmed.get(number)
+            if (
+                publish is not None
+                and publish.raw_properties == message.raw_properties
+                and publish.routing_key == message.routing_key
+                and publish.exchange == message.exchange
+            ):
+                self._last_returned = number
+                self._returned[number] = returned
+                return
+        raise Malformed(f"it returned a message that was not published: {message!r}")
+
+    def on_confirm(self, number: int, multiple: bool, nacked: bool) -> None:
+        """basic.ack and basic.nack from the server: it took one publish, or all up to one, or could not."""
+        if not multiple:
+            publish = self._unconfirmed.pop(number, None)
+            if publish is None:
+                raise Malformed(f"a confirm of the publish {number}, which awaits none")
+            self._resolve(number, publish, nacked)
+            return
+        while self._unconfirmed and (first := next(iter(self._unconfirmed))) <= (number or first):
+            self._resolve(first, self._unconfirmed.pop(first), nacked)
+
+    def _resolve(self, number: int, publish: _Publish, nacked: bool) -> None:
+        future = publish.future
+        if self._returned and (returned := self._returned.pop(number, None)) is not None:
+            _break(future, returned)
+        elif nacked:
+            _break(
+                future,
+                Nacked(f"the server could not take it (exchange {publish.exchange!r}, key {publish.routing_key!r})"),
+            )
+        elif not future.done():
+            future.set_result(None)
