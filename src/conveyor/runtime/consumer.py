@@ -124,8 +124,8 @@ class Consumer:
         self._lanes: list[Lane] = []
         self._left_behind: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
-        self._still = asyncio.Event()
-        self._still.set()
+        self._stillness: asyncio.Future[None] | None = None
+        """Done when no lane is at work any more; there while somebody waits for that."""
         self._busy = 0
         self.gate = asyncio.Event()
         """Open (set) while messages may be started."""
@@ -200,7 +200,10 @@ class Consumer:
 
     async def still(self) -> None:
         """Wait until no lane is at work."""
-        await self._still.wait()
+        while self._busy:
+            if self._stillness is None:
+                self._stillness = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._stillness)
 
     def resume(self) -> None:
         """Open the gate again."""
@@ -309,11 +312,10 @@ class Consumer:
         return tuple(batch)
 
     async def _handle(self, lane: Lane, deliveries: tuple[Delivery, ...]) -> None:
-        if self._busy == 0:
-            self._still.clear()
         self._busy += 1
         lane.deliveries = deliveries
-        lane.lost.clear()
+        if lane.lost:
+            lane.lost.clear()
         started = self._begin(lane)
         if (first := deliveries[0]).deliveries == 1:
             self.metrics.wait.observe(max(0.0, self._clock() - max(first.message.created, first.message.due)))
@@ -344,8 +346,9 @@ class Consumer:
         self.progressed = time.monotonic()
         self.metrics.duration.observe(self.progressed - started)
         self._busy -= 1
-        if self._busy == 0:
-            self._still.set()
+        if self._stillness is not None and self._busy == 0:
+            self._stillness.set_result(None)
+            self._stillness = None
         if not self._ready:
             self._hungry.set()
         if lane.ended is not None and not lane.ended.done():

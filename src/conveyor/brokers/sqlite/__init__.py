@@ -81,12 +81,19 @@ class _Unsettled:
 
     def remove(self, deliveries: Iterable[Delivery]) -> None:
         """These are no longer in anybody's hands."""
+        ended: dict[int, list[int]] = {}
         for delivery in deliveries:
             seq, token = cast("Receipt", delivery.receipt)
+            if token in ended:
+                ended[token].append(seq)
+            else:
+                ended[token] = [seq]
+        for token, ends in ended.items():
             subscription, seqs = self._claims.get(token, (None, set()))
-            if subscription is not None and seq in seqs:
-                seqs.discard(seq)
-                subscription.lets_go(1)
+            if subscription is not None:
+                before = len(seqs)
+                seqs.difference_update(ends)
+                subscription.lets_go(before - len(seqs))
                 if not seqs:
                     del self._claims[token]
 
@@ -94,12 +101,15 @@ class _Unsettled:
 class SqliteSubscription:
     """One receiver of one queue; made by SqliteBroker.subscribe()."""
 
-    def __init__(self, writer: Writer, unsettled: _Unsettled, queue: str, prefetch: int, number: int) -> None:
+    def __init__(
+        self, writer: Writer, unsettled: _Unsettled, queue: str, prefetch: int, number: int, *, early: bool
+    ) -> None:
         self._writer = writer
         self._unsettled = unsettled
         self._queue = queue
         self._prefetch = prefetch
         self._number = number
+        self._early = early
         self._taken = 0
         self._room = asyncio.Event()
         self._fetches: set[asyncio.Future[Any]] = set()
@@ -115,7 +125,7 @@ class SqliteSubscription:
         if self._closed is not None:
             raise self._closed
         room = min(limit, self._prefetch - self._taken)
-        future = self._writer.ask(Fetch(self._queue, room))
+        future = self._writer.ask(Fetch(self._queue, room, self._early))
         self._fetches.add(future)
         self._taken += room
         got = 0
@@ -237,12 +247,12 @@ class SqliteBroker:
 
         await self._call(declare)
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         """See conveyor.broker.Broker."""
-        unheard: frozenset[str] = await self._open_writer().ask(Publish(messages))
+        unheard: frozenset[str] = await self._open_writer().ask(Publish(messages, queue))
         return unheard
 
-    async def subscribe(self, queue: str, prefetch: int) -> SqliteSubscription:
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> SqliteSubscription:
         """See conveyor.broker.Broker."""
         writer = self._listen()
 
@@ -251,7 +261,7 @@ class SqliteBroker:
             return store.subscribe(queue)
 
         number = await self._call(subscribe)
-        subscription = SqliteSubscription(writer, self._unsettled, queue, prefetch, number)
+        subscription = SqliteSubscription(writer, self._unsettled, queue, prefetch, number, early=early)
         self._subscriptions.add(subscription)
         return subscription
 
@@ -276,11 +286,31 @@ class SqliteBroker:
         now = self._clock()
 
         def info(row: tuple[Any, ...]) -> QueueInfo:
-            name, topics, ready, due, leased, expired, delayed, dead, since, since_due, sockets = row
+            (
+                name,
+                ordered,
+                max_length,
+                owner,
+                lease_seconds,
+                topics,
+                ready,
+                due,
+                leased,
+                expired,
+                delayed,
+                dead,
+                since,
+                since_due,
+                sockets,
+            ) = row
             sinces = [each for each in (since, since_due) if each is not None] or ([now] if expired else [])
             return QueueInfo(
                 name=name,
                 topics=tuple(msgspec.json.decode(topics)),
+                ordered=bool(ordered),
+                max_length=max_length,
+                temporary=owner is not None,
+                lease_seconds=lease_seconds,
                 ready=ready + due + expired,
                 in_flight=leased,
                 delayed=delayed,
@@ -296,6 +326,10 @@ class SqliteBroker:
         values = (int(after or 0), which.queue, which.id, which.reason, which.error, limit)
         return [letter_of(row) for row in await self._read(SQL["dead_letters"], values)]
 
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """See conveyor.broker.Broker."""
+        await self._call(lambda store: store.bury(letters))
+
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker. They wait behind what is in the queue already."""
         return await self._call(lambda store: store.redrive(letters))
@@ -310,6 +344,21 @@ class SqliteBroker:
         while number := await self._call(lambda store: store.purge(queue)):
             purged += number
         return purged
+
+    async def risks(self) -> list[str]:
+        """See conveyor.broker.Broker. Of a broker that is not open, only what its settings say."""
+        risks: list[str] = []
+        if self._durability == "normal":
+            risks.append(
+                "durability=normal: the last messages may be lost when the machine loses power; leave it out, or accept that"
+            )
+        if self._network_filesystem:
+            risks.append(
+                "network_filesystem=allow: where locks do not hold between hosts, messages are lost; use the file from one host only"
+            )
+        if self._writer is not None and (full := await self._call(lambda store: store.file.low_disk())):
+            risks.append(full)
+        return risks
 
     def _open_writer(self) -> Writer:
         if self._writer is None:
