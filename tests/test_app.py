@@ -560,3 +560,33 @@ async def test_the_harness_says_what_is_still_at_work() -> None:
     with pytest.raises(AssertionError, match="t.ship .*in flight 1"):
         async with Harness(app, run_seconds=0.05) as run:
             await run.publish(OrderCreated("1"))
+
+
+def test_what_is_said_of_a_queue_that_others_share_reaches_the_broker() -> None:
+    app = Conveyor("shop", broker="memory://")
+
+    @app.worker(queue="orders", exchange="shop", exchange_type="direct", dead_queue="orders-dlq", passive=True)
+    async def take(order: OrderCreated) -> None: ...
+
+    assert app.workers["take"].queue.native == {
+        "exchange": "shop", "exchange_type": "direct", "dead_queue": "orders-dlq", "passive": "true"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exchang": "shop"}, "no option 'exchang'; did you mean exchange?"),
+        ({"retries": 3}, "no option 'retries'; did you mean retry?"),
+        ({"passive": "yes"}, "passive cannot be 'yes'"),
+        ({"exchange": ""}, "exchange cannot be ''"),
+    ],
+)
+def test_an_option_that_there_is_not_is_refused_with_a_guess(options: dict[str, Any], words: str) -> None:
+    app = Conveyor("shop", broker="memory://")
+
+    async def take(order: OrderCreated) -> None: ...
+
+    with pytest.raises(HandlerError) as refused:
+        app.worker(**options)(take)
+    assert words in str(refused.value)

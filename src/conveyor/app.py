@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import inspect
 import logging
 import math
@@ -35,7 +36,7 @@ from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.watch import BUFFER, Watch
-from conveyor.runtime.worker import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT_SECONDS, PREFETCH_PER_SLOT, Worker
+from conveyor.runtime.worker import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT_SECONDS, PREFETCH_PER_SLOT, Native, Worker
 
 if TYPE_CHECKING:
     from conveyor.runtime.ledger import Ledger, Transaction
@@ -186,6 +187,7 @@ class Conveyor:
         ordered: bool = False,
         lease: Seconds = DEFAULT_LEASE_SECONDS,
         max_length: int | None = None,
+        **native: Unpack[Native],
     ) -> Callable[[F], F]: ...
     def worker(
         self,
@@ -204,6 +206,7 @@ class Conveyor:
         ordered: bool = False,
         lease: Seconds = DEFAULT_LEASE_SECONDS,
         max_length: int | None = None,
+        **native: Unpack[Native],
     ) -> F | Callable[[F], F]:
         """Declare a worker: it receives its first parameter's type and publishes what it returns. The function stays what it was.
 
@@ -221,6 +224,8 @@ class Conveyor:
             ordered: messages with the same key one after the other, in the order of publishing.
             lease: seconds (or timedelta) after which the messages of a process without a sign of life go to others.
             max_length: how many messages may wait; beyond, the oldest are dropped.
+            native: exchange, exchange_type, routing_key, dead_queue, queue_type and passive, for a queue or an exchange on RabbitMQ that
+                other programs share; see conveyor.runtime.worker.Native.
 
         Raises:
             HandlerError: the signature or an option cannot work; says what to change.
@@ -249,6 +254,7 @@ class Conveyor:
                 ordered=ordered,
                 max_length=max_length,
                 lease_seconds=_seconds(lease),
+                native=_native(function, native),
             )
             codecs = {event.topic: codec_for(event.type) for event in plan.receives}
             for event in plan.emits:
@@ -286,6 +292,7 @@ class Conveyor:
         cpu: bool = False,
         lease: Seconds = DEFAULT_LEASE_SECONDS,
         max_length: int | None = None,
+        **native: Unpack[Native],
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
     def task(
         self,
@@ -301,6 +308,7 @@ class Conveyor:
         cpu: bool = False,
         lease: Seconds = DEFAULT_LEASE_SECONDS,
         max_length: int | None = None,
+        **native: Unpack[Native],
     ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
         """Declare a job: the function's own parameters, except injected ones, are the payload. The options are those of worker().
 
@@ -323,7 +331,11 @@ class Conveyor:
                 struct = struct_for(known_as, [(p.name, p.type, p.default) for p in plan.fields or ()])
                 lanes = self._concurrency(function, plan.mode, concurrency)
                 declared = Queue(
-                    name=own, topics=(f"{self.name}.{known_as}",), max_length=max_length, lease_seconds=_seconds(lease)
+                    name=own,
+                    topics=(f"{self.name}.{known_as}",),
+                    max_length=max_length,
+                    lease_seconds=_seconds(lease),
+                    native=_native(function, native),
                 )
                 return Worker(
                     known_as,
@@ -712,6 +724,19 @@ class _Injectable:
 
 def _seconds(value: Seconds) -> float:
     return value.total_seconds() if isinstance(value, timedelta) else float(value)
+
+
+def _native(function: Callable[..., Any], native: Native) -> dict[str, str]:
+    """As the seam has it: text."""
+    for name, value in native.items():
+        if name not in Native.__annotations__:
+            known = [*inspect.signature(Conveyor.worker).parameters, *Native.__annotations__]
+            meant = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {meant[0]}?" if meant else ""
+            raise HandlerError(f"handler {getattr(function, '__qualname__', function)}: no option {name!r}{hint}")
+        if not isinstance(value, bool if name == "passive" else str) or value == "":
+            raise HandlerError(f"handler {getattr(function, '__qualname__', function)}: {name} cannot be {value!r}")
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in native.items()}
 
 
 def _at_least_one(function: Callable[..., Any], **values: int | None) -> None:

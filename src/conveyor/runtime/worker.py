@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, TypedDict
 
 from conveyor.broker import Queue
 from conveyor.core.codec import Codec
@@ -18,6 +18,26 @@ DEFAULT_CONCURRENCY: Final[Mapping[Mode, int]] = {Mode.ASYNC: 100, Mode.THREAD: 
 """Coroutines are nearly free; threads cost memory; more processes than cores only wait for each other."""
 PREFETCH_PER_SLOT: Final = 2
 """While one message of a slot is handled, the next one is on its way; more would only wait where others could work."""
+
+
+class Native(TypedDict, total=False):
+    """What a queue on RabbitMQ may be told about things that belong to others; the other brokers have no such things, and do not care.
+
+    Parameters:
+        exchange: bind the queue to this exchange, too; it is declared (durable) where it is missing.
+        exchange_type: of that exchange; left out, topic.
+        routing_key: of the binding; left out, the worker's topics.
+        dead_queue: where its dead letters are kept; left out, ``<queue>.dead``.
+        queue_type: instead of the one that the broker's URL says.
+        passive: use queue and exchange as they are, and declare nothing.
+    """
+
+    exchange: str
+    exchange_type: Literal["topic", "direct", "fanout", "headers"]
+    routing_key: str
+    dead_queue: str
+    queue_type: Literal["quorum", "classic"]
+    passive: bool
 
 
 @dataclass(frozen=True, slots=True)
