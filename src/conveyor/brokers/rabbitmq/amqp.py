@@ -217,6 +217,23 @@ async def connect(
     raise ConnectionFailed(reasons)
 
 
+def _start_ok(address: Address, name: str) -> bytes:
+    abilities = "publisher_confirms consumer_cancel_notify connection.blocked basic.nack authentication_failure_close"
+    about: Table = {
+        "product": "conveyor-amqp",
+        "platform": f"Python {platform.python_version()}",
+        "capabilities": dict.fromkeys(abilities.split(), True),
+        **({"connection_name": name} if name else {}),
+    }
+    answer = {
+        "client_properties": about,
+        "mechanism": "PLAIN",
+        "response": f"\0{address.user}\0{address.password}",
+        "locale": "en_US",
+    }
+    return encode_method(commands.Connection.StartOk, 0, **answer)
+
+
 class Connection(asyncio.Protocol):
     """A connection to one server; `connect` makes it. It belongs to the event loop that made it and to no other thread.
 
@@ -237,7 +254,9 @@ class Connection(asyncio.Protocol):
         self.closing = False
         self.max_payload = MAX_FRAME_BYTES - 8
         self.heartbeat_seconds = math.ceil(heartbeat_seconds)
-        self._name = name
+        # Made now, so that an address which cannot travel is refused before anything is sent.
+        self._start_ok = _start_ok(address, name)
+        self._enter = encode_method(commands.Connection.Open, 0, virtual_host=address.virtual_host)
         self._transport: asyncio.Transport | None = None
         self._opened: asyncio.Future[None] = self._loop.create_future()
         self._lost: asyncio.Future[None] = self._loop.create_future()
@@ -375,6 +394,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        if self.closed.done():
+            return
         if self._tail:
             data = self._tail + data
         try:
@@ -443,25 +464,11 @@ class Connection(asyncio.Protocol):
     def _start(self, frame: commands.Connection.Start) -> None:
         offered = str(frame.mechanisms).split()
         if "PLAIN" not in offered:
-            raise Malformed(f"it offers no PLAIN authentication, only {', '.join(offered)}")
+            self._leave(ConnectionClosed(NO_CODE, f"the server takes no password (PLAIN), only {', '.join(offered)}"))
+            return
         if isinstance(frame.server_properties, dict):
             self.server_properties = frame.server_properties
-        abilities = (
-            "publisher_confirms consumer_cancel_notify connection.blocked basic.nack authentication_failure_close"
-        )
-        about: Table = {
-            "product": "conveyor-amqp",
-            "platform": f"Python {platform.python_version()}",
-            "capabilities": dict.fromkeys(abilities.split(), True),
-            **({"connection_name": self._name} if self._name else {}),
-        }
-        answer = {
-            "client_properties": about,
-            "mechanism": "PLAIN",
-            "response": f"\0{self.address.user}\0{self.address.password}",
-            "locale": "en_US",
-        }
-        self.send(encode_method(commands.Connection.StartOk, 0, **answer))
+        self.send(self._start_ok)
 
     def _tune(self, frame: commands.Connection.Tune) -> None:
         max_frame = min(frame.frame_max or MAX_FRAME_BYTES, MAX_FRAME_BYTES)
@@ -474,7 +481,7 @@ class Connection(asyncio.Protocol):
         tuned = {"channel_max": self._max_channels, "frame_max": max_frame, "heartbeat": self.heartbeat_seconds}
         self.send(
             encode_method(commands.Connection.TuneOk, 0, **tuned),
-            encode_method(commands.Connection.Open, 0, virtual_host=self.address.virtual_host),
+            self._enter,
         )
         if self.heartbeat_seconds:
             self._timer = self._loop.call_later(self.heartbeat_seconds / 2, self._tick)
@@ -512,7 +519,8 @@ class Connection(asyncio.Protocol):
     def _refuse(self, code: int, text: str) -> None:
         """End a connection whose server cannot be understood, and tell it why."""
         if self._opened.done() and not self.closed.done():
-            close = {"reply_code": code, "reply_text": text[:80], "class_id": 0, "method_id": 0}
+            words = ascii(text)[:200]
+            close = {"reply_code": code, "reply_text": words, "class_id": 0, "method_id": 0}
             self.send(encode_method(commands.Connection.Close, 0, **close))
             self._flush()
         self._leave(ConnectionClosed(code, text))
@@ -611,6 +619,8 @@ class Channel:
         self.closed: asyncio.Future[AmqpError] = loop.create_future()
         self._loop = loop
         self._closing = False
+        # Finished, though its number may still be taken: what arrives meanwhile is read over.
+        self._gone = False
         self._flowing = True
         self._requests: deque[tuple[tuple[type[Frame], ...], asyncio.Future[Any]]] = deque()
         self._consumers: dict[bytes, _Consumer] = {}
@@ -807,7 +817,7 @@ class Channel:
         await self.request(commands.Basic.Recover, commands.Basic.RecoverOk, requeue=requeue)
 
     def _settle(self, method: int, delivery_tag: int, bits: int) -> None:
-        if self._closing or self.closed.done() or self.connection.closing:
+        if self._closing or self._gone or self.connection.closing:
             self.check()
         frame = _SETTLE.pack(METHOD, self.number, 13, method, delivery_tag, bits, FRAME_END)
         self.connection.send(frame)
@@ -848,7 +858,7 @@ class Channel:
             ChannelClosed, ConnectionClosed: it is not sent.
             ValueError: AMQP cannot carry it.
         """
-        if self._closing or self.closed.done() or self.connection.closing:
+        if self._closing or self._gone or self.connection.closing:
             self.check()
         raw = properties if isinstance(properties, bytes) else properties.encode()
         size = len(body)
@@ -947,6 +957,7 @@ class Channel:
         if self.closed.done():
             return
         self.closed.set_result(reason)
+        self._gone = True
         self._consumers.clear()
         self._message = None
         self._chunks.clear()
@@ -965,11 +976,13 @@ class Channel:
 
     def on_frame(self, kind: int, data: bytes, start: int, stop: int) -> None:
         """A frame for this channel, as a part of what was read."""
+        if self._gone and kind != METHOD:
+            return
         if kind == METHOD:
             (method,) = _METHOD.unpack_from(data, start)
             if method == DELIVER:
                 self.on_deliver(data, start + 4, stop)
-            elif method in {ACK, NACK}:
+            elif method == ACK or method == NACK:  # noqa: PLR1714, SIM109 - quicker than a set
                 number, bits = _CONFIRM.unpack_from(data, start + 4)
                 self.on_confirm(number, bool(bits & 1), method == NACK)
             else:
@@ -992,7 +1005,7 @@ class Channel:
             case commands.Channel.CloseOk() if self._closing:
                 self.finish(ChannelClosed(200, "closed by this client"))
                 self.connection.forget(self.number)
-            case _ if self.closed.done():
+            case _ if self._gone:
                 pass
             case commands.Basic.Return():
                 message = Incoming(frame.exchange or "", frame.routing_key or "")
@@ -1026,6 +1039,8 @@ class Channel:
 
     def on_deliver(self, data: bytes, position: int, stop: int) -> None:
         """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key."""
+        if self._gone:
+            return
         start = position + 1
         position = start + data[position]
         tag = data[start:position]
@@ -1041,7 +1056,7 @@ class Channel:
         if consumer is not None:
             message = Incoming(exchange, routing_key, delivery_tag, redelivered != 0, consumer.tag)
             self._expect(message, consumer.on_delivery)
-        elif self._closing or self.connection.closing or self.closed.done():
+        elif self._closing or self.connection.closing:
             self._expect(Incoming(exchange, routing_key), _ignore)
         else:
             raise Malformed(f"a delivery for the unknown consumer {tag!r}")
@@ -1108,6 +1123,10 @@ class Channel:
 
     def on_confirm(self, number: int, multiple: bool, nacked: bool) -> None:
         """basic.ack and basic.nack from the server: it took one publish, or all up to one, or could not."""
+        if self._gone:
+            return
+        if number >= self._next_publish:
+            raise Malformed(f"a confirm of the publish {number}, which was never sent")
         if not multiple:
             publish = self._unconfirmed.pop(number, None)
             if publish is None:
