@@ -107,7 +107,7 @@ class Settlement(msgspec.Struct, frozen=True, gc=False):
 
 
 class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A queue as an operator sees it.
+    """A queue as an operator sees it: how it is declared, and what is in it.
 
     Parameters:
         ready: messages that a receiver could have now.
@@ -120,6 +120,10 @@ class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     topics: tuple[str, ...]
+    ordered: bool
+    max_length: int | None
+    temporary: bool
+    lease_seconds: float
     ready: int
     in_flight: int
     delayed: int
@@ -230,7 +234,8 @@ class Broker(Protocol):
 
         Parameters:
             early: also receive what is not due yet, and what waits behind another message of its key: for whoever moves
-                messages elsewhere and handles none.
+                messages elsewhere and handles none. Messages of a key come in their order; those that are not due
+                have in message.due when they would have come. What such a receiver loses or leaves behind waits as before.
         """
         ...
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from conveyor.broker import QueueInfo
+from conveyor.broker import Queue, QueueInfo
 from conveyor.errors import MissingExtra
 from conveyor.runtime.metrics import (
     BOUNDS,
@@ -35,7 +35,16 @@ def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 def queue(name: str, **values: float) -> QueueInfo:
     counts = {"ready": 0, "in_flight": 0, "delayed": 0, "dead": 0, "oldest_seconds": None, "consumers": None} | values
-    return QueueInfo(name=name, topics=(), **counts)  # type: ignore[arg-type] # test data
+    declared = Queue(name=name)
+    return QueueInfo(
+        name=name,
+        topics=(),
+        ordered=declared.ordered,
+        max_length=declared.max_length,
+        temporary=declared.temporary,
+        lease_seconds=declared.lease_seconds,
+        **counts,  # type: ignore[arg-type] # test data
+    )
 
 
 @given(st.floats(min_value=0, max_value=1e6))

@@ -37,7 +37,7 @@ class Tape:
         self.before: Callable[[Sequence[Message]], Awaitable[None]] | None = None
         self.nowhere: frozenset[str] = frozenset()
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         self.calls.append([message.id for message in messages])
         failure: BaseException | None = None
         try:

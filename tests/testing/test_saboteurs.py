@@ -61,6 +61,16 @@ CAUGHT_BY: Final[Mapping[type[Honest], str]] = {
     by.ForgetsThePage: "dead_letters_come_in_pages",
     by.PurgesTheHeld: "a_purge_deletes_what_waits",
     by.LosesTheHeldOnClose: "what_a_closed_broker_held_comes_back_uncounted",
+    by.PublishesToEverybody: "a_message_for_one_queue_reaches_no_other",
+    by.AcceptsForNobody: "a_queue_that_does_not_exist_is_refused",
+    by.NobodyIsEarly: "an_early_receiver_gets_what_is_not_due",
+    by.ForgetsDueTimes: "an_early_receiver_gets_what_is_not_due",
+    by.HurriesWhatIsReleased: "what_was_taken_early_and_released_waits_for_its_time",
+    by.ReversesFetches: "an_early_receiver_gets_a_key_in_its_order",
+    by.BuriesWithoutReason: "a_dead_letter_from_elsewhere_is_kept_whole",
+    by.BuriesAnywhere: "dead_letters_of_an_unknown_queue_are_refused",
+    by.ForgetsDeclarations: "a_queue_tells_how_it_is_declared",
+    by.PanicsWithoutReason: "risks_are_told_in_sentences",
 }
 
 

@@ -15,6 +15,8 @@ from typing import Final
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
+import msgspec
+
 from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
 from conveyor.core.message import Message, redriven
 from conveyor.core.settle import Dead, Done, Release, RetryAt
@@ -144,6 +146,7 @@ class _Queue:
         self.lease_seconds = declared.lease_seconds
         self.dead = 0
         self.subscriptions: set[MemorySubscription] = set()
+        self.early: set[MemorySubscription] = set()
         self.waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._clock = holder.clock
         self._waiting: dict[int, _Entry] = {}
@@ -194,6 +197,25 @@ class _Queue:
             self.set_timer()
         return claimed
 
+    def claim_early(self, limit: int, subscription: MemorySubscription, now: float) -> list[Delivery]:
+        """Count and lease what waits, ready or not, the oldest first."""
+        until = now + self.lease_seconds
+        leases = self._leases.setdefault(self.lease_seconds, OrderedDict())
+        claimed: list[Delivery] = []
+        for entry in heapq.nsmallest(limit, self._waiting.values(), key=lambda each: each.sequence):
+            if entry.where is _Where.READY:
+                self._ready_count -= 1
+            del self._waiting[entry.sequence]
+            entry.where = _Where.LEASED
+            entry.deliveries += 1
+            entry.lease = lease = _Lease(entry, self, subscription, self.lease_seconds, until)
+            leases[lease] = None
+            message = msgspec.structs.replace(entry.message, due=entry.due) if entry.due > now else entry.message
+            claimed.append(Delivery(message, self.name, lease, entry.deliveries, entry.attempts, entry.error))
+        subscription.held += len(claimed)
+        self._remove_stale()
+        return claimed
+
     def finish(self, lease: _Lease, now: float) -> None:
         """A leased message is done or dead; the next one of its key has its turn."""
         self._end_lease(lease)
@@ -235,6 +257,10 @@ class _Queue:
         return QueueInfo(
             name=self.name,
             topics=tuple(self.topics),
+            ordered=self.ordered,
+            max_length=self.max_length,
+            temporary=self.temporary,
+            lease_seconds=self.lease_seconds,
             ready=self._ready_count,
             in_flight=sum(map(len, self._leases.values())),
             delayed=len(self._waiting) - self._ready_count,
@@ -252,6 +278,8 @@ class _Queue:
             self._have_turn(entry, now)
         else:
             entry.where = _Where.BEHIND
+        for subscription in self.early:
+            subscription.has_news()
         if self.max_length is not None:
             heapq.heappush(self._oldest, entry.sequence)
             self._drop_oldest(now)
@@ -294,10 +322,13 @@ class _Queue:
             self._stale += 1
         self._forget(entry, now)
         if self._stale > STALE_ALLOWED + len(self._waiting):
-            # A sorted list is a heap.
-            self._ready = sorted(item for item in self._ready if item[2].where is _Where.READY)
-            self._delayed = sorted(item for item in self._delayed if item[2].where is _Where.DELAYED)
-            self._stale = 0
+            self._remove_stale()
+
+    def _remove_stale(self) -> None:
+        # A sorted list is a heap.
+        self._ready = sorted(item for item in self._ready if item[2].where is _Where.READY)
+        self._delayed = sorted(item for item in self._delayed if item[2].where is _Where.DELAYED)
+        self._stale = 0
 
     def _forget(self, entry: _Entry, now: float) -> None:
         entry.where = _Where.GONE
@@ -310,7 +341,7 @@ class _Queue:
             ahead.behind = behind
         if behind is not None:
             behind.ahead = ahead
-            if ahead is None:
+            if ahead is None and behind.where is _Where.BEHIND:
                 self._have_turn(behind, now)
         elif ahead is not None:
             self._keys[key] = ahead
@@ -330,7 +361,7 @@ class _Queue:
         for leases in self._leases.values():
             while leases and (lease := next(iter(leases))).ends <= now:
                 lease.entry.error = LEASE_ENDED
-                self.give_back(lease, 0.0, now)
+                self.give_back(lease, lease.entry.due, now)
 
     def set_timer(self) -> None:
         """Somebody waits: be there when time brings something."""
@@ -371,7 +402,7 @@ class _Queue:
 class MemorySubscription:
     """One receiver of one queue; made by MemoryBroker.subscribe()."""
 
-    def __init__(self, queue: _Queue, prefetch: int, owner: str, clock: Clock) -> None:
+    def __init__(self, queue: _Queue, prefetch: int, owner: str, clock: Clock, *, early: bool) -> None:
         self.owner = owner
         self.held = 0
         self._queue = queue
@@ -379,7 +410,10 @@ class MemorySubscription:
         self._clock = clock
         self._ended: BrokerError | None = None
         self._fetches: set[asyncio.Future[None]] = set()
+        self._claim = queue.claim_early if early else queue.claim
         queue.subscriptions.add(self)
+        if early:
+            queue.early.add(self)
 
     async def fetch(self, limit: int) -> list[Delivery]:
         """See conveyor.broker.Subscription. Waits, too, while prefetch deliveries are unsettled."""
@@ -391,7 +425,7 @@ class MemorySubscription:
             if room > 0:
                 now = self._clock()
                 self._queue.turn(now)
-                if claimed := self._queue.claim(room, self, now):
+                if claimed := self._claim(room, self, now):
                     return claimed
             await self._news(among_waiters=room > 0)
 
@@ -403,15 +437,17 @@ class MemorySubscription:
         """Take part no more; a fetch that waits raises why."""
         self._ended = self._ended or why
         self._queue.subscriptions.discard(self)
-        self._has_news()
+        self._queue.early.discard(self)
+        self.has_news()
 
     def has_room(self) -> None:
         """One of its deliveries is no longer in its hands."""
         self.held -= 1
         if self._fetches and self.held == self._prefetch - 1:
-            self._has_news()
+            self.has_news()
 
-    def _has_news(self) -> None:
+    def has_news(self) -> None:
+        """A fetch that waits looks again."""
         for fetch in self._fetches:
             if not fetch.done():
                 fetch.set_result(None)
@@ -467,7 +503,7 @@ class MemoryBroker:
                 subscription.end(BrokerUnavailable("the broker is closed"))
             for lease in queue.held_by(self.owner):
                 lease.entry.deliveries -= 1
-                queue.give_back(lease, 0.0, now)
+                queue.give_back(lease, lease.entry.due, now)
         self.store.brokers.discard(self)
         left = sum(map(len, self.store.queues.values()))
         if left and self._alone:
@@ -495,15 +531,20 @@ class MemoryBroker:
                     queue.topics.append(topic)
                     self.store.topics.setdefault(topic, []).append(queue)
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         """See conveyor.broker.Broker."""
         self._check_open()
         now = self.clock()
+        if queue is not None:
+            only = self._queue(queue)
+            for message in messages:
+                only.add(_Entry(message, next(self.store.sequence), message.due), now)
+            return frozenset()
         return frozenset([message.id for message in messages if not self.store.put(message, now)])
 
-    async def subscribe(self, queue: str, prefetch: int) -> MemorySubscription:
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> MemorySubscription:
         """See conveyor.broker.Broker."""
-        return MemorySubscription(self._queue(queue), prefetch, self.owner, self.clock)
+        return MemorySubscription(self._queue(queue), prefetch, self.owner, self.clock, early=early)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
@@ -556,7 +597,7 @@ class MemoryBroker:
                 continue
             for lease in queue.held_by(owner):
                 lease.entry.error = why
-                queue.give_back(lease, 0.0, now)
+                queue.give_back(lease, lease.entry.due, now)
                 reclaimed += 1
         return reclaimed
 
@@ -575,6 +616,14 @@ class MemoryBroker:
         )
         return list(islice(letters, limit))
 
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """See conveyor.broker.Broker."""
+        queues = [self._queue(letter.queue) for letter in letters]
+        for letter, queue in zip(letters, queues, strict=True):
+            position = self._next_position()
+            self.store.dead[position] = msgspec.structs.replace(letter, position=position)
+            queue.dead += 1
+
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker. They wait behind what is in the queue already."""
         self._check_open()
@@ -592,6 +641,10 @@ class MemoryBroker:
     async def purge(self, queue: str) -> int:
         """See conveyor.broker.Broker."""
         return self._queue(queue).purge(self.clock())
+
+    async def risks(self) -> list[str]:
+        """See conveyor.broker.Broker. There are none but what is missing."""
+        return []
 
     def _check_open(self) -> None:
         if self not in self.store.brokers:
@@ -629,10 +682,9 @@ class MemoryBroker:
         return lease if lease.entry.lease is lease else None
 
     def _bury(self, lease: _Lease, dead: Dead, now: float) -> None:
-        position = f"{next(self.store.sequence):020d}"  # sorts as text in the order of the numbers
         entry = lease.entry
-        self.store.dead[position] = DeadLetter(
-            position=position,
+        letter = DeadLetter(
+            position=self._next_position(),
             queue=lease.queue.name,
             message=entry.message,
             reason=str(dead.reason),
@@ -642,8 +694,12 @@ class MemoryBroker:
             attempts=entry.attempts,
             died=now,
         )
+        self.store.dead[letter.position] = letter
         lease.queue.dead += 1
         lease.queue.finish(lease, now)
+
+    def _next_position(self) -> str:
+        return f"{next(self.store.sequence):020d}"  # sorts as text in the order of the numbers
 
     def _unbury(self, letter: DeadLetter) -> bool:
         if self.store.dead.pop(letter.position, None) is None:

@@ -37,8 +37,8 @@ class _Recorder(MemoryBroker):
         self.dues: list[float] = []
         self.settled = asyncio.Event()
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        unrouted = await super().publish(messages)
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        unrouted = await super().publish(messages, queue=queue)
         self._note(messages)
         return unrouted
 

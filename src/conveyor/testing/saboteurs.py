@@ -62,11 +62,11 @@ class Honest:
     async def declare(self, queues: Sequence[Queue]) -> None:
         await self.broker.declare(queues)
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        return await self.broker.publish(messages)
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        return await self.broker.publish(messages, queue=queue)
 
-    async def subscribe(self, queue: str, prefetch: int) -> Subscription:
-        return _Through(self, await self.broker.subscribe(queue, prefetch))
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> Subscription:
+        return _Through(self, await self.broker.subscribe(queue, prefetch, early=early))
 
     async def fetch(self, subscription: Subscription, limit: int) -> list[Delivery]:
         """How a subscription fetches."""
@@ -91,6 +91,9 @@ class Honest:
     async def dead_letters(self, which: DeadFilter, *, limit: int, after: str | None = None) -> list[DeadLetter]:
         return await self.broker.dead_letters(which, limit=limit, after=after)
 
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        await self.broker.bury(letters)
+
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         return await self.broker.redrive(letters)
 
@@ -99,6 +102,9 @@ class Honest:
 
     async def purge(self, queue: str) -> int:
         return await self.broker.purge(queue)
+
+    async def risks(self) -> list[str]:
+        return await self.broker.risks()
 
 
 class _Through:
@@ -127,8 +133,8 @@ def sabotage(makers: Makers, saboteur: Saboteur) -> Makers:
 class LosesSome(Honest):
     """Accepts one message in a few, and forgets it."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        return await self.broker.publish([each for each in messages if not self._unlucky()])
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        return await self.broker.publish([each for each in messages if not self._unlucky()], queue=queue)
 
     def _unlucky(self) -> bool:
         self.plot.published += 1
@@ -138,43 +144,47 @@ class LosesSome(Honest):
 class RepeatsSome(LosesSome):
     """Publishes one message in a few twice."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        return await self.broker.publish([copy for each in messages for copy in [each] * (1 + self._unlucky())])
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        return await self.broker.publish(
+            [copy for each in messages for copy in [each] * (1 + self._unlucky())], queue=queue
+        )
 
 
 class ReturnsTooSoon(Honest):
     """Says that it owns what is still in its hands: a batch is written with the next one."""
 
     async def open(self) -> None:
-        self._held: Sequence[Message] = ()
+        self._held: tuple[Sequence[Message], str | None] = (), None
         await super().open()
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        held, self._held = self._held, messages
-        await self.broker.publish(held)
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        (held, to), self._held = self._held, (messages, queue)
+        await self.broker.publish(held, queue=to)
         return frozenset()
 
 
 class ReversesBatches(Honest):
     """Publishes a batch from its end."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        return await self.broker.publish(messages[::-1])
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        return await self.broker.publish(messages[::-1], queue=queue)
 
 
 class HidesTheUnheard(Honest):
     """Does not report what no queue receives."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        await self.broker.publish(messages)
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        await self.broker.publish(messages, queue=queue)
         return frozenset()
 
 
 class DropsHeaders(Honest):
     """Carries everything but the headers."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        return await self.broker.publish([msgspec.structs.replace(each, headers=NO_HEADERS) for each in messages])
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        return await self.broker.publish(
+            [msgspec.structs.replace(each, headers=NO_HEADERS) for each in messages], queue=queue
+        )
 
 
 class GivesATopicToOneQueue(Honest):
@@ -364,9 +374,9 @@ class NeverReclaims(Honest):
 class IgnoresDueTimes(Honest):
     """Delivers at once what was to come later."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         self.plot.messages |= {each.id: each for each in messages}
-        return await self.broker.publish([msgspec.structs.replace(each, due=0.0) for each in messages])
+        return await self.broker.publish([msgspec.structs.replace(each, due=0.0) for each in messages], queue=queue)
 
     async def fetch(self, subscription: Subscription, limit: int) -> list[Delivery]:
         return [
@@ -385,9 +395,9 @@ class RetriesAtOnce(Honest):
 class IgnoresPriorities(IgnoresDueTimes):
     """First come, first served."""
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         self.plot.messages |= {each.id: each for each in messages}
-        return await self.broker.publish([msgspec.structs.replace(each, priority=0) for each in messages])
+        return await self.broker.publish([msgspec.structs.replace(each, priority=0) for each in messages], queue=queue)
 
 
 class IgnoresOrder(Honest):
@@ -427,8 +437,8 @@ class DropsTheNewest(IgnoresBounds):
                 self.plot.bounds |= dict.fromkeys(queue.topics, queue.max_length)
         await super().declare(queues)
 
-    async def publish(self, messages: Sequence[Message]) -> frozenset[str]:
-        return await self.broker.publish([each for each in messages if self._fits(each.topic)])
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        return await self.broker.publish([each for each in messages if self._fits(each.topic)], queue=queue)
 
     def _fits(self, topic: str) -> bool:
         self.plot.lengths[topic] += 1
@@ -502,6 +512,85 @@ class LosesTheHeldOnClose(Honest):
         await super().close()
 
 
+class PublishesToEverybody(Honest):
+    """Takes the one queue that a message is for as a hint: every queue of its topic gets it."""
+
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:  # noqa: ARG002 - that is the sabotage
+        return await self.broker.publish(messages)
+
+
+class AcceptsForNobody(Honest):
+    """Accepts what is for a queue that does not exist, and forgets it."""
+
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        there = {info.name for info in await self.broker.queues()}
+        return await self.broker.publish(messages, queue=queue) if queue is None or queue in there else frozenset()
+
+
+class NobodyIsEarly(Honest):
+    """Gives only what is ready, also to those who move messages elsewhere."""
+
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> Subscription:  # noqa: ARG002 - that is the sabotage
+        return await super().subscribe(queue, prefetch)
+
+
+class ForgetsDueTimes(Honest):
+    """Delivers on time, and does not say what the time was."""
+
+    async def fetch(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        return [
+            msgspec.structs.replace(each, message=msgspec.structs.replace(each.message, due=0.0))
+            for each in await subscription.fetch(limit)
+        ]
+
+
+class HurriesWhatIsReleased(Honest):
+    """What is given back is ready at once, whatever its time."""
+
+    def twist(self, verdict: Verdict) -> Verdict:
+        return Release() if isinstance(verdict, Release) else verdict
+
+
+class ReversesFetches(Honest):
+    """Gives the youngest of a batch first."""
+
+    async def fetch(self, subscription: Subscription, limit: int) -> list[Delivery]:
+        return (await subscription.fetch(limit))[::-1]
+
+
+class BuriesWithoutReason(Honest):
+    """Of dead letters from elsewhere, only the messages are kept."""
+
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        bare = [msgspec.structs.replace(each, reason="moved", error="", traceback="") for each in letters]
+        await self.broker.bury(bare)
+
+
+class BuriesAnywhere(Honest):
+    """Leaves out those dead letters whose queue it does not have."""
+
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        there = {info.name for info in await self.broker.queues()}
+        await self.broker.bury([each for each in letters if each.queue in there])
+
+
+class ForgetsDeclarations(Honest):
+    """Knows what is in a queue, and not how it was declared."""
+
+    async def queues(self) -> list[QueueInfo]:
+        return [
+            msgspec.structs.replace(each, ordered=False, max_length=None, temporary=False, lease_seconds=1.0)
+            for each in await self.broker.queues()
+        ]
+
+
+class PanicsWithoutReason(Honest):
+    """Says that something is wrong, and not what."""
+
+    async def risks(self) -> list[str]:
+        return ["bad"]
+
+
 SABOTEURS: Final[tuple[type[Honest], ...]] = (
     LosesSome,
     RepeatsSome,
@@ -543,4 +632,14 @@ SABOTEURS: Final[tuple[type[Honest], ...]] = (
     ForgetsThePage,
     PurgesTheHeld,
     LosesTheHeldOnClose,
+    PublishesToEverybody,
+    AcceptsForNobody,
+    NobodyIsEarly,
+    ForgetsDueTimes,
+    HurriesWhatIsReleased,
+    ReversesFetches,
+    BuriesWithoutReason,
+    BuriesAnywhere,
+    ForgetsDeclarations,
+    PanicsWithoutReason,
 )

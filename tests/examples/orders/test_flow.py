@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 if TYPE_CHECKING:
-    from tests.conftest import Postgres
+    from tests.servers.postgres import Postgres
     from tests.examples.orders.conftest import Shop, StartShop
 
 WHOLE_WAY = ["pending", "validating", "payment_processing", "inventory_check", "shipping", "completed"]

@@ -1,5 +1,6 @@
 -- The SQL of the SQLite broker: named statements, each used once in this package. docs/wire-format.md explains the tables.
 -- message.state: 0 ready, 1 leased, 2 delayed (until it is due), 3 behind an older message of its key.
+-- Only who receives early leases what is delayed or behind; wherever a lease ends, the message waits as before: due, and its key, tell how.
 -- message.at: since when it is ready, when its lease ends, or when it is due. Every hot question has a partial index of its own.
 
 -- name: schema
@@ -86,6 +87,12 @@ SELECT CASE WHEN EXISTS (SELECT 1 FROM message WHERE state = 0 AND queue = ?1) T
         SELECT min(at) AS at FROM message WHERE state = 2 AND queue = ?1
         UNION ALL SELECT min(at) FROM message WHERE state = 1 AND queue = ?1)) END
 
+-- name: next_at_early
+SELECT CASE WHEN EXISTS (SELECT 1 FROM message WHERE state = 0 AND queue = ?1)
+        OR EXISTS (SELECT 1 FROM message WHERE state = 2 AND queue = ?1)
+        OR EXISTS (SELECT 1 FROM message WHERE ordered = 1 AND queue = ?1 AND state = 3)
+    THEN 0.0 ELSE (SELECT min(at) FROM message WHERE state = 1 AND queue = ?1) END
+
 -- name: turned
 SELECT EXISTS (SELECT 1 FROM message WHERE state = 2 AND queue = ?1 AND at <= ?2),
        EXISTS (SELECT 1 FROM message WHERE state = 1 AND queue = ?1 AND at <= ?2)
@@ -95,12 +102,24 @@ UPDATE message SET state = 0
 WHERE seq IN (SELECT seq FROM message WHERE state = 2 AND queue = ?1 AND at <= ?2 ORDER BY at LIMIT ?3)
 
 -- name: expire
-UPDATE message SET state = 0, at = ?2, error = ?4
+UPDATE message SET state = CASE
+        WHEN ordered = 1 AND EXISTS (
+            SELECT 1 FROM message AS older
+            WHERE older.ordered = 1 AND older.queue = message.queue AND older.key = message.key AND older.seq < message.seq) THEN 3
+        WHEN due > ?2 THEN 2 ELSE 0 END, at = max(due, ?2), error = ?4
 WHERE seq IN (SELECT seq FROM message WHERE state = 1 AND queue = ?1 AND at <= ?2 ORDER BY at LIMIT ?3)
 
 -- name: claim
 UPDATE message SET state = 1, at = ?2, token = ?3, owner = ?4, deliveries = deliveries + 1
 WHERE seq IN (SELECT seq FROM message WHERE state = 0 AND queue = ?1 ORDER BY priority DESC, seq LIMIT ?5)
+
+-- name: claim_early
+UPDATE message SET state = 1, due = iif(state = 2, at, due), at = ?2, token = ?3, owner = ?4, deliveries = deliveries + 1
+WHERE seq IN (
+    SELECT * FROM (SELECT seq FROM message WHERE state = 0 AND queue = ?1 ORDER BY priority DESC, seq LIMIT ?5)
+    UNION ALL SELECT * FROM (SELECT seq FROM message WHERE state = 2 AND queue = ?1 ORDER BY at LIMIT ?5)
+    UNION ALL SELECT * FROM (SELECT seq FROM message WHERE ordered = 1 AND queue = ?1 AND state = 3 ORDER BY key, seq LIMIT ?5)
+    LIMIT ?5)
 
 -- name: claimed
 SELECT CAST(json_group_array(json_array(seq, deliveries, attempts, error, length(body), id, topic, key, headers, content_type,
@@ -128,8 +147,17 @@ SELECT queue.name, each.value ->> 2, each.value ->> 3, each.value ->> 4, ?2, del
 FROM json_each(?1) AS each CROSS JOIN message CROSS JOIN queue
 WHERE message.seq = each.value ->> 0 AND message.token = each.value ->> 1 AND state = 1 AND queue.id = message.queue
 
+-- name: keep_dead
+INSERT INTO dead_letter (queue, reason, error, traceback, died, deliveries, attempts, id, topic, key, headers, content_type,
+    correlation_id, causation_id, created, due, expires, priority, body)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+
 -- name: give_back
-UPDATE message SET state = iif(back.due > ?2, 2, 0), at = max(back.due, ?2), error = coalesce(back.error, message.error),
+UPDATE message SET state = CASE
+        WHEN ordered = 1 AND EXISTS (
+            SELECT 1 FROM message AS older
+            WHERE older.ordered = 1 AND older.queue = message.queue AND older.key = message.key AND older.seq < message.seq) THEN 3
+        WHEN back.due > ?2 THEN 2 ELSE 0 END, at = max(back.due, ?2), error = coalesce(back.error, message.error),
     attempts = attempts + back.failed, deliveries = deliveries - (1 - back.failed)
 FROM (SELECT value ->> 0 AS seq, value ->> 1 AS token, value ->> 2 AS due, value ->> 3 AS failed, value ->> 4 AS error FROM json_each(?1)) AS back
 WHERE message.seq = back.seq AND message.token = back.token AND message.state = 1
@@ -140,7 +168,11 @@ FROM (SELECT value ->> 0 AS seq, value ->> 1 AS token FROM json_each(?1)) AS min
 WHERE message.seq = mine.seq AND message.token = mine.token AND message.state = 1
 
 -- name: reclaim
-UPDATE message SET state = 0, at = ?2, error = coalesce(?3, error), deliveries = deliveries - ?4
+UPDATE message SET state = CASE
+        WHEN ordered = 1 AND EXISTS (
+            SELECT 1 FROM message AS older
+            WHERE older.ordered = 1 AND older.queue = message.queue AND older.key = message.key AND older.seq < message.seq) THEN 3
+        WHEN due > ?2 THEN 2 ELSE 0 END, at = max(due, ?2), error = coalesce(?3, error), deliveries = deliveries - ?4
 WHERE state = 1 AND queue IN (SELECT id FROM queue) AND owner = ?1
 
 -- name: purge
@@ -165,7 +197,8 @@ UPDATE message SET bounded = ?2 WHERE queue = ?1 AND bounded <> ?2
 SELECT id, name, ordered, max_length, lease_seconds, owner, (SELECT json_group_array(topic) FROM binding WHERE queue = queue.id) FROM queue
 
 -- name: info
-SELECT name, (SELECT json_group_array(topic ORDER BY topic) FROM binding WHERE binding.queue = queue.id),
+SELECT name, ordered, max_length, owner, lease_seconds,
+    (SELECT json_group_array(topic ORDER BY topic) FROM binding WHERE binding.queue = queue.id),
     (SELECT count(*) FROM message WHERE state = 0 AND queue = queue.id),
     (SELECT count(*) FROM message WHERE state = 2 AND queue = queue.id AND at <= ?1),
     (SELECT count(*) FROM message WHERE state = 1 AND queue = queue.id AND at > ?1),

@@ -188,11 +188,15 @@ class Store:
 
     def subscribe(self, queue: str) -> int:
         """Make a subscription known; returns its number."""
+        row = self._declared(queue)
+        self._db.execute("INSERT INTO subscription (owner, queue) VALUES (?, ?)", (self._owner_id, row.id))
+        return self._db.last_insert_rowid()
+
+    def _declared(self, queue: str) -> _QueueRow:
         row = self._by_name.get(queue)
         if row is None:
             raise BrokerError(f"there is no queue {queue!r} in {self.file.path}; declare it first")
-        self._db.execute("INSERT INTO subscription (owner, queue) VALUES (?, ?)", (self._owner_id, row.id))
-        return self._db.last_insert_rowid()
+        return row
 
     def unsubscribe(self, number: int) -> None:
         """A subscription is closed."""
@@ -254,8 +258,12 @@ class Store:
 
     # Messages
 
-    def insert(self, messages: Iterable[Message]) -> list[str]:
-        """Put messages into the queues of their topics; returns the ids of those that have none."""
+    def insert(self, messages: Iterable[Message], queue: str | None = None) -> list[str]:
+        """Put messages into the queues of their topics, or into one alone; returns the ids of those that have none."""
+        if queue is not None:
+            only = (self._declared(queue),)
+            self._insert((message, only) for message in messages)
+            return []
         heard: list[tuple[Message, Sequence[_QueueRow]]] = []
         unheard: list[str] = []
         for message in messages:
@@ -371,15 +379,15 @@ class Store:
         [[held]] = self.file.rows(SQL["held"], _json([each.receipt for each in deliveries]))
         return {(seq, token) for seq, token in msgspec.json.decode(held)}
 
-    def next_at(self, queue: str) -> float | None:
+    def next_at(self, queue: str, *, early: bool) -> float | None:
         """When there is something to claim, as far as is known: 0.0 is now. Needs no transaction."""
         row = self._by_name.get(queue)
         if row is None:
             return 0.0  # it is gone: let the claim tell
-        [[at]] = self.file.rows(SQL["next_at"], row.id)
+        [[at]] = self.file.rows(SQL["next_at_early" if early else "next_at"], row.id)
         return cast("float | None", at)
 
-    def claim(self, queue: str, limit: int) -> Claim | None:
+    def claim(self, queue: str, limit: int, *, early: bool) -> Claim | None:
         """Count and lease up to limit messages."""
         row = self._by_name.get(queue)
         if row is None:
@@ -391,7 +399,7 @@ class Store:
         if ended:
             self._db.execute(SQL["expire"], (row.id, self._now, limit, EXPIRED))
         until, token = self._now + row.lease_seconds, secrets.randbits(62)
-        self._db.execute(SQL["claim"], (row.id, until, token, self._owner_id, limit))
+        self._db.execute(SQL["claim_early" if early else "claim"], (row.id, until, token, self._owner_id, limit))
         if not self._db.changes():
             return None
         [[rows, bodies, large]] = self.file.rows(SQL["claimed"], row.id, until, token, LARGE_BODY)
@@ -408,6 +416,18 @@ class Store:
         if purged and row.ordered:  # the next part may never come
             self._db.execute(SQL["next_of_queue"], (row.id, self._now))
         return purged
+
+    def bury(self, letters: Iterable[DeadLetter]) -> None:
+        """Keep dead letters that came from elsewhere."""
+        for each in letters:
+            message = each.message
+            headers = _json(message.headers) if message.headers else None
+            kind = None if message.content_type == JSON else message.content_type
+            self._db.execute(SQL["keep_dead"], (
+                self._declared(each.queue).name, _text(each.reason), _text(each.error), _text(each.traceback), each.died,
+                each.deliveries, each.attempts, message.id, message.topic, message.key, headers, kind, message.correlation_id,
+                message.causation_id, message.created, message.due, message.expires, message.priority, message.body
+            ))  # fmt: skip
 
     def redrive(self, letters: Iterable[DeadLetter]) -> int:
         """Put dead letters back into their queues, behind what is there."""

@@ -47,6 +47,8 @@ class Publish(Operation):
     """Its result: the ids of those that no queue receives."""
 
     messages: Sequence[Message]
+    queue: str | None = None
+    """For this one alone."""
 
 
 @dataclass(eq=False, slots=True)
@@ -62,6 +64,8 @@ class Fetch(Operation):
 
     queue: str
     limit: int
+    early: bool = False
+    """Also what is not ready."""
 
 
 @dataclass(eq=False, slots=True)
@@ -199,23 +203,24 @@ class Writer:
         for name, fetches in list(self._parked.items()):
             waiting = [each for each in fetches if not each.future.done()]
             self._unpark(name)
-            if waiting and self._next_at(name) <= now:
+            if waiting and self._next_at(name, waiting) <= now:
                 found += waiting
             else:
                 self._park(waiting)
         return found
 
-    def _next_at(self, name: str) -> float:
+    def _next_at(self, name: str, fetches: Iterable[Fetch]) -> float:
         try:
-            at = self._store.next_at(name)
+            at = self._store.next_at(name, early=any(each.early for each in fetches))
         except apsw.Error:
             return 0.0  # the claim will say what is wrong
         return math.inf if at is None else at
 
     def _park(self, fetches: list[Fetch]) -> None:
         for fetch in fetches:
-            self._parked.setdefault(fetch.queue, []).append(fetch)
-            self._times[fetch.queue] = self._next_at(fetch.queue)
+            parked = self._parked.setdefault(fetch.queue, [])
+            parked.append(fetch)
+            self._times[fetch.queue] = self._next_at(fetch.queue, parked)
 
     def _unpark(self, name: str) -> list[Fetch]:
         self._times.pop(name, None)
@@ -286,9 +291,18 @@ class Writer:
         settles = [each for each in operations if isinstance(each, Settle)]
         outcomes: list[_Outcome] = []
         if publishes:
-            unheard = frozenset(self._store.insert([message for each in publishes for message in each.messages]))
+            for each in publishes:
+                if each.queue is not None:
+                    self._store.insert(each.messages, each.queue)
+            topical = [message for each in publishes if each.queue is None for message in each.messages]
+            unheard = frozenset(self._store.insert(topical))
             outcomes += [
-                (each, unheard.intersection([m.id for m in each.messages]) if unheard else unheard)
+                (
+                    each,
+                    unheard.intersection([m.id for m in each.messages])
+                    if unheard and each.queue is None
+                    else frozenset[str](),
+                )
                 for each in publishes
             ]
         if settles:
@@ -304,7 +318,7 @@ class Writer:
         store.begin_part()
         try:
             if isinstance(operation, Publish):
-                result = self._publish_each(operation.messages)
+                result = self._publish_each(operation.messages, operation.queue)
             elif isinstance(operation, Settle):
                 result = store.settle_with_care(operation.settlements)
             else:
@@ -326,13 +340,13 @@ class Writer:
         self._store.undo_part()
         return refused if isinstance(refused, PublishFailed) else None
 
-    def _publish_each(self, messages: Sequence[Message]) -> frozenset[str] | PublishFailed:
+    def _publish_each(self, messages: Sequence[Message], queue: str | None = None) -> frozenset[str] | PublishFailed:
         unheard: list[str] = []
         refused: dict[str, str] = {}
         for message in messages:
             try:
-                unheard += self._store.insert([message])
-            except FATAL:
+                unheard += self._store.insert([message], queue)
+            except (*FATAL, BrokerError):
                 raise
             except Exception as error:  # a value that cannot be stored: a statement that fails leaves nothing behind
                 refused[str(message.id)] = why(error)
@@ -344,7 +358,7 @@ class Writer:
             if fetch.future.done():  # its caller has gone
                 continue
             try:
-                claim = self._store.claim(fetch.queue, fetch.limit)
+                claim = self._store.claim(fetch.queue, fetch.limit, early=fetch.early)
             except BrokerError as error:
                 outcomes.append((fetch, error))
                 continue

@@ -12,6 +12,7 @@ from conveyor.testing.promises import (  # noqa: F401 - each import registers th
     fetching,
     killed,
     leases,
+    moving,
     operating,
     order,
     priority,
