@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import inspect
 import logging
 import math
@@ -730,6 +729,8 @@ def _native(function: Callable[..., Any], native: Native) -> dict[str, str]:
     """As the seam has it: text."""
     for name, value in native.items():
         if name not in Native.__annotations__:
+            import difflib  # what is only needed for a mistake costs no start-up
+
             known = [*inspect.signature(Conveyor.worker).parameters, *Native.__annotations__]
             meant = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {meant[0]}?" if meant else ""
