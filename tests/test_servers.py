@@ -14,12 +14,18 @@ import pika
 import pika.exceptions
 import pytest
 import redis as redis_py
+from redis.asyncio import Redis as Client
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from tests.servers.proxy import Proxy
 
 if TYPE_CHECKING:
     from tests.servers.rabbitmq import RabbitMQ
     from tests.servers.redis import Redis
 
 WAIT_SECONDS: Final = 20.0
+NEVER: Final = Retry(NoBackoff(), 0)
 
 
 def test_what_redis_acknowledged_survives_its_crash(redis: Redis) -> None:
@@ -70,3 +76,39 @@ input()
         holder.send_signal(signal.SIGKILL)
     assert select.select([server], [], [], WAIT_SECONDS)[0], "the server outlives the process that started it"
     os.close(server)
+
+
+async def test_the_proxy_lets_the_server_have_the_frame_and_loses_its_answer(redis: Redis) -> None:
+    redis.start()
+    async with (
+        Proxy(redis.port) as proxy,
+        Client(port=redis.port) as direct,
+        Client(port=proxy.port, retry=NEVER) as client,
+    ):
+        await client.set("before", "x")
+        lost = proxy.lose_answer_to(b"the-mark")
+        with pytest.raises(redis_py.ConnectionError):
+            await client.set("told", "the-mark")
+        assert lost.is_set()
+        assert await direct.get("told") == b"the-mark"
+        assert await client.set("after", "x")
+
+
+async def test_the_proxy_cuts_refuses_and_falls_silent(redis: Redis) -> None:
+    redis.start()
+    async with Proxy(redis.port) as proxy, Client(port=proxy.port, retry=NEVER, socket_timeout=0.3) as client:
+        assert await client.ping()
+        assert proxy.connections == 1
+        proxy.cut()
+        with pytest.raises(redis_py.ConnectionError):
+            await client.ping()
+        assert await client.ping()
+        proxy.fall_silent()
+        with pytest.raises(redis_py.TimeoutError):
+            await client.ping()
+        assert await client.ping()
+        proxy.refuse()
+        with pytest.raises(redis_py.ConnectionError):
+            await client.ping()
+        proxy.accept()
+        assert await client.ping()
