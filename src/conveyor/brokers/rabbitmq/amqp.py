@@ -27,7 +27,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from pamqp import commands
 from pamqp.base import Frame
@@ -48,6 +48,7 @@ from conveyor.brokers.rabbitmq.amqp_frames import (
     Properties,
     Table,
     decode_method,
+    decode_text,
     encode_method,
     encode_text,
     words,
@@ -374,8 +375,8 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports have all the methods, but are no asyncio.Transport.
+        self._transport = transport = cast(asyncio.Transport, transport)
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         transport.write(b"AMQP\x00\x00\x09\x01")
 
@@ -1048,11 +1049,11 @@ class Channel:
         delivery_tag, redelivered, size = _DELIVERY.unpack_from(data, position)
         start = position + 10
         position = start + size
-        exchange = data[start:position].decode("utf-8", "surrogateescape")
+        exchange = decode_text(data[start:position])
         start = position + 1
         if start + data[position] != stop:
             raise Malformed("a delivery shorter or longer than announced")
-        routing_key = data[start:stop].decode("utf-8", "surrogateescape")
+        routing_key = decode_text(data[start:stop])
         if consumer is not None:
             message = Incoming(exchange, routing_key, delivery_tag, redelivered != 0, consumer.tag)
             self._expect(message, consumer.on_delivery)

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 from pamqp import commands
@@ -28,12 +29,16 @@ FRAME: Final = struct.Struct(">BHI")
 END: Final = b"\xce"
 """How it ends."""
 
+TEXT: Final = ord("S")
+"""The letter before a text in a table."""
+
 _U8: Final = struct.Struct(">B")
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 _I32: Final = struct.Struct(">i")
 _U64: Final = struct.Struct(">Q")
 _I64: Final = struct.Struct(">q")
+_TEXT: Final = struct.Struct(">BI")  # the letter and the length of a text in a table
 
 
 class AmqpError(Exception):
@@ -51,7 +56,18 @@ def words(error: Exception) -> str:
 
 def encode_text(text: str) -> bytes:
     """A text as UTF-8; what came in as bytes that are none goes out as the same bytes."""
-    return text.encode("utf-8", "surrogateescape")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape")
+
+
+def decode_text(raw: bytes) -> str:
+    """A text from UTF-8; bytes that are none are kept for `encode_text`."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("utf-8", "surrogateescape")
 
 
 def _encode_short_text(text: str) -> bytes:
@@ -59,6 +75,10 @@ def _encode_short_text(text: str) -> bytes:
     if len(raw) > 255:
         raise ValueError(f"AMQP carries at most 255 bytes here, these are {len(raw)}: {text[:60]!r}…")
     return _U8.pack(len(raw)) + raw
+
+
+# The names of headers are few, and the same in every message.
+_encode_key: Final = lru_cache(maxsize=1024)(_encode_short_text)
 
 
 def _encode_long_text(text: str) -> bytes:
@@ -88,7 +108,8 @@ def _encode_number(value: float | Decimal) -> bytes:
 
 def _encode_value(value: FieldValue) -> bytes:
     if isinstance(value, str):
-        return b"S" + _encode_long_text(value)
+        raw = encode_text(value)
+        return _TEXT.pack(TEXT, len(raw)) + raw
     if isinstance(value, (int, float, Decimal)):
         return _encode_number(value)
     if value is None:
@@ -110,7 +131,7 @@ def encode_table(table: Table) -> bytes:
     """A field table as it travels; ValueError names what AMQP cannot carry."""
     parts: list[bytes] = []
     for key, value in table.items():
-        parts += (_encode_short_text(key), _encode_value(value))
+        parts += (_encode_key(key), _encode_value(value))
     raw = b"".join(parts)
     return _U32.pack(len(raw)) + raw
 
@@ -140,12 +161,15 @@ def _decode_short_text(data: bytes, position: int, _depth: int = 0) -> tuple[str
     stop = position + 1 + data[position]
     if stop > len(data):
         raise Malformed("a length points behind the end of its frame")
-    return data[position + 1 : stop].decode("utf-8", "surrogateescape"), stop
+    return decode_text(data[position + 1 : stop]), stop
 
 
 def _decode_long_text(data: bytes, position: int, _depth: int) -> tuple[str | bytes, int]:
-    start, stop = _span(data, position)
+    start = position + 4
+    stop = start + _U32.unpack_from(data, position)[0]
     raw = data[start:stop]
+    if stop > len(data):
+        raise Malformed("a length points behind the end of its frame")
     try:
         return raw.decode(), stop
     except UnicodeDecodeError:
@@ -192,10 +216,15 @@ def _decode_array(data: bytes, position: int, depth: int) -> tuple[list[FieldVal
 def decode_table(data: bytes, position: int = 0, depth: int = 0) -> tuple[dict[str, FieldValue], int]:
     """The field table at a position of some bytes, and the position behind it."""
     position, stop = _span(data, position)
-    table = {}
+    table: dict[str, FieldValue] = {}
     while position < stop:
-        key, position = _decode_short_text(data, position)
-        table[key], position = _decode_value(data, position, depth + 1)
+        start = position + 1
+        position = start + data[position]
+        key = decode_text(data[start:position])
+        if data[position] == TEXT:  # nearly all are
+            table[key], position = _decode_long_text(data, position + 1, depth)
+        else:
+            table[key], position = _decode_value(data, position, depth + 1)
     if position != stop:
         raise Malformed("a table is longer than announced")
     return table, stop
@@ -222,7 +251,7 @@ _DECODERS: Final[dict[int, _Decode[FieldValue]]] = {
     ord("f"): _decode_with(struct.Struct(">f")),
     ord("d"): _decode_with(struct.Struct(">d")),
     ord("D"): _decode_decimal,
-    ord("S"): _decode_long_text,
+    TEXT: _decode_long_text,
     ord("x"): _decode_bytes,
     ord("A"): _decode_array,
     ord("T"): _decode_time,
@@ -273,13 +302,13 @@ class Properties(NamedTuple):
         """
         flags = 0
         parts = [b""]
-        for value, (flag, encode, _) in zip(self, _PROPERTIES, strict=False):
-            if value is not None:
-                flags |= flag
-                try:
+        try:
+            for value, (flag, encode, _) in zip(self, _PROPERTIES, strict=False):
+                if value is not None:
+                    flags |= flag
                     parts.append(encode(value))
-                except struct.error as error:
-                    raise ValueError(f"AMQP cannot carry the property {value!r}: {error}") from error
+        except struct.error as error:
+            raise ValueError(f"AMQP cannot carry one of {self}: {error}") from error
         parts[0] = _U16.pack(flags)
         return b"".join(parts)
 
@@ -293,17 +322,15 @@ class Properties(NamedTuple):
         try:
             (flags,) = _U16.unpack_from(raw)
             position = 2
-            values: list[Any] = []
-            for flag, _, decode in _PROPERTIES:
-                value = None
-                if flags & flag:
-                    value, position = decode(raw, position, 0)
-                values.append(value)
+            values: dict[str, Any] = {}
+            for name, decode in _layout(flags):
+                values[name], position = decode(raw, position, 0)
         except (struct.error, IndexError) as error:
             raise Malformed("the properties are shorter than announced") from error
         if position != len(raw) or flags & 0b11:
             raise Malformed("there is something behind the properties")
-        return cls._make(values[:-1])
+        values.pop(_CLUSTER_ID, None)
+        return cls(**values)
 
 
 _SHORT_TEXT: Final = (_encode_short_text, _decode_short_text)
@@ -314,7 +341,15 @@ _KINDS: Final[tuple[tuple[Callable[[Any], bytes], _Decode[Any]], ...]] = (
     *(_SHORT_TEXT, _SHORT_TEXT, _SHORT_TEXT, _SHORT_TEXT),  # the last, cluster_id, is read over and never written
 )
 _PROPERTIES: Final = tuple((1 << (15 - place), *kind) for place, kind in enumerate(_KINDS))
+_CLUSTER_ID: Final = "cluster_id"
 NO_PROPERTIES: Final = Properties()
+
+
+@lru_cache(maxsize=256)
+def _layout(flags: int) -> tuple[tuple[str, _Decode[Any]], ...]:
+    """Which properties follow their flags."""
+    names = (*Properties._fields, _CLUSTER_ID)
+    return tuple((name, decode) for name, (flag, _, decode) in zip(names, _PROPERTIES, strict=True) if flags & flag)
 
 
 class Incoming:
