@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "publish": "Publish one message.",
     "queues": "Show what waits in a broker's queues, what is at work, what is dead.",
     "dead": "List, show, redrive or discard dead letters.",
+    "move": "Move everything from one broker into another: queues, delayed messages, dead letters.",
     "outbox": "List, retry or discard events that the broker refuses to take out of an app's database.",
     "migrate": "Create or update Conveyor's tables in an app's database.",
     "doctor": "Prove on a broker of yours that it keeps Conveyor's promises.",

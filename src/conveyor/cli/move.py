@@ -1,0 +1,300 @@
+"""``conveyor move``: everything that is in one broker goes into another one, whatever kinds they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+from cyclopts import App, Parameter
+
+from conveyor import brokers
+from conveyor.broker import Broker, DeadFilter, Delivery, Feature, Queue, QueueInfo, Settlement
+from conveyor.cli import EXIT_CODES
+from conveyor.cli.connection import connected
+from conveyor.cli.terminal import FAILED, INTERRUPTED, OK, Output, out, table
+from conveyor.config import masked
+from conveyor.core.settle import DONE, Release
+from conveyor.errors import BrokerError, ConfigurationError, PublishFailed
+
+BATCH: Final = 500
+"""Messages per step, and what a kill repeats at most: many enough that commits cost little, few enough that the bar moves."""
+LOOK_SECONDS: Final = 1.0
+"""A queue that gives nothing for so long is looked at, whether it is empty."""
+FRUITLESS_LOOKS: Final = 10
+"""So often a queue that is not empty may give nothing before it is left as it is."""
+PLAIN = Output()
+
+command = App(
+    name="move",
+    help_epilogue=f"""Examples:
+  conveyor move --from sqlite:///shop.queue --to redis://localhost --dry-run
+  conveyor move --from redis://localhost --to amqp://localhost --queue shop.charge
+  conveyor move --from amqp://old --to amqp://new --json
+
+Stop the applications first. What is not due yet keeps its time, keys keep their
+order, dead letters their reason; attempts that failed are counted from zero.
+A message leaves the old broker when the new one has it: Ctrl-C ends after the
+batch that is on its way, and after a kill at most {BATCH} messages are there twice,
+with the same ids. Run it again to go on.
+
+{EXIT_CODES}""",
+)
+
+
+@command.default
+def move(
+    *,
+    from_: Annotated[str, Parameter(name="--from")],
+    to: str,
+    queue: tuple[str, ...] = (),
+    while_consuming: bool = False,
+    dry_run: bool = False,
+    output: Output = PLAIN,
+) -> int:
+    """Move queues, delayed messages and dead letters from one broker to another.
+
+    Parameters:
+        from_: URL of the broker that is emptied.
+        to: URL of the broker that gets it all.
+        queue: Only this queue; may be given several times. Default: every queue.
+        while_consuming: Even where workers receive from these queues; they take what they can get meanwhile.
+        dry_run: Only say what there is to move.
+    """
+    if from_ == to:
+        raise ConfigurationError("--from and --to are the same broker")
+    return asyncio.run(_move(from_, to, queue, output, while_consuming=while_consuming, dry_run=dry_run))
+
+
+@dataclass(slots=True)
+class Moved:
+    """What became of one queue."""
+
+    queue: QueueInfo
+    messages: int = 0
+    dead: int = 0
+    left: int = 0
+    """Messages that could not be had: in the hands of a worker, or of a process that died."""
+
+
+async def _move(
+    old: str, new: str, names: Sequence[str], output: Output, *, while_consuming: bool, dry_run: bool
+) -> int:
+    async with connected(old) as source:
+        chosen = _chosen(await source.queues(), names, output)
+        _check(chosen, brokers.from_url(new).missing, while_consuming=while_consuming or dry_run)
+        moved = [Moved(each) for each in chosen]
+        interrupted = False
+        if not dry_run:
+            async with connected(new, create=True) as destination:
+                await destination.declare([_declaration(each) for each in chosen])
+                with _told_to_stop() as told, output.progress() as bar:
+                    task = bar.add_task("moving", total=sum(each.ready + each.delayed + each.dead for each in chosen))
+                    mover = _Mover(source, destination, told, lambda number: bar.advance(task, number))
+                    for each in moved:
+                        await mover.move(each)
+                interrupted = told.is_set()
+    if output.json:
+        output.document(as_json(old, new, moved, dry_run=dry_run, interrupted=interrupted))
+    else:
+        _print(moved, output, dry_run=dry_run, interrupted=interrupted)
+    if interrupted:
+        return INTERRUPTED
+    return FAILED if any(each.left for each in moved) else OK
+
+
+class _Mover:
+    """Carries batches over, until it is told to stop."""
+
+    def __init__(
+        self, source: Broker, destination: Broker, told: asyncio.Event, advance: Callable[[int], object]
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._told = told
+        self._advance = advance
+
+    async def move(self, moved: Moved) -> None:
+        """Everything of one queue."""
+        await self._messages(moved)
+        await self._dead_letters(moved)
+
+    async def _messages(self, moved: Moved) -> None:
+        name = moved.queue.name
+        subscription = await self._source.subscribe(name, BATCH, early=True)
+        try:
+            fruitless = 0
+            while not self._told.is_set() and fruitless < FRUITLESS_LOOKS:
+                try:
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        batch = await subscription.fetch(BATCH)
+                except TimeoutError:
+                    info = await _info(self._source, name)
+                    moved.left = info.ready + info.delayed + info.in_flight
+                    if not info.ready + info.delayed:
+                        break
+                    fruitless += 1
+                    continue
+                fruitless = 0
+                await self._carry(moved.queue, batch)
+                moved.messages += len(batch)
+                self._advance(len(batch))
+        finally:
+            await subscription.close()
+
+    async def _carry(self, queue: QueueInfo, batch: Sequence[Delivery]) -> None:
+        """Put a batch into the new broker, and take it out of the old one; what the new one refuses stays."""
+        failed: BrokerError | None = None
+        refused: set[str] = {each.message.id for each in batch}
+        async with _held(self._source, batch, queue.lease_seconds):
+            try:
+                await self._destination.publish([each.message for each in batch], queue=queue.name)
+                refused = set()
+            except PublishFailed as error:
+                failed, refused = error, {*error.refused, *error.unknown}
+            except BrokerError as error:
+                failed = error
+        await self._source.settle(
+            [Settlement(each, Release(each.message.due) if each.message.id in refused else DONE) for each in batch]
+        )
+        if failed is not None:
+            raise BrokerError(
+                f"{queue.name}: {failed}; what the new broker does not have is still in the old one: mend it, and run this again"
+            ) from failed
+
+    async def _dead_letters(self, moved: Moved) -> None:
+        which = DeadFilter(queue=moved.queue.name)
+        while not self._told.is_set() and (page := await self._source.dead_letters(which, limit=BATCH)):
+            await self._destination.bury(page)
+            if not await self._source.discard(page):
+                raise BrokerError(f"{moved.queue.name}: the old broker does not let go of its dead letters")
+            moved.dead += len(page)
+            self._advance(len(page))
+
+
+@contextlib.asynccontextmanager
+async def _held(broker: Broker, batch: Sequence[Delivery], lease_seconds: float) -> AsyncIterator[None]:
+    """The leases of a batch do not end inside the block, however slow the other broker is."""
+
+    async def extend() -> None:
+        while True:
+            await asyncio.sleep(lease_seconds / 3)
+            await broker.extend(batch)
+
+    beating = asyncio.create_task(extend())
+    try:
+        yield
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[asyncio.Event]:
+    """An event that Ctrl-C or SIGTERM sets, instead of ending the program in the middle of a batch."""
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told.set)
+    try:
+        yield told
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _chosen(found: Sequence[QueueInfo], names: Sequence[str], output: Output) -> list[QueueInfo]:
+    """The queues that are meant. A temporary one goes with its owner, not with its broker."""
+    known = [each.name for each in found]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
+            raise BrokerError(f"there is no queue {name!r}; {hint}")
+    chosen = [each for each in found if not names or each.name in names]
+    for each in chosen:
+        if each.temporary:
+            output.note(f"{each.name} is temporary: it stays with the process that has it")
+    return [each for each in chosen if not each.temporary]
+
+
+def _check(chosen: Sequence[QueueInfo], missing: Mapping[Feature, str], *, while_consuming: bool) -> None:
+    """Refuse what would go wrong, before anything moves."""
+    busy = [each for each in chosen if each.consumers]
+    if busy and not while_consuming:
+        raise BrokerError(
+            "workers receive from "
+            + ", ".join(f"{each.name} ({each.consumers})" for each in busy)
+            + "; stop their applications, or say --while-consuming"
+        )
+    for feature, needing in (
+        (Feature.DELAY, [each.name for each in chosen if each.delayed]),
+        (Feature.ORDER, [each.name for each in chosen if each.ordered]),
+        (Feature.BOUND, [each.name for each in chosen if each.max_length is not None]),
+    ):
+        if needing and feature in missing:
+            raise BrokerError(
+                f"{', '.join(needing)}: the new broker lacks {feature} ({missing[feature]}); choose another one, or leave these out"
+            )
+
+
+def _declaration(info: QueueInfo) -> Queue:
+    return Queue(
+        name=info.name,
+        topics=info.topics,
+        ordered=info.ordered,
+        max_length=info.max_length,
+        lease_seconds=info.lease_seconds,
+    )
+
+
+async def _info(broker: Broker, name: str) -> QueueInfo:
+    return next(each for each in await broker.queues() if each.name == name)
+
+
+def _print(moved: Sequence[Moved], output: Output, *, dry_run: bool, interrupted: bool) -> None:
+    if not moved:
+        output.say("there is no queue to move")
+        return
+    if dry_run:
+        numbers = ("ready", "delayed", "in flight", "dead")
+        rows = [
+            (each.name, f"{each.ready:,}", f"{each.delayed:,}", f"{each.in_flight:,}", f"{each.dead:,}")
+            for each in (moved_one.queue for moved_one in moved)
+        ]
+        out().print(table(("queue", *numbers), rows, right=numbers))
+        output.say("nothing was moved: this was --dry-run")
+        return
+    counted = ("messages", "dead letters", "left")
+    carried = [(each.queue.name, f"{each.messages:,}", f"{each.dead:,}", f"{each.left:,}") for each in moved]
+    out().print(table(("queue", *counted), carried, right=counted))
+    if interrupted:
+        output.note("stopped on the way: every message is in one of the two brokers; run it again to go on", "yellow")
+    elif any(each.left for each in moved):
+        output.note("what is left is in somebody's hands; run it again when that is over", "yellow")
+
+
+def as_json(old: str, new: str, moved: Sequence[Moved], *, dry_run: bool, interrupted: bool) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "from": masked(old),
+        "to": masked(new),
+        "dry_run": dry_run,
+        "interrupted": interrupted,
+        "queues": [
+            {
+                "name": each.queue.name,
+                "ready": each.queue.ready,
+                "delayed": each.queue.delayed,
+                "in_flight": each.queue.in_flight,
+                "dead": each.queue.dead,
+                "moved": each.messages,
+                "moved_dead": each.dead,
+                "left": each.left,
+            }
+            for each in moved
+        ],
+    }

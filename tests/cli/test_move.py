@@ -1,0 +1,280 @@
+"""conveyor move: everything that is in one broker arrives in another one, also when the move is stopped or killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from conveyor import brokers
+from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
+from conveyor.cli.move import BATCH
+from conveyor.core.message import Message
+from conveyor.core.settle import Dead, Release, RetryAt
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Program
+
+CHARGE: Final = Queue(name="shop.charge", topics=("order.created", "order.changed"), lease_seconds=45.0)
+SHIP: Final = Queue(name="shop.ship", topics=("order.paid",), ordered=True)
+NEWS: Final = Queue(name="shop.news", topics=("order.created",), max_length=100)
+LATER: Final = 3600.0
+MANY: Final = 20_000
+PATIENCE_SECONDS: Final = 60.0
+
+
+@pytest.fixture
+def old(conveyor: Program) -> str:
+    return f"sqlite:///{conveyor.folder}/old.queue"
+
+
+@pytest.fixture(params=["sqlite"])
+def new(request: pytest.FixtureRequest, conveyor: Program) -> str:
+    """An empty broker of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{conveyor.folder}/new.queue"
+    url: str = request.getfixturevalue(request.param).url()
+    return url
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str) -> AsyncIterator[Broker]:
+    broker = brokers.from_url(url)
+    await broker.open()
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
+def message(topic: str, number: int, *, key: str | None = None, due: float = 0.0) -> Message:
+    return Message(
+        id=f"{topic}-{number}",
+        topic=topic,
+        body=b'{"n": %d}' % number,
+        key=key,
+        headers={"tenant": "blau"},
+        correlation_id="journey",
+        created=1_700_000_000.0,
+        due=due,
+        priority=3,
+    )
+
+
+async def fill(broker: Broker) -> float:
+    """Something of everything; until when the delayed ones wait."""
+    due = round(time.time() + LATER, 3)
+    await broker.declare([CHARGE, SHIP, NEWS])
+    await broker.publish([message("order.changed", number) for number in range(3)])
+    subscription = await broker.subscribe(CHARGE.name, 10)
+    failing, dying, waiting = await taken(subscription, 3)
+    await broker.settle(
+        [
+            Settlement(failing, RetryAt(due, "TimeoutError")),
+            Settlement(dying, Dead("rejected", "ValueError: no", "Traceback …")),
+            Settlement(waiting, Release()),
+        ]
+    )
+    await subscription.close()
+    await broker.publish([message("order.changed", 10, due=due)])
+    await broker.publish([message("order.paid", number, key=f"k{number % 3}") for number in range(12)])
+    return due
+
+
+async def taken(subscription: Subscription, number: int) -> list[Delivery]:
+    found: list[Delivery] = []
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while len(found) < number:
+            found += await subscription.fetch(number - len(found))
+    return found
+
+
+async def contents(broker: Broker, queue: Queue) -> tuple[QueueInfo, list[Message], list[DeadLetter]]:
+    """What is in a queue: figures, messages (taken out early, and left held), dead letters."""
+    [info] = [each for each in await broker.queues() if each.name == queue.name]
+    subscription = await broker.subscribe(queue.name, 100_000, early=True)
+    held = await taken(subscription, info.ready + info.delayed)
+    return info, [each.message for each in held], await broker.dead_letters(DeadFilter(queue=queue.name), limit=100)
+
+
+def test_everything_arrives_as_it_was(conveyor: Program, old: str, new: str) -> None:
+    async def before() -> float:
+        async with opened(old) as broker:
+            return await fill(broker)
+
+    due = asyncio.run(before())
+    told = conveyor.json("move", "--from", old, "--to", new)
+    assert {each["name"]: (each["moved"], each["moved_dead"], each["left"]) for each in told["queues"]} == {
+        "shop.charge": (3, 1, 0),
+        "shop.news": (0, 0, 0),
+        "shop.ship": (12, 0, 0),
+    }
+
+    async def after() -> None:
+        async with opened(old) as broker:
+            for info in await broker.queues():
+                assert (info.ready, info.in_flight, info.delayed, info.dead) == (0, 0, 0, 0)
+        async with opened(new) as broker:
+            info, messages, dead = await contents(broker, CHARGE)
+            assert (info.ready, info.delayed, info.dead, info.lease_seconds) == (1, 2, 1, 45.0)
+            assert {each.id: round(each.due, 3) for each in messages} == {
+                "order.changed-0": due,
+                "order.changed-2": 0.0,
+                "order.changed-10": due,
+            }
+            [now] = [each for each in messages if not each.due]
+            assert now == message("order.changed", 2)
+            [letter] = dead
+            assert (letter.message, letter.reason, letter.error, letter.traceback, letter.deliveries) == (
+                message("order.changed", 1), "rejected", "ValueError: no", "Traceback …", 1
+            )  # fmt: skip
+            info, messages, _ = await contents(broker, SHIP)
+            assert info.ordered
+            for key in ("k0", "k1", "k2"):
+                numbers = [int(each.id.rpartition("-")[2]) for each in messages if each.key == key]
+                assert numbers == sorted(numbers)
+                assert len(numbers) == 4
+            [news] = [each for each in await broker.queues() if each.name == NEWS.name]
+            assert news.max_length == 100
+            # The queues receive their topics there.
+            assert await broker.publish([message("order.created", 1)]) == frozenset()
+
+    asyncio.run(after())
+
+
+def test_only_the_named_queues_are_moved(conveyor: Program, old: str, new: str) -> None:
+    async def before() -> None:
+        async with opened(old) as broker:
+            await fill(broker)
+
+    asyncio.run(before())
+    told = conveyor.json("move", "--from", old, "--to", new, "--queue", "shop.ship")
+    assert [each["name"] for each in told["queues"]] == ["shop.ship"]
+    found = conveyor.json("queues", "--broker", old)["queues"]
+    assert {each["name"]: each["ready"] + each["delayed"] for each in found} == {
+        "shop.charge": 3, "shop.news": 0, "shop.ship": 0
+    }  # fmt: skip
+    assert "did you mean shop.ship?" in conveyor.refused(
+        "move", "--from", old, "--to", new, "--queue", "shop.shipp", code=1
+    )
+
+
+def test_a_dry_run_tells_and_moves_nothing(conveyor: Program, old: str) -> None:
+    async def before() -> None:
+        async with opened(old) as broker:
+            await fill(broker)
+
+    asyncio.run(before())
+    new = f"sqlite:///{conveyor.folder}/new.queue"
+    shown = conveyor.ok("move", "--from", old, "--to", new, "--dry-run")
+    assert "nothing was moved" in shown
+    assert not (conveyor.folder / "new.queue").exists()
+    told = conveyor.json("move", "--from", old, "--to", new, "--dry-run")
+    assert [(each["name"], each["ready"], each["delayed"], each["dead"]) for each in told["queues"]] == [
+        ("shop.charge", 1, 2, 1), ("shop.news", 0, 0, 0), ("shop.ship", 3, 9, 0)
+    ]  # fmt: skip
+    found = conveyor.json("queues", "--broker", old)["queues"]
+    assert sum(each["ready"] + each["delayed"] + each["dead"] for each in found) == 16
+
+
+def test_what_workers_receive_is_moved_only_when_told_so(conveyor: Program, old: str, new: str) -> None:
+    async def receiving() -> None:
+        async with opened(old) as broker:
+            await fill(broker)
+            await broker.subscribe(CHARGE.name, 1)
+            move = ("move", "--from", old, "--to", new)
+            said = await asyncio.to_thread(conveyor.refused, *move, code=1)
+            assert "workers receive from shop.charge (1)" in said
+            await asyncio.to_thread(conveyor.ok, *move, "--while-consuming")
+
+    asyncio.run(receiving())
+
+
+def test_what_a_dead_process_held_is_told_and_moved_later(conveyor: Program, old: str, new: str) -> None:
+    async def story() -> None:
+        async with opened(old) as broker:
+            await broker.declare([CHARGE])
+            await broker.publish([message("order.changed", number) for number in range(3)])
+            subscription = await broker.subscribe(CHARGE.name, 1)
+            held = await taken(subscription, 1)
+            await subscription.close()
+            move = ("move", "--from", old, "--to", new)
+            told = await asyncio.to_thread(lambda: conveyor.json(*move, code=1))
+            assert [(each["moved"], each["left"]) for each in told["queues"]] == [(2, 1)]
+            await broker.settle([Settlement(each, RetryAt(0.0, "again")) for each in held])
+            told = await asyncio.to_thread(lambda: conveyor.json(*move))
+            assert [(each["moved"], each["left"]) for each in told["queues"]] == [(1, 0)]
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_move_that_is_stopped_or_killed_loses_nothing(
+    conveyor: Program, old: str, new: str, number: signal.Signals
+) -> None:
+    async def before() -> None:
+        async with opened(old) as broker:
+            await broker.declare([CHARGE])
+            await broker.publish([message("order.changed", each) for each in range(MANY)])
+
+    asyncio.run(before())
+    move = conveyor.command("move", "--from", old, "--to", new)
+
+    async def stop() -> None:
+        process = subprocess.Popen(move, cwd=conveyor.folder, env=conveyor.environment, stdout=subprocess.DEVNULL)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while process.poll() is None:
+                with contextlib.suppress(Exception):
+                    async with opened(new) as broker:
+                        if sum(each.ready for each in await broker.queues()) > BATCH:
+                            process.send_signal(number)
+                            break
+        assert await asyncio.to_thread(process.wait) == (-9 if number == signal.SIGKILL else 130)
+
+    async def ids(url: str) -> Counter[str]:
+        async with opened(url) as broker:
+            await broker.declare([CHARGE])
+            subscription = await broker.subscribe(CHARGE.name, MANY)
+            [info] = await broker.queues()
+            held = await taken(subscription, info.ready)
+            return Counter(each.message.id for each in held)
+
+    asyncio.run(stop())
+    there, still = asyncio.run(ids(new)), asyncio.run(ids(old))
+    if number != signal.SIGKILL:
+        assert not there & still, "an orderly end leaves no message in both"
+    else:
+        assert (there & still).total() <= BATCH
+    assert len(there | still) == MANY
+    assert still, "it was stopped too late to prove anything"
+    conveyor.ok("move", "--from", old, "--to", new)
+    found = asyncio.run(ids(new))
+    assert len(found) == MANY
+    assert found.total() <= MANY + BATCH
+    assert not asyncio.run(ids(old))
+
+
+def test_what_the_new_broker_refuses_stays_in_the_old_one(conveyor: Program, old: str) -> None:
+    async def before() -> None:
+        async with opened(old) as broker:
+            await fill(broker)
+
+    asyncio.run(before())
+    new = conveyor.folder / "there" / "new.queue"
+    new.parent.mkdir()
+    new.write_text("this is no queue file")
+    assert "new.queue" in conveyor.refused("move", "--from", old, "--to", f"sqlite:///{new}", code=1)
+    found = conveyor.json("queues", "--broker", old)["queues"]
+    assert sum(each["ready"] + each["delayed"] + each["dead"] for each in found) == 16
+
+
+def test_a_broker_is_not_moved_into_itself(conveyor: Program, old: str) -> None:
+    assert "the same broker" in conveyor.refused("move", "--from", old, "--to", old)
+    assert "no queue file" in conveyor.refused("move", "--from", old, "--to", f"{old}2", code=1)
