@@ -47,6 +47,8 @@ class Feature(enum.StrEnum):
     """A settlement with a lost lease is refused."""
     RECLAIM = "reclaim"
     """What a dead process held can be given back before its leases end."""
+    AGE = "age"
+    """How long the oldest ready message has been waiting is known."""
     DURABLE = "durable"
     """What was published survives the end of every process."""
 
@@ -114,7 +116,7 @@ class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
         in_flight: messages delivered and not yet settled.
         delayed: messages that are not due yet, or wait for an older one of their key.
         dead: dead letters.
-        oldest_seconds: how long the oldest ready message has been ready; None where none is.
+        oldest_seconds: how long the oldest ready message has been ready; None where none is, or the broker lacks Feature.AGE.
         consumers: live subscriptions, over all processes; None where the broker cannot tell.
     """
 

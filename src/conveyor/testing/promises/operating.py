@@ -66,7 +66,7 @@ async def what_is_not_due_counts_as_delayed(world: World) -> None:
     assert (info.ready, info.in_flight, info.delayed, info.oldest_seconds) == (0, 0, 2, None)
 
 
-@promise("operating")
+@promise("operating", Feature.AGE)
 async def the_age_of_the_oldest_grows(world: World) -> None:
     """oldest_seconds tells how long the oldest ready message has been waiting."""
     queue = await world.queue()
