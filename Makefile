@@ -31,14 +31,16 @@ fmt: setup ## Format, and mend what can be mended safely
 	@$(RUN) ruff check --fix --quiet || true
 	@$(RUN) ruff format
 
-bench: setup ## Measure speed on this machine, the bare libraries beside it
+bench: setup ## Measure speed on this machine, the bare libraries and the peers beside it
+	@scripts/install-servers
+	@scripts/setup-peers
 	@$(RUN) benchmarks
 
 lock: setup ## Write the locked requirements anew (UPGRADE=--upgrade for newer versions)
 	@scripts/lock $(UPGRADE)
 
 clean: ## Remove what was built, installed and cached here
-	rm -rf .venv .setup.lock dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .setup.lock dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:

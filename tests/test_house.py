@@ -101,7 +101,7 @@ def test_a_warning_fails_its_test(tmp_path: Path) -> None:
     assert "careless" in done.stdout
 
 
-@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda path: path.name)
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements").rglob("*.txt")), ids=lambda path: path.name)
 def test_locked_requirements_have_exact_versions_and_hashes_and_no_address(lock: Path) -> None:
     text = "".join(line for line in lock.read_text().splitlines(keepends=True) if not line.startswith("#"))
     assert "://" not in text
