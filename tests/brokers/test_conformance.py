@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -14,19 +13,35 @@ from conveyor.brokers.memory import MemoryBroker, MemoryStore
 from conveyor.testing.clock import turned_memory
 from conveyor.testing.promises import PROMISES, Ended, Makers, Promise, prove
 
+if TYPE_CHECKING:
+    from tests.servers.redis import Redis
+
+
+def _sqlite(request: pytest.FixtureRequest, durability: str) -> Makers:
+    return Makers(partial(from_url, f"sqlite:///{request.getfixturevalue('tmp_path')}/x.queue?durability={durability}"))
+
+
+def _redis(request: pytest.FixtureRequest) -> Makers:
+    server: Redis = request.getfixturevalue("redis")
+    return Makers(partial(from_url, server.url()))
+
+
 # To prove another broker, or another mode of one, add one line.
-MODES: Final[Mapping[str, Callable[[Path], Makers]]] = {
+MODES: Final[Mapping[str, Callable[[pytest.FixtureRequest], Makers]]] = {
     "memory": lambda _: Makers(partial(MemoryBroker, store=MemoryStore())),
     "memory, clock turned": lambda _: turned_memory(),
-    "sqlite, full": lambda folder: Makers(partial(from_url, f"sqlite:///{folder}/x.queue?durability=full")),
-    "sqlite, normal": lambda folder: Makers(partial(from_url, f"sqlite:///{folder}/x.queue?durability=normal")),
+    "sqlite, full": partial(_sqlite, durability="full"),
+    "sqlite, normal": partial(_sqlite, durability="normal"),
+    "redis": _redis,
 }
 
 
 @pytest.mark.parametrize("promise", PROMISES.values(), ids=PROMISES)
 @pytest.mark.parametrize("makers", MODES.values(), ids=MODES)
-async def test_a_broker_keeps_its_promises(makers: Callable[[Path], Makers], promise: Promise, tmp_path: Path) -> None:
-    here = makers(tmp_path)
+async def test_a_broker_keeps_its_promises(
+    makers: Callable[[pytest.FixtureRequest], Makers], promise: Promise, request: pytest.FixtureRequest
+) -> None:
+    here = makers(request)
     result = await prove(promise, here)
     assert result.ended is not Ended.FAILED, result.trace
     if result.ended is Ended.SKIPPED:

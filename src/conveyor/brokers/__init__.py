@@ -25,8 +25,13 @@ class BrokerModule(Protocol):
 
 SCHEMES: Final[dict[str, tuple[str, str | None]]] = {
     # scheme: (module, the extra that its driver comes with)
+    "amqp": ("conveyor.brokers.rabbitmq", "rabbitmq"),
+    "amqps": ("conveyor.brokers.rabbitmq", "rabbitmq"),
     "memory": ("conveyor.brokers.memory", None),
     "sqlite": ("conveyor.brokers.sqlite", None),
+    "redis": ("conveyor.brokers.redis", "redis"),
+    "rediss": ("conveyor.brokers.redis", "redis"),
+    "unix": ("conveyor.brokers.redis", "redis"),
 }
 
 

@@ -1,0 +1,366 @@
+"""The Redis broker: streams on one server (6.2 or later, also of a cluster), with every step one atomic script.
+
+link.py is a connection, lua/ has the scripts (queue.lua says where a message is), lane.py sends batches that are not done twice,
+bell.py wakes receivers, subscription.py receives, wire.py is the form of a message, health.py judges the server's settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, cast
+
+from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
+from conveyor.brokers.redis import scripts
+from conveyor.brokers.redis.address import address_of
+from conveyor.brokers.redis.bell import Bell
+from conveyor.brokers.redis.graveyard import Graveyard
+from conveyor.brokers.redis.health import refuse_danger, risks_of, said_by
+from conveyor.brokers.redis.link import Address, Link, Refused, text
+from conveyor.brokers.redis.sending import Publishing, Settling
+from conveyor.brokers.redis.subscription import RedisSubscription, topics_of
+from conveyor.core.message import Message
+from conveyor.errors import BrokerError, BrokerUnavailable, QueueConflict
+
+__all__ = ["RedisBroker", "RedisSubscription", "from_url"]
+
+log: Final = logging.getLogger("conveyor.redis")
+
+BEAT_SECONDS: Final = 5.0
+"""Between two signs of life of a broker object."""
+DEAD_AFTER_SECONDS: Final = 20.0
+"""Without a sign of life for so long, a broker object's temporary queues vanish."""
+PURGED_AT_ONCE: Final = 2_000
+"""Messages of one step: the server does nothing else meanwhile."""
+DEFAULT_NAMESPACE: Final = "conveyor"
+
+
+def from_url(url: str, *, owner: str | None = None, clock: Clock = time.time) -> RedisBroker:
+    """``redis://[user:password@]host[:port][/database]``, ``rediss://…`` (TLS) or ``unix:///path``, with ``?namespace=conveyor``.
+
+    Raises:
+        ConfigurationError: the URL has parts that make no sense here.
+    """
+    address, namespace = address_of(url, DEFAULT_NAMESPACE)
+    return RedisBroker(address, namespace=namespace, owner=owner, clock=clock)
+
+
+class RedisBroker:
+    """A Broker (see conveyor.broker) on a Redis server.
+
+    Parameters:
+        address: where the server is.
+        namespace: broker objects with one namespace see each other's queues; all their keys begin with it.
+        owner: the identity under which it holds leases; made up where None.
+        clock: gives Unix seconds, for what has no time of its own; leases and due times are the server's.
+    """
+
+    missing: Mapping[Feature, str] = {}
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        owner: str | None = None,
+        clock: Clock = time.time,
+    ) -> None:
+        self.owner = owner or uuid.uuid4().hex
+        self.clock = clock
+        self._prefix = f"{{{namespace}}}:"
+        key = self._prefix + "queues"
+        self._link = Link(address, key, self._greet)
+        self.bell = Bell(Link(address, key), self._link, self._prefix, self.owner)
+        self._publishing = Publishing(self._link, self.owner)
+        self._settling = Settling(self._link, self.owner)
+        self._graveyard = Graveyard(self._link, self._prefix)
+        self._epoch = ""
+        self._claims = 0
+        self._doubtful: dict[int, str] = {}
+        self._posted: set[asyncio.Future[Any]] = set()
+        self._declared: dict[str, Queue] = {}
+        self._subscriptions: set[RedisSubscription] = set()
+        self._received: set[str] = set()
+        self._held: dict[str, RedisSubscription] = {}
+        self._beating: asyncio.Task[None] | None = None
+        self._closed: BrokerError | None = BrokerUnavailable("the broker is not open")
+
+    async def open(self) -> None:
+        """See conveyor.broker.Broker. Refuses a server that evicts; says in the log what its persistence means."""
+        if self._closed is None:
+            return
+        self._closed = None
+        try:
+            await self._link.connect()
+            told = await said_by(self._link)
+            refuse_danger(told)
+        except BaseException:
+            await self.close()
+            raise
+        for risk in risks_of(told, self.clock()):
+            log.info(risk)
+        self.bell.open()
+        self._beating = asyncio.create_task(self._beat(), name="redis beat")
+
+    async def close(self) -> None:
+        """See conveyor.broker.Broker."""
+        if self._closed is not None:
+            return
+        self._closed = BrokerUnavailable("the broker is closed")
+        for subscription in tuple(self._subscriptions):
+            subscription.end(self._closed)
+        if self._beating is not None:
+            self._beating.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._beating
+        try:
+            with contextlib.suppress(BrokerError):  # else the leases end by themselves, and the signs of life
+                await self._publishing.close()
+                await self._settling.close()
+                if self._received:
+                    await self._link.run(scripts.GIVE_BACK, self.owner, "", 0, "", *self._received)
+                await self._link.run(scripts.LEAVE, self.owner)
+        finally:
+            await self.bell.close()
+            self._link.close()
+            self._subscriptions.clear()
+            self._held.clear()
+
+    async def declare(self, queues: Sequence[Queue]) -> None:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        if not queues:
+            return
+        await self._link.connect()
+        await self._declare(queues)
+        for queue in queues:
+            self._declared[queue.name] = queue
+
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        return await self._publishing.publish(messages, queue) if messages else frozenset()
+
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> RedisSubscription:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        topics, ordered = await self._ask(scripts.ATTEND, queue, self.owner, 1)
+        subscription = RedisSubscription(
+            self, queue, prefetch, early=early, topics=topics_of(topics), ordered=bool(ordered)
+        )
+        self._settling.knows(queue, ordered=bool(ordered))
+        self._subscriptions.add(subscription)
+        self._received.add(queue)
+        return subscription
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        if not settlements:
+            return []
+        lost = await self._settling.settle(settlements)
+        self._let_go(each.delivery for each in settlements)
+        return lost
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        lost = await self._settling.extend(deliveries) if deliveries else []
+        self._let_go(lost)
+        return lost
+
+    async def reclaim(self, owner: str, why: str) -> int:
+        """See conveyor.broker.Broker. Its temporary queues vanish."""
+        self._check_open()
+        if not owner:
+            return 0
+        await self._link.run(scripts.LEAVE, owner)
+        return cast("int", await self._link.run(scripts.GIVE_BACK, owner, "", 1, why))
+
+    async def queues(self) -> list[QueueInfo]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        found = [_info(*figures) for figures in await self._link.run(scripts.QUEUES)]
+        return sorted(found, key=lambda each: each.name)
+
+    async def dead_letters(self, which: DeadFilter, *, limit: int, after: str | None = None) -> list[DeadLetter]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        return await self._graveyard.page(which, limit, after)
+
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        await self._graveyard.bury(letters)
+
+    async def redrive(self, letters: Sequence[DeadLetter]) -> int:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        return await self._graveyard.redrive(letters)
+
+    async def discard(self, letters: Sequence[DeadLetter]) -> int:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        return await self._graveyard.discard(letters)
+
+    async def purge(self, queue: str) -> int:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        purged = 0
+        while True:
+            gone = cast("int", await self._ask(scripts.PURGE, queue, PURGED_AT_ONCE))
+            purged += gone
+            if gone < PURGED_AT_ONCE:
+                return purged
+
+    async def risks(self) -> list[str]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        await self._link.connect()
+        return risks_of(await said_by(self._link), self.clock())
+
+    async def claim(self, queue: str, room: int, *, early: bool) -> tuple[int, list[Any]]:
+        """For a subscription: what is there, leased; with the number of this claim, which is in the leases."""
+        self._check_open()
+        await self._link.connect()
+        self._claims = claim = self._claims + 1
+        try:
+            answer = await self._ask(scripts.CLAIM, queue, room, claim, self.owner, self._epoch, int(early))
+        except asyncio.CancelledError:
+            # The claim is on its way: what it takes is given back right behind it.
+            self._unclaim(claim, queue)
+            raise
+        except BrokerUnavailable as error:
+            if "STALE" in str(error):  # this process slept for so long that it was taken for dead
+                self._link.drop("it was taken for dead, and begins anew")
+            else:
+                self._doubtful[claim] = queue
+            raise
+        return claim, cast("list[Any]", answer)
+
+    def hold(self, subscription: RedisSubscription, deliveries: Sequence[Delivery]) -> None:
+        """For a subscription: these are in its hands until they are settled or lost."""
+        held = self._held
+        for delivery in deliveries:
+            held[cast("str", delivery.receipt)] = subscription
+
+    async def leave(self, subscription: RedisSubscription) -> None:
+        """For a subscription: it is closed."""
+        self._subscriptions.discard(subscription)
+        if self._closed is None:
+            with contextlib.suppress(BrokerError):  # then it is gone with its queue, or with our next sign of life
+                await self._ask(scripts.ATTEND, subscription.queue, self.owner, -1)
+
+    async def _greet(self, link: Link) -> None:
+        """First on every connection: the scripts are there, the server knows who lives, and what was half done is undone."""
+        with contextlib.suppress(Refused):  # where only EVAL is allowed, they come with their first use
+            there = await link.send("SCRIPT", "EXISTS", *(script.digest for script in scripts.ALL))
+            for script, known in zip(scripts.ALL, there, strict=True):
+                if not known:
+                    await link.send("SCRIPT", "LOAD", script.text)
+        self._epoch = uuid.uuid4().hex
+        await link.run_now(scripts.BEAT, self.owner, self._epoch, int(DEAD_AFTER_SECONDS * 1000))
+        for claim, queue in tuple(self._doubtful.items()):
+            await link.run_now(scripts.GIVE_BACK, self.owner, claim, 0, "", queue)
+            del self._doubtful[claim]
+        if self._declared:
+            # Temporary ones may have vanished, and others with a server that came back empty.
+            known = await link.send("SMISMEMBER", self._prefix + "queues", *self._declared)
+            if gone := [queue for queue, is_there in zip(self._declared.values(), known, strict=True) if not is_there]:
+                await self._declare(gone)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            with contextlib.suppress(BrokerError):
+                await self._link.run(scripts.BEAT, self.owner, self._epoch, int(DEAD_AFTER_SECONDS * 1000))
+
+    async def _declare(self, queues: Sequence[Queue]) -> None:
+        arguments: list[Any] = [self.owner]
+        for queue in queues:
+            arguments += (
+                queue.name,
+                int(queue.ordered),
+                "" if queue.max_length is None else queue.max_length,
+                math.ceil(queue.lease_seconds * 1000),
+                int(queue.temporary),
+                json.dumps(queue.topics),
+            )
+        conflict = await self._link.run_now(scripts.DECLARE, *arguments)
+        if conflict:
+            place, ordered, temporary, holder = conflict
+            declared = queues[(place - 2) // 6]
+            raise _conflict(declared, text(ordered) == "1", text(temporary) == "1", text(holder), self.owner)
+
+    async def _ask(self, script: scripts.Script, queue: str, *arguments: Any) -> Any:
+        """Run a script on one queue, which must be there."""
+        try:
+            return await self._link.run(script, queue, *arguments)
+        except Refused as error:
+            if "NOQUEUE" not in str(error):
+                raise
+            if (declared := self._declared.get(queue)) is not None and declared.temporary:
+                raise BrokerUnavailable(f"the temporary queue {queue!r} is gone") from None
+            raise BrokerError(f"there is no queue {queue!r}; declare it first") from None
+
+    def _unclaim(self, claim: int, queue: str) -> None:
+        self._doubtful[claim] = queue
+        with contextlib.suppress(BrokerUnavailable):  # then it is done on the next connection
+            posted = self._link.post(scripts.GIVE_BACK, self.owner, claim, 0, "", queue)
+            self._posted.add(posted)
+            posted.add_done_callback(lambda done: self._unclaimed(done, claim))
+
+    def _unclaimed(self, done: asyncio.Future[Any], claim: int) -> None:
+        self._posted.discard(done)
+        if not done.cancelled() and done.exception() is None:
+            self._doubtful.pop(claim, None)
+
+    def _let_go(self, deliveries: Iterable[Delivery]) -> None:
+        held = self._held
+        for delivery in deliveries:
+            subscription = held.pop(cast("str", delivery.receipt), None)
+            if subscription is not None:
+                subscription.lets_go()
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed
+
+
+def _info(name: bytes, topics: bytes, *figures: int) -> QueueInfo:
+    ready, in_flight, delayed, dead, oldest, consumers, ordered, max_length, temporary, lease = figures
+    return QueueInfo(
+        name=text(name),
+        topics=topics_of(topics),
+        ready=ready,
+        in_flight=in_flight,
+        delayed=delayed,
+        dead=dead,
+        oldest_seconds=None if oldest < 0 else oldest / 1000,
+        consumers=consumers,
+        ordered=bool(ordered),
+        max_length=None if max_length < 0 else max_length,
+        temporary=bool(temporary),
+        lease_seconds=lease / 1000,
+    )
+
+
+def _conflict(declared: Queue, ordered: bool, temporary: bool, holder: str, owner: str) -> QueueConflict:
+    if (ordered, temporary) == (declared.ordered, declared.temporary):
+        return QueueConflict(
+            f"the temporary queue {declared.name!r} belongs to the broker object {holder}, and is declared by {owner}"
+        )
+    there, asked = _nature(ordered, temporary), _nature(declared.ordered, declared.temporary)
+    return QueueConflict(
+        f"the queue {declared.name!r} exists as {there}, and is declared as {asked}; rename it, or change one of the two"
+    )
+
+
+def _nature(ordered: bool, temporary: bool) -> str:
+    return f"{'temporary' if temporary else 'lasting'} and {'ordered by key' if ordered else 'not ordered'}"

@@ -1,0 +1,299 @@
+"""One connection to a Redis server: commands are pipelined, and answers come in their order.
+
+It speaks RESP2 over hiredis itself: a client object's locks, time-outs and tasks for every command would take longer than the
+command, and a publisher's message would wait for them on its way to a waiting handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import hiredis
+
+from conveyor.brokers.redis.scripts import Script
+from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable
+
+CONNECT_SECONDS: Final = 5.0
+"""A server that has not answered the first commands by then is taken for unreachable."""
+ANSWER_SECONDS: Final = 10.0
+"""A server that has not answered by then is taken for gone, and the connection for half open."""
+LONGEST_PAUSE_SECONDS: Final = 1.0
+"""Between two tries to connect, at most; a caller waits no longer than that for its turn."""
+
+_NOT_NOW: Final = re.compile(
+    r"\b(READONLY|LOADING|MOVED|ASK|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|UNBLOCKED|MISCONF|STALE|max number of clients)\b"
+)
+"""A script's errors carry the word of the command that failed at their front (Redis 7) or inside (6.2)."""
+_ELSEWHERE: Final = re.compile(r"\b(READONLY|MOVED|MASTERDOWN|CLUSTERDOWN)\b")
+"""Another server has the data now: a new connection may find it."""
+_MOVED: Final = re.compile(r"\bMOVED \d+ (\S*):(\d+)")
+_MORE: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is, and how to get in."""
+
+    host: str = "localhost"
+    port: int = 6379
+    path: str | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    database: int = 0
+    tls: ssl.SSLContext | None = None
+
+    def __str__(self) -> str:
+        return f"Redis at {self.path or f'{self.host}:{self.port}'}"
+
+
+class NoConnection(BrokerUnavailable):
+    """Nothing was sent."""
+
+
+class NotNow(BrokerUnavailable):
+    """The server's own answer to one command: it did nothing, and may do it later."""
+
+
+class Refused(BrokerError):
+    """The server's own answer to one command: an error."""
+
+
+def translate(said: str) -> BrokerError:
+    """What the server said, as Conveyor's callers know it."""
+    if _NOT_NOW.search(said):
+        return NotNow(f"Redis cannot do it now: {said}")
+    if re.search(r"\bOOM\b", said):
+        return BrokerFull(f"Redis has no memory left (maxmemory): {said}")
+    return Refused(said)
+
+
+class _Wire(asyncio.Protocol):
+    """The bytes: packs commands, and gives each answer to who waits for it."""
+
+    def __init__(self, on_error: Callable[[str], None], on_lost: Callable[[_Wire, Exception | None], None]) -> None:
+        self._on_error = on_error
+        self._on_lost = on_lost
+        self._reader = hiredis.Reader(replyError=translate, protocolError=BrokerUnavailable, notEnoughData=_MORE)
+        self.pending: deque[tuple[asyncio.Future[Any], float]] = deque()
+        self.transport: asyncio.Transport | None = None
+        self.room = asyncio.Event()
+        self.room.set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        try:
+            while (answer := self._reader.gets()) is not _MORE:
+                future, _ = self.pending.popleft()
+                if isinstance(answer, BrokerError):
+                    self._on_error(str(answer))
+                    if not future.done():
+                        future.set_exception(answer)
+                elif not future.done():
+                    future.set_result(answer)
+        except (BrokerUnavailable, IndexError):  # no RESP, or an answer that nobody asked for
+            self.abort()
+
+    def pause_writing(self) -> None:
+        self.room.clear()
+
+    def resume_writing(self) -> None:
+        self.room.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.room.set()
+        self._on_lost(self, error)
+
+    def send(self, command: tuple[Any, ...], now: float) -> asyncio.Future[Any]:
+        assert self.transport is not None
+        packed = hiredis.pack_command(command)
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.pending.append((answer, now))
+        self.transport.write(packed)
+        return answer
+
+    def abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class Link:
+    """A connection that is made when it is needed, and made anew when it was lost.
+
+    Parameters:
+        key: names our namespace to every script (KEYS[1]).
+        greet: what is said first on every new connection; nobody else's commands are sent before it is over.
+    """
+
+    def __init__(self, address: Address, key: str, greet: Callable[[Link], Awaitable[None]] | None = None) -> None:
+        self._address = address
+        self._key = key
+        self._greet = greet
+        self._wire: _Wire | None = None
+        self._greeted = False
+        self._watch: asyncio.TimerHandle | None = None
+        self._connecting = asyncio.Lock()
+        self._failures = 0
+        self._not_before = 0.0
+        self._elsewhere: tuple[str, int] | None = None
+        self._closed = False
+
+    async def connect(self) -> None:
+        """Make sure that there is a connection.
+
+        Raises:
+            BrokerUnavailable: there is none now.
+            BrokerError: the server refuses us.
+        """
+        async with self._connecting:
+            if self._greeted:
+                return
+            loop = asyncio.get_running_loop()
+            if (pause := self._not_before - loop.time()) > 0:
+                await asyncio.sleep(pause)
+            try:
+                async with asyncio.timeout(CONNECT_SECONDS):
+                    await self._begin()
+            except BaseException as error:
+                self._failures += 1
+                longest = min(LONGEST_PAUSE_SECONDS, 0.05 * 2 ** min(self._failures, 10))
+                self._not_before = loop.time() + longest * random.uniform(0.5, 1.0)
+                said = f"no connection to {self._address}: {str(error) or type(error).__name__}"
+                self.drop(said)
+                if isinstance(error, Refused):
+                    raise BrokerError(said) from error
+                if isinstance(error, BrokerUnavailable | OSError | TimeoutError):
+                    raise NoConnection(said) from error
+                raise
+            self._failures = 0
+
+    async def call(self, *command: Any) -> Any:
+        """Send a command; its answer.
+
+        Raises:
+            BrokerUnavailable: there is no connection, or it was lost before the answer came.
+            BrokerFull: the server has no memory left.
+            Refused: the server's error.
+        """
+        if not self._greeted:
+            await self.connect()
+        if self._wire is not None and not self._wire.room.is_set():
+            await self._wire.room.wait()
+        return await self.send(*command)
+
+    async def run(self, script: Script, *arguments: Any) -> Any:
+        """Run a script in our namespace; its answer. Raises as call()."""
+        if not self._greeted:
+            await self.connect()
+        if self._wire is not None and not self._wire.room.is_set():
+            await self._wire.room.wait()
+        return await self.run_now(script, *arguments)
+
+    async def run_now(self, script: Script, *arguments: Any) -> Any:
+        """As run(), on the connection that there is, also while it is being greeted."""
+        try:
+            return await self.send("EVALSHA", script.digest, 1, self._key, *arguments)
+        except Refused as error:
+            if not str(error).startswith("NOSCRIPT"):
+                raise
+            return await self.send("EVAL", script.text, 1, self._key, *arguments)
+
+    def post(self, script: Script, *arguments: Any) -> asyncio.Future[Any]:
+        """Have a script run behind all that was sent before; waits for nothing. Raises as call()."""
+        return self.send("EVALSHA", script.digest, 1, self._key, *arguments)
+
+    def send(self, *command: Any) -> asyncio.Future[Any]:
+        """Send a command on the connection that there is; the answer comes later. Raises as call()."""
+        if self._wire is None:
+            raise NoConnection(f"there is no connection to {self._address}")
+        loop = asyncio.get_running_loop()
+        answer = self._wire.send(command, loop.time())
+        if self._watch is None:
+            self._watch = loop.call_later(ANSWER_SECONDS, self._look)
+        return answer
+
+    def drop(self, why: str) -> None:
+        """Let go of the connection that there is; whoever waits for an answer hears why."""
+        wire, self._wire, self._greeted = self._wire, None, False
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        if wire is not None:
+            wire.abort()
+            for future, _ in wire.pending:
+                if not future.done():
+                    future.set_exception(BrokerUnavailable(why))
+                    future.exception()  # so that nobody need have waited for it
+
+    def close(self) -> None:
+        """End it for good."""
+        self._closed = True
+        self.drop("the broker is closed")
+
+    async def _begin(self) -> None:
+        self._check_open()
+        here, loop = self._address, asyncio.get_running_loop()
+        host, port = self._elsewhere or (here.host, here.port)
+        self._elsewhere = None  # where nobody answers there, we ask again where we asked first
+
+        def make() -> _Wire:
+            return _Wire(self._has_error, self._was_lost)
+
+        if here.path is not None:
+            _, wire = await loop.create_unix_connection(make, here.path)
+        else:
+            name = here.host if here.tls is not None else None
+            _, wire = await loop.create_connection(make, host, port, ssl=here.tls, server_hostname=name)
+        self._wire = wire
+        self._check_open()  # it may have been closed meanwhile
+        if here.password is not None:
+            await self.send("AUTH", *([here.user] if here.user is not None else []), here.password)
+        if here.database:
+            await self.send("SELECT", here.database)
+        if self._greet is not None:
+            await self._greet(self)
+        self._greeted = self._wire is wire
+        if not self._greeted:
+            raise BrokerUnavailable("it was lost at once")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BrokerUnavailable("the broker is closed")
+
+    def _has_error(self, said: str) -> None:
+        if _ELSEWHERE.search(said):
+            moved = _MOVED.search(said)
+            if moved is not None and moved[1]:
+                self._elsewhere = moved[1], int(moved[2])
+            asyncio.get_running_loop().call_soon(self.drop, said)
+
+    def _was_lost(self, wire: _Wire, error: Exception | None) -> None:
+        if wire is self._wire:
+            self.drop(f"the connection to {self._address} was lost: {error or 'the server ended it'}")
+
+    def _look(self) -> None:
+        """Give the connection up where the oldest command has waited too long."""
+        self._watch = None
+        if self._wire is None or not self._wire.pending:
+            return
+        loop = asyncio.get_running_loop()
+        left = self._wire.pending[0][1] + ANSWER_SECONDS - loop.time()
+        if left > 0:
+            self._watch = loop.call_later(left, self._look)
+        else:
+            self.drop(f"{self._address} has not answered for {ANSWER_SECONDS:g} s")
+
+
+def text(value: bytes) -> str:
+    """What the server says, as text."""
+    return value.decode("utf-8", "replace")

@@ -1,0 +1,121 @@
+-- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, epoch of the owner's connection, 1 for early.
+-- Gives fresh ones as XREADGROUP does, others as {reference, counts, fields, when due where that is to come}, and after how many milliseconds there may be more.
+local name, room, early = ARGV[1], tonumber(ARGV[2]), ARGV[6] == '1'
+local token = ' ' .. ARGV[3] .. ' ' .. ARGV[4]
+-- A claim that was long on its way must not take what nobody waits for any more.
+if call('HGET', prefix .. 'owner:' .. ARGV[4], 'epoch') ~= ARGV[5] then return redis.error_reply('STALE') end
+local queue = queue_of(name)
+if not queue then return redis.error_reply('NOQUEUE ' .. name) end
+
+for _, lease in ipairs(call('ZRANGEBYSCORE', queue.leases, '-inf', number(now), 'LIMIT', 0, 1000)) do
+  come_back(queue, lease, true, 'its lease ended without a sign of life')
+end
+local due = call('ZRANGEBYSCORE', queue.later, '-inf', number(now), 'WITHSCORES', 'LIMIT', 0, 1000)
+for i = 1, #due, 2 do
+  local deliveries, attempts, _, failure = counts_of(queue, due[i])
+  count(queue, due[i], deliveries, attempts, due[i + 1], failure)
+  call('ZREM', queue.later, due[i])
+  call('ZADD', queue.ready, '-' .. sub(due[i], -1), due[i])
+end
+
+local ends, leases, others, entries = number(now + queue.lease), {}, {}, {}
+local function take(refs, dues)
+  if #refs == 0 then return end
+  local counts = call('HMGET', queue.counts, unpack(refs))
+  for i, ref in ipairs(refs) do
+    local fields = fields_of(queue, ref)
+    if fields then
+      local at = dues and dues[i] or 0
+      if at == 0 and early and queue.ordered then at = (way_of(fields)) end
+      others[#others + 1] = {ref, counts[i] or '', fields, at > now and number(at) or ''}
+      leases[#leases + 1] = ends
+      leases[#leases + 1] = ref .. (at > now and ' ' .. ARGV[3] .. '@' .. number(at) .. ' ' .. ARGV[4] or token)
+      room = room - 1
+    else -- somebody deleted it from its stream; in an ordered queue the others of its key go on
+      call('HDEL', queue.counts, ref)
+      if queue.ordered then
+        local heads = call('HGETALL', queue.heads)
+        for k = 1, #heads, 2 do
+          if heads[k + 1] == ref then next_of(queue, ref, heads[k]) end
+        end
+      end
+    end
+  end
+end
+
+local function take_ready()
+  local refs = call('ZRANGE', queue.ready, 0, room - 1)
+  if #refs > 0 then call('ZREM', queue.ready, unpack(refs)) end
+  take(refs)
+  return #refs
+end
+
+local function take_fresh()
+  local read = call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', room, 'NOACK', 'STREAMS', queue.fresh, '>')
+  if not read then return 0 end
+  local found = read[1][2]
+  for i = 1, #found do
+    local entry = found[i]
+    local fields, plain = entry[2], true
+    for f = 1, #fields, 2 do
+      if ways[fields[f]] then plain = false break end
+    end
+    if not plain then
+      local at, priority, key = way_of(fields)
+      if at > now or priority > 0 or (queue.ordered and key) then
+        give(queue, reference(entry[1], 'm', priority), at, hash_of(key))
+      else
+        plain = true
+      end
+    end
+    if plain then
+      entries[#entries + 1] = entry
+      leases[#leases + 1] = ends
+      leases[#leases + 1] = entry[1] .. 'm0' .. token
+      room = room - 1
+    end
+  end
+  return #found
+end
+
+-- Also what is not due, and what is behind: a key's oldest is in ready, later or somebody's hands, and comes before.
+local function take_early()
+  local found, refs, dues = call('ZRANGE', queue.later, 0, room - 1, 'WITHSCORES'), {}, {}
+  for i = 1, #found, 2 do
+    refs[#refs + 1], dues[#dues + 1] = found[i], tonumber(found[i + 1])
+  end
+  if #refs > 0 then call('ZREM', queue.later, unpack(refs)) end
+  take(refs, dues)
+  if room <= 0 then return #refs end
+  local members = call('ZRANGE', queue.behind, 0, room - 1)
+  if #members > 0 then
+    call('ZREM', queue.behind, unpack(members))
+    for i, member in ipairs(members) do members[i] = sub(member, 41) end
+    take(members)
+  end
+  return #refs + #members
+end
+
+repeat
+  local got = take_ready()
+  if room > 0 then got = got + take_fresh() end
+  if room > 0 and early then got = got + take_early() end
+until room <= 0 or got == 0
+
+if #leases > 0 then
+  call('ZADD', queue.leases, unpack(leases))
+  if room <= 0 and call('ZCARD', queue.ready) > 0 then ring(queue) end
+  return {entries, others, 0}
+end
+-- Nothing is there: what was rung for is over, and the receiver waits for what comes from now on.
+call('XGROUP', 'SETID', queue.fresh, 'bell', '$')
+call('XGROUP', 'SETID', queue.bell, 'bell', '$')
+local soonest = -1
+for _, key in ipairs({queue.later, queue.leases}) do
+  local first = call('ZRANGE', key, 0, 0, 'WITHSCORES')
+  if first[1] then
+    local left = math.max(1, first[2] - now)
+    if soonest < 0 or left < soonest then soonest = left end
+  end
+end
+return {entries, others, soonest}

@@ -1,0 +1,294 @@
+-- What every script begins with: the keys of a queue, and the ways of a message through it.
+--
+-- KEYS[1] is "{namespace}:queues". All other keys have the same hash tag, so a cluster has them in one place.
+--
+-- A message lies in one of two streams until it is done. In queue:<name>, where any program may write, it is *fresh*: the group
+-- "conveyor" says up to where fresh ones were handed out. In kept:<name>, or once it was handed out, it is known by its *reference*:
+-- its id, with zeros so that text sorts by age, then m or k for the stream, then its priority. A reference is in exactly one of
+-- ready, later, behind (an ordered queue's, an older one of the key comes first) or, with the token of its receiver, leases.
+local call, sub, find, match = redis.call, string.sub, string.find, string.match
+local prefix = sub(KEYS[1], 1, -7)
+
+local function clock()
+  local now = call('TIME')
+  return now[1] * 1000 + math.floor(now[2] / 1000)
+end
+local now = clock()
+
+local known = {}
+local function queue_of(name)
+  local queue = known[name]
+  if queue ~= nil then return queue end
+  local said = call('HMGET', prefix .. 'settings:' .. name, 'ordered', 'max', 'lease', 'holder')
+  if not said[1] then
+    known[name] = false
+    return false
+  end
+  queue = {
+    name = name, ordered = said[1] == '1', max = tonumber(said[2]), lease = tonumber(said[3]), holder = said[4], rung = 0,
+    fresh = prefix .. 'queue:' .. name, kept = prefix .. 'kept:' .. name, ready = prefix .. 'ready:' .. name,
+    later = prefix .. 'later:' .. name, behind = prefix .. 'behind:' .. name, heads = prefix .. 'heads:' .. name,
+    leases = prefix .. 'leases:' .. name, counts = prefix .. 'counts:' .. name, bell = prefix .. 'bell:' .. name,
+    dead = prefix .. 'dead:' .. name,
+  }
+  known[name] = queue
+  return queue
+end
+
+local function number(value)
+  return string.format('%.0f', value)
+end
+
+local function reference(id, stream, priority)
+  local ms, seq = match(id, '^(%d+)-(%d+)')
+  return string.rep('0', 13 - #ms) .. ms .. '-' .. string.rep('0', 6 - #seq) .. seq .. stream .. priority
+end
+
+-- A lease of a fresh message has its id as it came; everywhere else the reference is in full.
+local function reference_of(lease)
+  local ref = sub(lease, 1, find(lease, ' ', 1, true) - 1)
+  if sub(ref, 14, 14) == '-' and sub(ref, 21, 21) == sub(ref, -2, -2) then return ref end
+  return reference(ref, sub(ref, -2, -2), sub(ref, -1))
+end
+
+local function stream_of(queue, ref)
+  return sub(ref, -2, -2) == 'm' and queue.fresh or queue.kept
+end
+
+local function fields_of(queue, ref)
+  local id = sub(ref, 1, -3)
+  local found = call('XRANGE', stream_of(queue, ref), id, id)[1]
+  return found and found[2]
+end
+
+local function delete(queue, ref)
+  call('XDEL', stream_of(queue, ref), sub(ref, 1, -3))
+  call('HDEL', queue.counts, ref)
+end
+
+-- RFC 3339 as milliseconds since 1970; nil where it is none.
+local function moment(text)
+  local y, mo, d, h, mi, s, rest = match(text, '^(%d%d%d%d)-(%d%d)-(%d%d)[Tt ](%d%d):(%d%d):(%d%d)(.*)$')
+  if not y then return nil end
+  local fraction, zone = match(rest, '^(%.?%d*)(.*)$')
+  local month = (mo + 9) % 12
+  local year = y - (month >= 10 and 1 or 0)
+  local days = 365 * year + math.floor(year / 4) - math.floor(year / 100) + math.floor(year / 400)
+    + math.floor((month * 153 + 2) / 5) + d - 1 - 719468
+  local seconds = days * 86400 + h * 3600 + mi * 60 + s + (tonumber('0' .. fraction) or 0)
+  local sign, hours, minutes = match(zone, '^([+-])(%d%d):?(%d%d)$')
+  if sign then seconds = seconds - (sign == '+' and 1 or -1) * (hours * 3600 + minutes * 60) end
+  return math.ceil(seconds * 1000)
+end
+
+-- What the fields say of the way through the queue: when due, how important, and a hash of the key. Nearly all say nothing.
+local ways = {ce_duetime = true, ce_priority = true, ce_partitionkey = true}
+local function way_of(fields)
+  local due, priority, hash = 0, 0, nil
+  for i = 1, #fields, 2 do
+    local name = fields[i]
+    if ways[name] then
+      local value = fields[i + 1]
+      if name == 'ce_duetime' then due = moment(value) or 0
+      elseif name == 'ce_priority' then priority = math.max(0, math.min(9, math.floor(tonumber(value) or 0)))
+      else hash = value end
+    end
+  end
+  return due, priority, hash
+end
+
+local function hash_of(key)
+  return key and redis.sha1hex(key)
+end
+
+-- How often it was handed over and counted, how many of those were failed attempts, since when it is ready, and its last error.
+local function counts_of(queue, ref)
+  local said = call('HGET', queue.counts, ref)
+  if not said then return 0, 0, 0, '' end
+  local deliveries, attempts, since, failure = match(said, '^(%d+) (%d+) (%d+) (.*)$')
+  return tonumber(deliveries), tonumber(attempts), tonumber(since), failure
+end
+
+local function count(queue, ref, deliveries, attempts, since, failure)
+  call('HSET', queue.counts, ref, deliveries .. ' ' .. attempts .. ' ' .. number(since) .. ' ' .. failure)
+end
+
+-- Wakes one waiting receiver. Fresh messages need no bell: a waiting receiver listens to their stream.
+local function ring(queue)
+  if queue.rung < 16 then
+    queue.rung = queue.rung + 1
+    call('XADD', queue.bell, 'MAXLEN', '16', '*', 'r', '1')
+  end
+end
+
+local function wait(queue, ref, due)
+  if due > now then
+    call('ZADD', queue.later, number(due), ref)
+    if call('ZRANGE', queue.later, 0, 0)[1] == ref then ring(queue) end
+  else
+    call('ZADD', queue.ready, '-' .. sub(ref, -1), ref)
+    ring(queue)
+  end
+end
+
+-- A message comes, or comes back: it waits for its time, or for its turn.
+local function give(queue, ref, due, hash)
+  if queue.ordered and hash then
+    local head = call('HGET', queue.heads, hash)
+    if not head then
+      call('HSET', queue.heads, hash, ref)
+    elseif head ~= ref then
+      -- An older one comes back from an early receiver: a younger one that still waits steps behind it.
+      if ref < head and call('ZREM', queue.ready, head) + call('ZREM', queue.later, head) > 0 then
+        call('HSET', queue.heads, hash, ref)
+        ref, head = head, ref
+        call('ZADD', queue.behind, 0, hash .. ref)
+        wait(queue, head, due)
+        return
+      end
+      call('ZADD', queue.behind, 0, hash .. ref)
+      return
+    end
+  end
+  wait(queue, ref, due)
+end
+
+-- A message of this key is gone: the next one has its turn.
+local function next_of(queue, ref, hash)
+  if not (queue.ordered and hash) or call('HGET', queue.heads, hash) ~= ref then return end
+  local found = call('ZRANGEBYLEX', queue.behind, '[' .. hash, '(' .. hash .. ':', 'LIMIT', 0, 1)[1]
+  if not found then
+    call('HDEL', queue.heads, hash)
+    return
+  end
+  call('ZREM', queue.behind, found)
+  local after = sub(found, 41)
+  call('HSET', queue.heads, hash, after)
+  local fields = fields_of(queue, after)
+  wait(queue, after, fields and (way_of(fields)) or 0)
+end
+
+local function key_hash(queue, ref)
+  if not queue.ordered then return nil end
+  local fields = fields_of(queue, ref)
+  if not fields then return nil end
+  local _, _, key = way_of(fields)
+  return hash_of(key)
+end
+
+-- What an early receiver has is not due before this, in milliseconds; 0 for all others.
+local function due_of(lease)
+  return tonumber(match(lease, '^%S+ %d+@(%d+) ')) or 0
+end
+
+-- A lease ends without its receiver.
+local function come_back(queue, lease, counted, why)
+  call('ZREM', queue.leases, lease)
+  local ref = reference_of(lease)
+  if counted then
+    local deliveries, attempts = counts_of(queue, ref)
+    count(queue, ref, deliveries + 1, attempts, now, why)
+  end
+  give(queue, ref, due_of(lease), key_hash(queue, ref))
+end
+
+-- Keeps a bounded queue within its bound: the oldest of the lowest priority go first.
+local function drop(queue)
+  if not queue.max then return end
+  local excess = call('XLEN', queue.fresh) + call('XLEN', queue.kept) - call('ZCARD', queue.leases) - queue.max
+  while excess > 0 do
+    local least = call('ZRANGE', queue.ready, -1, -1, 'WITHSCORES')
+    local gone = 0
+    if not least[1] or tonumber(least[2]) < 0 then
+      local read = call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', math.min(excess, 1000), 'NOACK', 'STREAMS', queue.fresh, '>')
+      if read then
+        for _, entry in ipairs(read[1][2]) do call('XDEL', queue.fresh, entry[1]) end
+        gone = #read[1][2]
+      end
+    end
+    if gone == 0 then
+      local ref
+      if least[1] then
+        ref = call('ZRANGEBYSCORE', queue.ready, least[2], least[2], 'LIMIT', 0, 1)[1]
+        call('ZREM', queue.ready, ref)
+      else
+        local last = call('ZRANGE', queue.behind, 0, 0)[1]
+        if last then
+          ref = sub(last, 41)
+          call('ZREM', queue.behind, last)
+        else
+          ref = call('ZRANGE', queue.later, 0, 0)[1]
+          if not ref then return end
+          call('ZREM', queue.later, ref)
+        end
+      end
+      local hash = key_hash(queue, ref)
+      delete(queue, ref)
+      next_of(queue, ref, hash)
+      gone = 1
+    end
+    excess = excess - gone
+  end
+end
+
+-- Puts a message into one queue; its fields are values[first] to values[last].
+local function put(queue, values, first, last, due, priority, hash)
+  if due > now or priority > 0 or (queue.ordered and hash) then
+    local id = call('XADD', queue.kept, '*', unpack(values, first, last))
+    give(queue, reference(id, 'k', priority), due, hash)
+  else
+    call('XADD', queue.fresh, '*', unpack(values, first, last))
+  end
+end
+
+-- One message in ARGV from position i: topic, queue ('' is those of the topic), due, priority, key ('-', or '+' and the key),
+-- number of fields, fields. Gives the position behind it, and whether any queue has it.
+local of_topic, touched = {}, {}
+local function publish(i)
+  local topic, target = ARGV[i], ARGV[i + 1]
+  local due, priority, key, last = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), ARGV[i + 4], i + 5 + ARGV[i + 5]
+  local names
+  if target ~= '' then
+    names = {target}
+  else
+    names = of_topic[topic]
+    if not names then
+      names = call('SMEMBERS', prefix .. 'topic:' .. topic)
+      of_topic[topic] = names
+    end
+  end
+  local hash
+  for _, name in ipairs(names) do
+    local queue = queue_of(name)
+    if queue then
+      if queue.ordered and not hash and sub(key, 1, 1) == '+' then hash = hash_of(sub(key, 2)) end
+      put(queue, ARGV, i + 6, last, due, priority, hash)
+      if queue.max then touched[queue] = true end
+    end
+  end
+  return last + 1, #names > 0
+end
+
+local function keep_bounds()
+  for queue in pairs(touched) do drop(queue) end
+end
+
+local function remove(name)
+  for _, topic in ipairs(cjson.decode(call('HGET', prefix .. 'settings:' .. name, 'topics') or '[]')) do
+    call('SREM', prefix .. 'topic:' .. topic, name)
+  end
+  for _, kind in ipairs({'queue:', 'kept:', 'ready:', 'later:', 'behind:', 'heads:', 'leases:', 'counts:', 'bell:', 'dead:', 'settings:', 'consumers:'}) do
+    call('DEL', prefix .. kind .. name)
+  end
+  call('SREM', KEYS[1], name)
+  call('HDEL', prefix .. 'temporary', name)
+  known[name] = false
+end
+
+-- Temporary queues whose owner gives no sign of life vanish.
+local function sweep()
+  local held = call('HGETALL', prefix .. 'temporary')
+  for i = 1, #held, 2 do
+    if call('EXISTS', prefix .. 'owner:' .. held[i + 1]) == 0 then remove(held[i]) end
+  end
+end

@@ -1,0 +1,46 @@
+"""The Lua scripts: each is one atomic step, sent by its digest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script as the server knows it.
+
+    Parameters:
+        digest: SHA-1 of the text; names it in EVALSHA.
+    """
+
+    text: str
+    digest: str
+
+
+_FOLDER: Final = resources.files("conveyor.brokers.redis") / "lua"
+_FIRST: Final = (_FOLDER / "queue.lua").read_text()
+
+
+def _load(name: str) -> Script:
+    text = _FIRST + (_FOLDER / f"{name}.lua").read_text()
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+ATTEND: Final = _load("attend")
+BEAT: Final = _load("beat")
+BURY: Final = _load("bury")
+CLAIM: Final = _load("claim")
+DECLARE: Final = _load("declare")
+EXTEND: Final = _load("extend")
+GIVE_BACK: Final = _load("give_back")
+LEAVE: Final = _load("leave")
+PUBLISH: Final = _load("publish")
+PURGE: Final = _load("purge")
+QUEUES: Final = _load("queues")
+REDRIVE: Final = _load("redrive")
+SETTLE: Final = _load("settle")
+
+ALL: Final = (ATTEND, BEAT, BURY, CLAIM, DECLARE, EXTEND, GIVE_BACK, LEAVE, PUBLISH, PURGE, QUEUES, REDRIVE, SETTLE)

@@ -1,0 +1,229 @@
+"""A message as the fields of a stream's entry, and back (docs/wire-format.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+
+from conveyor.broker import DeadLetter
+from conveyor.core.message import JSON, NO_HEADERS, PRIORITIES, SOURCE, Message, from_headers, to_headers
+
+PREFIX: Final = "ce_"
+TOPIC: Final = "conveyor_topic"
+"""The field that says what a message was published under, where its type does not."""
+MOST_FIELDS: Final = 1_500
+"""Fields of one message: Lua hands no more than some 8,000 values to a command."""
+LATEST_DUE: Final = 9e15
+"""Milliseconds: beyond that a double is no whole number any more. Some 285,000 years."""
+
+# The attributes that are read without a detour; whoever has others, or other spellings, takes it.
+_NAMES: Final = {
+    name.encode(): number
+    for number, name in enumerate(
+        (
+            "body",
+            "content-type",
+            "ce_specversion",
+            "ce_id",
+            "ce_source",
+            "ce_type",
+            "ce_time",
+            "ce_partitionkey",
+            "ce_correlationid",
+            "ce_causationid",
+            "ce_duetime",
+            "ce_expirytime",
+            "ce_priority",
+            TOPIC,
+        )
+    )
+}
+_CONVEYOR: Final = SOURCE.encode()
+_JSON: Final = JSON.encode()
+_MAYBE: Final = frozenset((first + second).encode() for first in "cC" for second in "eElLoO")
+"""How the name of an attribute in another spelling begins (ce-…, cloudEvents:…, Content-Type)."""
+_DIGITS: Final = {str(number).encode(): number for number in PRIORITIES}
+
+
+def fields_of(message: Message, *, topic: bool = False) -> list[Any]:
+    """The fields of a message, name after name and value; the body first.
+
+    Parameters:
+        topic: say the topic in words of its own, for queues that need not know it.
+    """
+    headers = to_headers(message, PREFIX)
+    if message.key == "":
+        headers["ce_partitionkey"] = ""
+    if topic or headers["ce_type"] != message.topic:
+        headers[TOPIC] = message.topic
+    fields: list[Any] = ["body", message.body]
+    for pair in headers.items():
+        fields += pair
+    return fields
+
+
+def arguments_of(message: Message, queue: str = "") -> list[Any]:
+    """A message as publish() in queue.lua takes it.
+
+    Raises:
+        ValueError: it has too many headers.
+    """
+    fields = fields_of(message, topic=bool(queue))
+    if len(fields) > 2 * MOST_FIELDS:
+        raise ValueError(f"a message has at most {MOST_FIELDS} headers on Redis, and this one {len(fields) // 2}")
+    key = "-" if message.key is None else "+" + message.key
+    return [message.topic, queue, milliseconds(message.due), message.priority, key, len(fields), *fields]
+
+
+def milliseconds(seconds: float) -> int:
+    """Unix seconds as the server counts them; never earlier."""
+    return math.ceil(min(max(0.0, seconds * 1000), LATEST_DUE))  # max() gives its first for what is no number
+
+
+def message_of(fields: Sequence[bytes], *, where: str, topics: Collection[str], now: float) -> Message:
+    """The message that an entry holds, whoever wrote it; never an error.
+
+    Parameters:
+        where: names the entry; the message's id where it has none.
+        topics: what the queue receives.
+        now: Unix seconds.
+    """
+    said: list[bytes | None] = [None] * len(_NAMES)
+    own: list[tuple[bytes, bytes]] = []
+    plain = True
+    values = iter(fields)
+    for name in values:
+        value = next(values, b"")
+        number = _NAMES.get(name)
+        if number is not None and said[number] is None:
+            said[number] = value
+        else:
+            own.append((name, value))
+            if name[:2] in _MAYBE:
+                plain = False
+    body, kind, _, id_, source, type_, time, key, correlation, causation, due, expires, priority, topic = said
+    named = _topic(type_, topic, source, topics)
+    if not plain or source != _CONVEYOR or type_ is None or not id_ or _strange(said):
+        return _foreign(fields, named, where, now)
+    created = _seconds(time) if time is not None else 0.0  # Conveyor's own that says no time has none
+    return Message(
+        id_.decode("utf-8", "replace"),
+        named,
+        body or b"",
+        None if key is None else key.decode("utf-8", "replace"),
+        {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in own}
+        if own
+        else NO_HEADERS,
+        JSON if kind == _JSON else _or(kind, JSON),
+        None if not correlation else correlation.decode("utf-8", "replace"),
+        None if not causation else causation.decode("utf-8", "replace"),
+        created if created is not None else now,
+        (_seconds(due) or 0.0) if due else 0.0,
+        _seconds(expires) if expires else None,
+        _DIGITS[priority] if priority else 0,
+    )
+
+
+def _strange(said: Sequence[bytes | None]) -> bool:
+    priority, type_, topic = said[12], said[5], said[13]
+    return (priority is not None and priority not in _DIGITS) or (topic is not None and topic != type_)
+
+
+def _or(value: bytes | None, default: str) -> str:
+    return value.decode("utf-8", "replace") if value else default
+
+
+def _topic(type_: bytes | None, topic: bytes | None, source: bytes | None, topics: Collection[str]) -> str:
+    """What it was published under: what says so; else its type, where the queue knows it; else the queue's only topic."""
+    if topic:
+        return topic.decode("utf-8", "replace")
+    kind = type_.decode("utf-8", "replace") if type_ else ""
+    if kind and (source == _CONVEYOR or kind in topics or len(topics) != 1):
+        return kind
+    return min(topics, default="")
+
+
+def _foreign(fields: Sequence[bytes], topic: str, where: str, now: float) -> Message:
+    """What another program wrote, or an application's own attributes: by all the rules."""
+    headers: dict[str, str] = {}
+    empty: dict[str, str] = {}
+    body, key = b"", None
+    seen = False
+    values = iter(fields)
+    for name in values:
+        value = next(values, b"")
+        if name == b"body" and not seen:
+            body, seen = value, True
+        elif name != TOPIC.encode():
+            header, content = name.decode("utf-8", "replace"), value.decode("utf-8", "replace")
+            headers[header] = content
+            if name == b"ce_partitionkey":
+                key = content
+            elif not content and name[:2] not in _MAYBE:
+                empty[header] = ""
+    message = from_headers(topic, body, headers, fallback_id=where, now=now)
+    if not empty and (key is None or key == message.key):
+        return message
+    return msgspec.structs.replace(
+        message, key=key if message.key is None else message.key, headers={**message.headers, **empty}
+    )
+
+
+def _seconds(value: bytes) -> float | None:
+    try:
+        moment = datetime.fromisoformat(value.decode())
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def dead_fields_of(letter: DeadLetter) -> list[Any]:
+    """A dead letter as an entry: what it is dead of, then the message's own fields."""
+    return [
+        *("dead_reason", letter.reason, "dead_error", letter.error, "dead_traceback", letter.traceback),
+        *("dead_deliveries", letter.deliveries, "dead_attempts", letter.attempts),
+        *("dead_time", milliseconds(letter.died)),
+        *fields_of(letter.message, topic=True),
+    ]
+
+
+DEAD_FIELDS: Final = 12
+"""Names and values before those of the message."""
+
+
+def letter_of(queue: str, entry: Sequence[Any]) -> DeadLetter:
+    """The dead letter that an entry holds."""
+    id_, fields = entry[0].decode(), entry[1]
+    reason, error, traceback, deliveries, attempts, died = (
+        value.decode("utf-8", "replace") for value in fields[1:DEAD_FIELDS:2]
+    )
+    return DeadLetter(
+        position=f"{_padded(id_)}@{queue}",
+        queue=queue,
+        message=message_of(fields[DEAD_FIELDS:], where=f"{queue}/{id_}", topics=(), now=int(died) / 1000),
+        reason=reason,
+        error=error,
+        traceback=traceback,
+        deliveries=int(deliveries),
+        attempts=int(attempts),
+        died=int(died) / 1000,
+    )
+
+
+def _padded(id_: str) -> str:
+    """An entry's id so that text sorts by age."""
+    milliseconds, _, sequence = id_.partition("-")
+    return f"{milliseconds:0>13}-{sequence:0>6}"
+
+
+def position_of(position: str) -> tuple[str, str]:
+    """The id and the queue of a dead letter's position; two empty texts where it is none."""
+    id_, _, queue = position.partition("@")
+    milliseconds, _, sequence = id_.partition("-")
+    if not (milliseconds.isdecimal() and sequence.isdecimal()):
+        return "", ""
+    return f"{int(milliseconds)}-{int(sequence)}", queue
