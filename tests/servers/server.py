@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import os
 import random
 import signal
 import socket
@@ -94,6 +95,8 @@ class Server(abc.ABC):
         """Let the server fall silent: it keeps its connections, and does nothing until resume()."""
         assert self._server is not None, f"{self.NAME} is down"
         self._server.send_signal(signal.SIGSTOP)
+        # Until every thread of it has stopped: a busy machine lets them answer a little longer.
+        os.waitid(os.P_PID, self._server.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """End a pause."""
