@@ -127,16 +127,17 @@ async def test_a_server_that_says_nothing_is_given_up() -> None:
         await connect([Address("127.0.0.1", silent.getsockname()[1])], timeout_seconds=0.05)
 
 
-async def test_whoever_gives_up_connecting_leaves_no_socket_behind() -> None:
+@pytest.mark.parametrize("tls", [None, ssl.create_default_context()], ids=["plain", "tls"])
+async def test_whoever_gives_up_connecting_leaves_no_socket_behind(tls: ssl.SSLContext | None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        connecting = asyncio.ensure_future(connect([Address("127.0.0.1", silent.getsockname()[1])]))
+        connecting = asyncio.ensure_future(connect([Address("127.0.0.1", silent.getsockname()[1], tls=tls)]))
         accepted, _ = await asyncio.to_thread(silent.accept)
         with accepted:
-            assert await asyncio.to_thread(accepted.recv, 8) == b"AMQP\x00\x00\x09\x01"
+            assert await asyncio.to_thread(accepted.recv, 65_536)
             connecting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await connecting
-            assert await asyncio.to_thread(accepted.recv, 1) == b""
+            assert await asyncio.to_thread(accepted.recv, 65_536) == b""
 
 
 def certificates(folder: Path) -> None:

@@ -456,6 +456,23 @@ def test_confirms_settle_one_publish_or_all_up_to_it() -> None:
     in_a_world(test)
 
 
+def test_what_is_published_right_behind_confirm_select_is_confirmed_too() -> None:
+    async def test(world: World) -> None:
+        opening = asyncio.ensure_future(world.connection.channel())
+        await asyncio.sleep(0)
+        world.say(commands.Channel.OpenOk(), 2)
+        channel = await opening
+        selecting = asyncio.ensure_future(channel.confirm_select())
+        await asyncio.sleep(0)
+        published = channel.publish("", "q", b"x")
+        assert not published.done()
+        world.say(commands.Confirm.SelectOk(), 2)
+        world.say(commands.Basic.Ack(1), 2)
+        await asyncio.gather(selecting, published)
+
+    in_a_world(test)
+
+
 def returned(publish_properties: Properties, routing_key: str = "nowhere") -> bytes:
     head = struct.pack(">HHQ", 60, 0, 1) + publish_properties.encode()
     method = frame.marshal(commands.Basic.Return(312, "NO_ROUTE", "", routing_key), 1)

@@ -790,7 +790,7 @@ class Channel:
         await self.request(commands.Basic.Cancel, commands.Basic.CancelOk, consumer_tag=tag)
 
     async def get(self, queue: str, *, no_ack: bool = False) -> Incoming | None:
-        """The next message of a queue; None if it has none ready."""
+        """The next message of a queue; None if it has none ready. If nobody waits for it any more, its channel keeps it."""
         replies = (commands.Basic.GetOk, commands.Basic.GetEmpty)
         self.check()
         future: asyncio.Future[Incoming | None] = self._loop.create_future()
@@ -833,8 +833,9 @@ class Channel:
     async def confirm_select(self) -> None:
         """Have the server confirm every publish from now on."""
         if self._next_publish == 0:
+            self.check()
+            self._next_publish = 1  # what is published before the answer comes is confirmed as well
             await self.request(commands.Confirm.Select, commands.Confirm.SelectOk)
-            self._next_publish = self._next_publish or 1
 
     def publish(
         self,
@@ -966,9 +967,9 @@ class Channel:
             _break(future, _again(reason))
         self._requests.clear()
         for number, publish in self._unconfirmed.items():
-            error = self._returned.get(number) or OutcomeUnknown(f"no confirm came: {reason}")
-            error.__cause__ = reason
-            _break(publish.future, error)
+            unknown = OutcomeUnknown(f"no confirm came: {reason}")
+            unknown.__cause__ = reason
+            _break(publish.future, self._returned.get(number, unknown))
         self._unconfirmed.clear()
         self._returned.clear()
         self.connection.wake()
@@ -1094,6 +1095,8 @@ class Channel:
             message.body = chunk
             self._arrived(message)
             return
+        if not chunk:
+            raise Malformed("a body frame without a body")
         self._chunks.append(chunk)
         self._missing = left
         if left == 0:
