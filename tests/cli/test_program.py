@@ -372,7 +372,20 @@ def test_doctor_leaves_nothing_behind_on_sqlite(conveyor: Program) -> None:
     found = conveyor.json("doctor", "--broker", "sqlite:///shop.queue?durability=normal", "--only", "publishing,killed")
     assert found["ok"] is True
     assert sorted(conveyor.folder.iterdir()) == before
-    assert found["risks"] == ["durability=normal: the last messages may be lost when the machine loses power"]
+    [risk] = found["risks"]
+    assert "durability=normal: the last messages may be lost when the machine loses power" in risk
+
+
+def test_doctor_names_handlers_that_may_outlast_what_the_server_allows() -> None:
+    from conveyor.cli.doctor import long_handlers
+
+    def said(url: str) -> list[str]:
+        return [risk.split()[1] for risk in long_handlers("tests.cli.slow:app", url)]
+
+    assert said("amqp://localhost") == ["encode", "watch"]
+    assert said("amqps://localhost/?consumer_timeout=60") == ["encode", "resize", "watch"]
+    assert said("amqp://localhost/shop?consumer_timeout=86400") == ["watch"]
+    assert said("redis://localhost") == []
 
 
 def test_doctor_fails_on_a_broken_promise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,8 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from typing import Any, Final
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from cyclopts import App
 
@@ -20,7 +20,7 @@ from conveyor import brokers
 from conveyor.broker import Feature
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where
-from conveyor.cli.terminal import FAILED, OK, Output, errors, out, safe
+from conveyor.cli.terminal import FAILED, OK, Output, errors, out, safe, span
 from conveyor.config import masked
 from conveyor.errors import ConfigurationError
 from conveyor.testing.promises import PROMISES, Ended, Makers, Result
@@ -37,11 +37,8 @@ RISKS = {
 }
 """What it means for every app that a broker lacks one of these; the others only matter to those who ask for them."""
 
-SETTINGS = {
-    ("sqlite", "durability=normal"): "durability=normal: the last messages may be lost when the machine loses power",
-    ("sqlite", "network_filesystem=allow"): "network_filesystem=allow: where locks do not hold, messages are lost",
-}
-"""What risky settings in a URL mean, by scheme."""
+HELD: Final = {"amqp": ("RabbitMQ", "consumer_timeout", 1_800.0), "amqps": ("RabbitMQ", "consumer_timeout", 1_800.0)}
+"""Scheme → server, its setting for how long a message may be held, and its default in seconds. The URL has a parameter of that name."""
 
 command = App(
     name="doctor",
@@ -49,6 +46,9 @@ command = App(
   conveyor doctor --broker sqlite:///shop.queue
   conveyor doctor --app shop:app --only publishing,leases
   conveyor doctor --json | jq '.promises[] | select(.verdict == "failed")'
+
+With --app, handlers that may take longer than the server lets a message be held
+are among the risks.
 
 It works with names that nobody else uses, and deletes its messages afterwards;
 on SQLite in a file of its own beside yours. It takes a minute or less.
@@ -74,14 +74,15 @@ def doctor(
     unknown = [name for name in chosen or () if name not in known and name not in PROMISES]
     if unknown:
         raise ConfigurationError(f"there is no promise or area {unknown[0]!r}; the areas are {', '.join(known)}")
-    return asyncio.run(_examine(where.url(), chosen, output))
+    return asyncio.run(_examine(where.url(), where.app, chosen, output))
 
 
-async def _examine(url: str, only: Sequence[str] | None, output: Output) -> int:
+async def _examine(url: str, app: str | None, only: Sequence[str] | None, output: Output) -> int:
     parts = urlsplit(url)
     if parts.scheme == "memory" and not parts.netloc:
         raise ConfigurationError("memory:// is another broker each time it is opened; examine memory://NAME")
     missing, risks = await _look(url)
+    risks += [] if app is None else long_handlers(app, url)
     if not output.json:
         output.say(masked(url), "bold")
         for feature, why in missing.items():
@@ -111,17 +112,38 @@ async def _examine(url: str, only: Sequence[str] | None, output: Output) -> int:
 
 
 async def _look(url: str) -> tuple[dict[Feature, str], list[str]]:
-    """Open the broker once: what it lacks, what its settings mean, and what it warns of (its disk, its server)."""
+    """Open the broker once: what it lacks, and what endangers messages there. A queue file is not made for that."""
     parts = urlsplit(url)
     broker = brokers.from_url(url)
     with _overheard() as warnings:
         if parts.scheme != "sqlite" or await asyncio.to_thread(_file(url).exists):
             await broker.open()
+        try:
+            risks = await broker.risks()
+        finally:
             await broker.close()
     missing = dict(broker.missing)
-    risks = [f"no {feature}: {risk}" for feature, risk in RISKS.items() if feature in missing]
-    risks += [risk for (scheme, setting), risk in SETTINGS.items() if scheme == parts.scheme and setting in parts.query]
-    return missing, [*risks, *warnings.said]
+    lacks = [f"no {feature}: {risk}" for feature, risk in RISKS.items() if feature in missing]
+    return missing, [*lacks, *risks, *(said for said in warnings.said if said not in risks)]
+
+
+def long_handlers(app: str, url: str) -> list[str]:
+    """Workers that may hold a message for longer than the server allows, as far as that can be known."""
+    from conveyor.cli.application import load_app
+
+    parts = urlsplit(url)
+    if parts.scheme not in HELD:
+        return []
+    server, setting, default = HELD[parts.scheme]
+    limit = float(dict(parse_qsl(parts.query)).get(setting, default))
+    workers = {name: worker.timeout_seconds for name, worker in load_app(app).workers.items()}
+    return [
+        f"worker {name} may take {'as long as it likes' if seconds is None else span(seconds)}, and {server} takes a message back that"
+        f" is held for longer than {setting}, which cannot be seen from here: Conveyor counts on {span(limit)}, and renews in time."
+        f" Where the server's is shorter, put ?{setting}=SECONDS into the URL, or work is done twice."
+        for name, seconds in workers.items()
+        if seconds is None or seconds >= limit
+    ]
 
 
 @contextlib.contextmanager
