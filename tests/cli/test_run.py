@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,12 +153,14 @@ async def slow(order: OrderCreated) -> None:
     assert (queue["ready"], queue["in_flight"], queue["dead"]) == (1, 0, 0)
 
 
-def read_until(program: subprocess.Popen[str], text: str) -> None:
-    """Read the log until it says so."""
+def read_until(program: subprocess.Popen[str], text: str) -> str:
+    """Read the log until it says so; all that was read."""
     assert program.stdout is not None
+    said = ""
     for line in program.stdout:
+        said += line
         if text in line:
-            return
+            return said
     raise AssertionError(f"the log ended without {text!r}")
 
 
@@ -270,6 +273,56 @@ SqliteBroker.settle = settle
     order(conveyor, "A-1")
     with running(conveyor, "away", "--grace", "3600"):
         await appears(conveyor.folder / "settling")
+
+
+AWAY = """
+from pathlib import Path
+from conveyor.brokers.sqlite import SqliteBroker
+from conveyor.errors import BrokerUnavailable
+from shop import app
+
+opened = SqliteBroker.open
+
+async def open(self):
+    if Path("away-now").exists():
+        with Path("tried").open("a") as tried:
+            tried.write("x")
+        raise BrokerUnavailable("it is away")
+    await opened(self)
+
+SqliteBroker.open = open
+"""
+
+
+async def test_a_broker_that_is_away_at_the_start_is_waited_for(conveyor: Program, free_port: int) -> None:
+    (conveyor.folder / "away.py").write_text(AWAY)
+    order(conveyor, "A-1")
+    away = conveyor.folder / "away-now"
+    away.touch()
+    with running(conveyor, "away", "--http", f"127.0.0.1:{free_port}") as program:
+        said = await asyncio.to_thread(read_until, program, "it is away; trying again in")
+        assert "Traceback" not in said
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{free_port}/readyz", timeout=10)
+        assert "waiting for it to be back" in refused.value.read().decode()
+        away.unlink()
+        assert await shipped(conveyor, 1) == ["A-1"]
+
+
+async def test_a_program_that_waits_for_its_broker_ends_at_once_when_it_is_asked_to(conveyor: Program) -> None:
+    (conveyor.folder / "away.py").write_text(AWAY)
+    (conveyor.folder / "away-now").touch()
+    with running(conveyor, "away"):
+        await appears(conveyor.folder / "tried")
+
+
+async def test_it_says_what_it_listens_on_and_when_it_is_ready(conveyor: Program) -> None:
+    with running(conveyor, "shop") as program:
+        said = await asyncio.to_thread(read_until, program, "shop is ready")
+    lines = [json.loads(line)["message"] for line in said.splitlines()]
+    story = ["running shop", "starting shop", "connected to", "charge listens on shop.charge, 100 at once"]
+    places = [next(i for i, line in enumerate(lines) if line.startswith(part)) for part in story]
+    assert places == sorted(places)
 
 
 async def appears(file: Path) -> None:

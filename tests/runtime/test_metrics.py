@@ -152,6 +152,18 @@ def test_queues_show_their_depth_and_age() -> None:
     assert found["conveyor_queue_oldest_seconds", (("queue", "idle"),)] == 0
 
 
+def test_consumers_are_shown_where_the_broker_can_tell() -> None:
+    found = samples(prometheus_text([], [queue("shop.charge", consumers=3), queue("unknown")]))
+    assert {labels: value for (name, labels), value in found.items() if name == "conveyor_queue_consumers"} == {
+        (("queue", "shop.charge"),): 3
+    }
+
+
+def test_the_time_since_the_start_is_shown_where_somebody_knows_it() -> None:
+    assert samples(prometheus_text([], [], uptime_seconds=12.5))["conveyor_uptime_seconds", ()] == 12.5
+    assert ("conveyor_uptime_seconds", ()) not in samples(prometheus_text([], []))
+
+
 def test_the_outbox_is_counted_once_however_many_see_it() -> None:
     found = samples(
         prometheus_text(

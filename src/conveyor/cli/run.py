@@ -8,10 +8,12 @@ import dataclasses
 import difflib
 import logging
 import os
+import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -25,8 +27,9 @@ from conveyor.cli.application import broker_url, load_app
 from conveyor.cli.check import unprovided
 from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import Config, LogFormat, LogLevel, place
+from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
-from conveyor.errors import BrokerError, ConfigurationError
+from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, LedgerUnavailable
 from conveyor.runtime import logs
 from conveyor.runtime.channel import Ask, ChildLink
 from conveyor.runtime.health import STARTING, Health, HealthServer
@@ -41,6 +44,8 @@ GIVEN: Final = {"broker": "CONVEYOR_GIVEN_BROKER", "database": "CONVEYOR_GIVEN_D
 LEFTOVERS_SECONDS: Final = 1.0
 """How long, after the drain, a process waits for what its handlers left running."""
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+KNOCKING: Final = RetryPolicy(initial=0.5, maximum=5.0)
+"""How often a broker or database that is away is tried while nothing else can be done."""
 PLAIN = Output()
 
 command = App(
@@ -52,8 +57,9 @@ command = App(
   conveyor run shop:app --max-rss 500 --max-messages 100000
 
 A supervisor keeps the processes alive, hands back what a dead one held, and
-replaces one that hangs or grows. SIGTERM (or Ctrl-C) drains: what runs gets the
-grace period, everything else goes back to its queue. A second one hurries.
+replaces one that hangs or grows. A broker that is away is waited for, at the
+start as well. SIGTERM (or Ctrl-C) drains: what runs gets the grace period,
+everything else goes back to its queue. A second one hurries.
 Logs are for people on a terminal, else one JSON object a line, on stderr; with
 --json on stdout.
 
@@ -178,32 +184,91 @@ async def _supervise(
             f"the broker of {app.name} lives inside one process, so {settings.processes} could not share it; "
             "leave --processes out, or use sqlite:///NAME.queue"
         )
+    started = time.time()
+    asked = asyncio.Event()
+    knocking = _Knocking(asked)
+
+    async def hand_back(owner: str, why: str) -> None:
+        if shared and (count := await broker.reclaim(owner, why)):
+            log.info("handed back %d messages of a dead process", count)
+        await _free_outbox(app, owner)
+
+    supervisor = Supervisor(
+        child, settings.processes, on_death=hand_back, limits=_limits(settings), environment=environment
+    )
     async with contextlib.AsyncExitStack() as stack:
-        if shared:
-            await broker.open()
-            stack.push_async_callback(broker.close)
-            await broker.declare([worker.queue for worker in app.workers.values()])
-
-        async def hand_back(owner: str, why: str) -> None:
-            if shared and (count := await broker.reclaim(owner, why)):
-                log.info("handed back %d messages of a dead process", count)
-            await _free_outbox(app, owner)
-
-        supervisor = Supervisor(
-            child, settings.processes, on_death=hand_back, limits=_limits(settings), environment=environment
-        )
         if settings.http_address is not None:
             server = HealthServer(
                 settings.http_address,
-                health=supervisor.health,
-                metrics=lambda: _metrics(supervisor, broker if shared else None),
+                health=lambda: supervisor.health() if knocking.at is None else knocking.health,
+                metrics=lambda: _metrics(supervisor, broker if shared and knocking.at is None else None, started),
             )
             await stack.enter_async_context(server)
             log.info("health and metrics on port %d: /livez /readyz /metrics", server.port)
         log.info(
             "running %s: %s; %d process(es); broker %s", app.name, ", ".join(workers), settings.processes, _shown(app)
         )
+        if shared:
+            loop = asyncio.get_running_loop()
+            for number in (*SIGNALS, signal.SIGHUP):
+                loop.add_signal_handler(number, asked.set)  # until the supervisor hears them
+            stack.push_async_callback(broker.close)
+            await knocking.until_done(broker.open)
+            await knocking.until_done(lambda: broker.declare([worker.queue for worker in app.workers.values()]))
+            if asked.is_set():
+                return OK
         return await supervisor.run()
+
+
+class _Knocking:
+    """Waits for a broker or a database that is away, until it is there or the process is asked to end.
+
+    Parameters:
+        asked: set when the process has to end.
+    """
+
+    def __init__(self, asked: asyncio.Event) -> None:
+        self.at: str | None = None
+        """What is being waited for, in words."""
+        self._asked = asked
+
+    @property
+    def health(self) -> Health:
+        """How a process is that has not begun."""
+        return STARTING if self.at is None else Health(unready=(self.at,))
+
+    async def until_done(self, what: Callable[[], Awaitable[object]]) -> None:
+        """Do what needs it, however long that takes; returns early where the process is asked to end.
+
+        Raises:
+            ConveyorError: it is there, and cannot be used.
+        """
+        tries = 0
+        while not self._asked.is_set():
+            try:
+                await self._unless_asked(what())
+            except (BrokerUnavailable, LedgerUnavailable) as error:
+                tries += 1
+                wait = KNOCKING.wait_seconds(tries, random.random())
+                self.at = f"waiting for it to be back: {describe(error)}"
+                log.warning("%s; trying again in %.1f s", describe(error), wait)
+                await self._unless_asked(asyncio.sleep(wait))
+            else:
+                break
+        if tries and not self._asked.is_set():
+            log.info("connected after %d tries", tries + 1)
+        self.at = None
+
+    async def _unless_asked(self, work: Awaitable[object]) -> None:
+        doing, asking = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait((doing, asking), return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                doing.result()
+        finally:
+            for task in (doing, asking):
+                task.cancel()
+            await asyncio.gather(doing, asking, return_exceptions=True)
 
 
 async def _free_outbox(app: Conveyor, owner: str) -> None:
@@ -242,14 +307,14 @@ def _limits(settings: Config) -> Limits:
     return dataclasses.replace(Limits(), **{name: value for name, value in said.items() if value is not None})
 
 
-async def _metrics(supervisor: Supervisor, broker: Broker | None) -> bytes:
+async def _metrics(supervisor: Supervisor, broker: Broker | None, started: float) -> bytes:
     queues: list[QueueInfo] = []
     if broker is not None:
         try:
             queues = await broker.queues()
         except BrokerError as error:  # what the processes did is worth knowing all the more
             log.warning("the metrics are without queues: %s", describe(error))
-    return prometheus_text(supervisor.snapshots(), queues)
+    return prometheus_text(supervisor.snapshots(), queues, uptime_seconds=time.time() - started)
 
 
 def _shown(app: Conveyor) -> str:
@@ -293,15 +358,23 @@ def _signals(hear: Callable[[str], object]) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
+def _announce(app: Conveyor, workers: Sequence[str]) -> None:
+    for name in workers:
+        worker = app.workers[name]
+        log.info("%s listens on %s, %d at once", name, worker.queue.name, worker.concurrency)
+    log.info("%s is ready", app.name)
+
+
 async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
     """Run the workers until a signal or the supervisor asks to end, then until they have drained; gives the exit code."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
+    knocking = _Knocking(asked)
     runner: Runner | None = None
     hurry: asyncio.TimerHandle | None = None
 
     def health() -> Health:
-        return STARTING if runner is None else runner.health()
+        return knocking.health if runner is None else runner.health()
 
     def snapshot() -> Snapshot:
         return app.metrics.snapshot() if runner is None else runner.snapshot()
@@ -327,14 +400,20 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
     beats = asyncio.create_task(link.run(health, snapshot, drain), name="signs of life")
     try:
         with _signals(on_signal):
-            # Whoever asks for the drain says when it is enough: see cut().
-            async with app.running(workers, grace_seconds=None) as runner:
-                await asked.wait()
+            log.info("starting %s: connecting to %s", app.name, _shown(app))
+            await knocking.until_done(app.connect)
+            if not asked.is_set():
+                log.info("connected to %s", _shown(app))
+                # Whoever asks for the drain says when it is enough: see cut().
+                async with app.running(workers, grace_seconds=None) as runner:
+                    _announce(app, workers)
+                    await asked.wait()
+            await app.close()
     finally:
         if hurry is not None:
             hurry.cancel()
         beats.cancel()
-    code = FAILED if runner.was_cut else OK
+    code = FAILED if runner is not None and runner.was_cut else OK
     link.goodbye(health(), app.metrics.snapshot())
     _end_soon(code)
     return code

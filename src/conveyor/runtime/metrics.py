@@ -242,18 +242,22 @@ DEPTHS: Final = {
 }
 
 
-def prometheus_text(snapshots: Sequence[Snapshot], queues: Sequence[QueueInfo]) -> bytes:
+def prometheus_text(
+    snapshots: Sequence[Snapshot], queues: Sequence[QueueInfo], *, uptime_seconds: float | None = None
+) -> bytes:
     """Everything in Prometheus' text format; its media type is CONTENT_TYPE.
 
     Parameters:
         snapshots: one for each live process, and the sum of those that ended (or counters would seem to run backwards).
         queues: as the broker tells; they may have been named by anyone.
+        uptime_seconds: how long the application has been running, whatever became of its processes; None where nobody knows.
 
     Raises:
         MissingExtra: prometheus-client is not installed.
     """
     try:
         from prometheus_client import CollectorRegistry, generate_latest
+        from prometheus_client.core import GaugeMetricFamily
     except ModuleNotFoundError as error:
         raise MissingExtra("/metrics", "metrics") from error
 
@@ -263,6 +267,10 @@ def prometheus_text(snapshots: Sequence[Snapshot], queues: Sequence[QueueInfo]) 
             yield from _of_workers(total)
             yield from _of_queues(queues)
             yield from _of_processes(snapshots, total)
+            if uptime_seconds is not None:
+                yield GaugeMetricFamily(
+                    "conveyor_uptime_seconds", "How long the application has been running.", value=uptime_seconds
+                )
 
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector())
@@ -309,6 +317,13 @@ def _of_queues(queues: Sequence[QueueInfo]) -> Iterator[Metric]:
     for queue in queues:
         oldest.add_metric([_label(queue.name)], queue.oldest_seconds or 0.0)
     yield oldest
+    consumers = GaugeMetricFamily(
+        "conveyor_queue_consumers", "Live subscriptions, over all processes and machines.", labels=["queue"]
+    )
+    for queue in queues:
+        if queue.consumers is not None:
+            consumers.add_metric([_label(queue.name)], queue.consumers)
+    yield consumers
 
 
 def _of_processes(snapshots: Sequence[Snapshot], total: Snapshot) -> Iterator[Metric]:
