@@ -24,7 +24,7 @@ import math
 import platform
 import ssl
 import struct
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, TypeVar, cast
@@ -82,6 +82,8 @@ MAX_BODY_BYTES: Final = 512 * 1024 * 1024
 """A larger body is refused in both directions; no RabbitMQ can be set to carry more."""
 MAX_ROUTES: Final = 1024
 """Publish methods that a channel keeps encoded, one for each exchange and routing key."""
+MAX_CANCELLED: Final = 256
+"""Consumers that are remembered after they were cancelled, for messages that were on their way to them."""
 HIGH_WATER_BYTES: Final = 256 * 1024
 """Unsent bytes above which `Channel.drain` waits."""
 CLOSE_SECONDS: Final = 5.0
@@ -625,6 +627,7 @@ class Channel:
         self._flowing = True
         self._requests: deque[tuple[tuple[type[Frame], ...], asyncio.Future[Any]]] = deque()
         self._consumers: dict[bytes, _Consumer] = {}
+        self._cancelled: OrderedDict[bytes, _Consumer] = OrderedDict()
         self._tags = itertools.count(1)
         self._routes: dict[tuple[str, str, bool], bytes] = {}
         # The next publish's number for its confirm; 0 until confirms are on.
@@ -786,7 +789,7 @@ class Channel:
         return tag
 
     async def cancel(self, tag: str) -> None:
-        """End a consumer; what it was delivered stays its channel's to settle."""
+        """End a consumer; what it was delivered stays its channel's to settle, and what is on its way may still arrive."""
         await self.request(commands.Basic.Cancel, commands.Basic.CancelOk, consumer_tag=tag)
 
     async def get(self, queue: str, *, no_ack: bool = False) -> Incoming | None:
@@ -952,6 +955,7 @@ class Channel:
     def ignore_deliveries(self) -> None:
         """From now on, messages that arrive are the server's to take back."""
         self._consumers.clear()
+        self._cancelled.clear()
         self._sink = _ignore
 
     def finish(self, reason: AmqpError) -> None:
@@ -961,6 +965,7 @@ class Channel:
         self.closed.set_result(reason)
         self._gone = True
         self._consumers.clear()
+        self._cancelled.clear()
         self._message = None
         self._chunks.clear()
         for _, future in self._requests:
@@ -1025,9 +1030,7 @@ class Channel:
                 self._on_reply(frame)
 
     def _on_reply(self, frame: Frame) -> None:
-        if not self._requests or not isinstance(frame, self._requests[0][0]):
-            raise Malformed(f"{frame.name} on channel {self.number}, where nobody asked for it")
-        _, future = self._requests.popleft()
+        future = self._asked_for(frame)
         if isinstance(frame, commands.Basic.GetOk):
             message = Incoming(
                 frame.exchange or "", frame.routing_key or "", frame.delivery_tag or 0, bool(frame.redelivered)
@@ -1035,9 +1038,27 @@ class Channel:
             self._expect(message, lambda message: None if future.done() else future.set_result(message))
             return
         if isinstance(frame, commands.Basic.CancelOk):
-            self._consumers.pop(encode_text(frame.consumer_tag or ""), None)
+            self._end_consumer(encode_text(frame.consumer_tag or ""))
         if not future.done():
             future.set_result(None if isinstance(frame, commands.Basic.GetEmpty) else frame)
+
+    def _asked_for(self, frame: Frame) -> asyncio.Future[Any]:
+        """The request that a reply answers: the oldest of its kind. Replies of different kinds may overtake each other, since
+        RabbitMQ lets a queue itself answer consume and cancel.
+        """
+        for position, (replies, future) in enumerate(self._requests):
+            if isinstance(frame, replies):
+                del self._requests[position]
+                return future
+        raise Malformed(f"{frame.name} on channel {self.number}, where nobody asked for it")
+
+    def _end_consumer(self, tag: bytes) -> None:
+        """A consumer is cancelled. A quorum queue may have sent it messages that arrive only now, so it is still listened to."""
+        consumer = self._consumers.pop(tag, None)
+        if consumer is not None:
+            self._cancelled[tag] = consumer
+            if len(self._cancelled) > MAX_CANCELLED:
+                self._cancelled.popitem(last=False)
 
     def on_deliver(self, data: bytes, position: int, stop: int) -> None:
         """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key."""
@@ -1046,7 +1067,7 @@ class Channel:
         start = position + 1
         position = start + data[position]
         tag = data[start:position]
-        consumer = self._consumers.get(tag)
+        consumer = self._consumers.get(tag) or self._cancelled.get(tag)
         delivery_tag, redelivered, size = _DELIVERY.unpack_from(data, position)
         start = position + 10
         position = start + size
