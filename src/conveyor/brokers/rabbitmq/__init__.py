@@ -1,1 +1,621 @@
-"""Messages on RabbitMQ, through the AMQP 0-9-1 client beside this file."""
+"""The RabbitMQ broker: quorum queues (or classic ones), publisher confirms, and no plugin.
+
+Two connections: one publishes (publisher.py), one consumes (work.py, subscription.py). Leases are this object's own promise; a
+process that sleeps is cut off by the server's heartbeats, which then gives back what it held.
+
+A message that goes anywhere but away – to be tried again, delayed, dead – is copied there, the copy is confirmed, and only then
+the original is acknowledged. The counts travel in the copy's headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
+from conveyor.brokers.rabbitmq import dead
+from conveyor.brokers.rabbitmq.address import Options, read_url
+from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, Incoming
+from conveyor.brokers.rabbitmq.catalog import Catalog
+from conveyor.brokers.rabbitmq.delay import place
+from conveyor.brokers.rabbitmq.envelope import (
+    ATTEMPTS,
+    DELIVERIES,
+    DUE,
+    ERROR,
+    TOPIC,
+    Arrived,
+    copy_of,
+    properties_of,
+    read,
+    routing_key,
+)
+from conveyor.brokers.rabbitmq.link import Link
+from conveyor.brokers.rabbitmq.publisher import Fate, Outgoing, Publisher, Refused, Unknown, Unrouted
+from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
+from conveyor.brokers.rabbitmq.topology import Spec, Topology, spec_of
+from conveyor.brokers.rabbitmq.work import Held, Leases, State, Work
+from conveyor.core.message import Message, redriven
+from conveyor.core.settle import Dead, Done, Release, RetryAt, Verdict
+from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed, QueueConflict
+
+__all__ = ["RabbitBroker", "RabbitSubscription", "from_url"]
+
+log: Final = logging.getLogger("conveyor.rabbitmq")
+
+LEASE_ENDED: Final = "its lease ended without a sign of life"
+CLOSE_SECONDS: Final = 10.0
+"""How long closing may take to give back what is held; the server gives back the rest, counted."""
+SHORTEST_HEARTBEAT_SECONDS: Final = 2.0
+OLDEST_VERSION: Final = (3, 10)
+
+
+def from_url(url: str, *, owner: str | None = None, clock: Clock = time.time) -> RabbitBroker:
+    """``amqp://user:password@host1:5672,host2/vhost?queue_type=classic``, or ``amqps://…``; see docs/wire-format.md.
+
+    Raises:
+        ConfigurationError: the URL has parts that make no sense here.
+    """
+    return RabbitBroker(read_url(url), owner=owner, clock=clock)
+
+
+class RabbitBroker:
+    """A Broker (see conveyor.broker) on RabbitMQ.
+
+    Parameters:
+        owner: names this object; made up where None.
+        clock: gives Unix seconds, for due times; leases go by the event loop's own clock.
+    """
+
+    def __init__(self, options: Options, *, owner: str | None = None, clock: Clock = time.time) -> None:
+        self.owner = owner or uuid.uuid4().hex
+        self.clock = clock
+        self.options = options
+        self.missing: Mapping[Feature, str] = _missing(options.queue_type)
+        self.specs: dict[str, Spec] = {}
+        """Every queue that this object has heard of."""
+        self.leases = Leases(self._leases_ended)
+        self._subscriptions: set[RabbitSubscription] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._reading = asyncio.Lock()
+        self.positions = dead.Positions()
+        self._is_open = False
+        name = f"conveyor {self.owner[:8]}"
+        self._link: Link[Work] = Link(options, f"{name} consumes", self._begin, self._heartbeat_seconds)
+        self.topology = Topology(self.connection, options.exchange)
+        self._publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
+        self._catalog = Catalog(self.connection, self.send, f"{options.exchange}.catalog", options.queue_type)
+        self._exchanges = frozenset({options.exchange, self.topology.later_exchange})
+
+    # Opening and closing
+
+    async def open(self) -> None:
+        """See conveyor.broker.Broker."""
+        if self._is_open:
+            return
+        try:
+            await self._publisher.open()
+            await self._link.open()
+            self._is_open = True
+            await self._catalog.open()
+        except BaseException:
+            self._is_open = False
+            await self._link.close()
+            await self._publisher.close()
+            raise
+        if self.topology.version < OLDEST_VERSION:
+            log.warning("%s", self._old_version())
+
+    async def close(self) -> None:
+        """See conveyor.broker.Broker."""
+        if not self._is_open:
+            return
+        why = BrokerUnavailable("the broker is closed")
+        for subscription in list(self._subscriptions):
+            subscription.end(why)
+        self.leases.stop()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                for subscription in list(self._subscriptions):
+                    await subscription.close()
+                await self._give_back_all()
+                for spec in [each for each in self.specs.values() if each.temporary]:
+                    for queue in (spec.name, spec.later):
+                        await self.topology.delete(queue)
+        except (TimeoutError, BrokerError, AmqpError) as error:
+            log.warning("closed without giving back everything: %s; the server does that, and counts it", error)
+        finally:
+            self._is_open = False
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks)
+            await self._link.close()
+            await self._publisher.close()
+
+    async def _give_back_all(self) -> None:
+        held = [each for each in self.leases.all() if each.state is State.HELD]
+        if held:
+            await self.settle([Settlement(each.delivery(), Release()) for each in held])
+
+    async def _begin(self, connection: Connection) -> Work:
+        work = Work(connection, await connection.channel())
+        for spec in [each for each in self.specs.values() if each.temporary]:
+            await self._temporary_again(spec)
+        return work
+
+    async def _temporary_again(self, spec: Spec) -> None:
+        """A temporary queue went with its connection; what waited in it is lost, what comes is not."""
+        self.spawn(self.topology.create(spec, None), f"declaring {spec.name} again")
+
+    def _heartbeat_seconds(self) -> float:
+        """Half of the shortest lease, so that a process that sleeps past it is cut off in about that time."""
+        shortest = min((spec.lease_seconds for spec in self.specs.values()), default=self.options.heartbeat_seconds * 2)
+        return max(SHORTEST_HEARTBEAT_SECONDS, min(self.options.heartbeat_seconds, shortest / 2))
+
+    # What the parts share
+
+    async def connection(self) -> Connection:
+        """The living connection that consumes."""
+        return (await self.work()).connection
+
+    async def work(self) -> Work:
+        """The channel on which everything is consumed."""
+        work = await self._link.session()
+        if work.lost:
+            await self._link.again(work)
+            work = await self._link.session()
+        return work
+
+    def read(self, incoming: Incoming, spec: Spec) -> Arrived:
+        """The message that arrived in a queue."""
+        return read(incoming, spec.topics, self._exchanges, self.clock())
+
+    def spawn(self, what: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Do something beside; it ends with this object at the latest."""
+        task = asyncio.create_task(what, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("%s failed: %s", task.get_name(), error)
+
+    def forget(self, subscription: RabbitSubscription) -> None:
+        """A subscription has closed."""
+        self._subscriptions.discard(subscription)
+
+    async def send(self, batch: Sequence[Outgoing]) -> None:
+        """Publish copies, all or else an error: some may be there all the same.
+
+        Raises:
+            BrokerError: not all of them are confirmed.
+        """
+        for fate in await self._publisher.send(batch):
+            if isinstance(fate, Unknown):
+                raise BrokerUnavailable(str(fate))
+            if isinstance(fate, Unrouted):
+                raise BrokerError(f"a queue is gone: {fate}")
+            if fate is not None:
+                raise BrokerFull(str(fate)) if fate.full else BrokerError(str(fate))
+
+    async def raise_ladder(self, spec: Spec) -> Spec:
+        """Create the queues that hold what is delayed, and tell everybody."""
+        if not await self.topology.raise_ladder(spec):
+            return spec
+        self.specs[spec.name] = spec = msgspec.structs.replace(self.specs[spec.name], rungs=True)
+        if not spec.temporary:
+            async with self._catalog.changing() as catalog:
+                there = catalog.get(spec.name, spec)
+                catalog[spec.name] = msgspec.structs.replace(there, rungs=True, version=there.version + 1)
+        return spec
+
+    # Declaring
+
+    async def declare(self, queues: Sequence[Queue]) -> None:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        specs = [spec_of(queue, self.options.queue_type) for queue in queues]
+        lasting = [spec for spec in specs if not spec.temporary]
+        for spec in specs:
+            if spec.temporary:
+                await self._declare_temporary(spec)
+        if not lasting:
+            return
+        async with self._catalog.changing() as catalog:
+            for spec in lasting:
+                _check_conflict(spec, catalog.get(spec.name) or self.specs.get(spec.name))
+            for spec in lasting:
+                there = catalog.get(spec.name)
+                merged = _merged(spec, there)
+                if merged != there or spec.name not in self.specs:
+                    await self.topology.create(spec, there)
+                self.specs[spec.name] = catalog[spec.name] = (
+                    merged if merged == there else msgspec.structs.replace(merged, version=merged.version + 1)
+                )
+
+    async def _declare_temporary(self, spec: Spec) -> None:
+        there = self.specs.get(spec.name)
+        _check_conflict(spec, there)
+        merged = _merged(spec, there)
+        await self.topology.create(merged, there)
+        self.specs[spec.name] = merged
+
+    # Publishing
+
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        spec = None if queue is None else await self._spec(queue)
+        now = self.clock()
+        batch = [self._outgoing(message, now, spec) for message in messages]
+        fates = await self._publisher.send(batch)
+        unrouted, refused, unknown, full = _told(messages, fates)
+        if len(full) == len(messages) > 0:
+            raise BrokerFull(full[0])
+        if refused or unknown:
+            raise PublishFailed(refused, unknown)
+        if unrouted and spec is not None:
+            raise BrokerError(f"the queue {spec.name!r} is gone")
+        return unrouted
+
+    def _outgoing(self, message: Message, now: float, spec: Spec | None, *, mandatory: bool = True) -> Outgoing:
+        delayed = message.due > now
+        if spec is None:
+            exchange = self.topology.later_exchange if delayed else self.options.exchange
+            return Outgoing(exchange, routing_key(message.topic), message.body, properties_of(message), mandatory)
+        properties = properties_of(message, {TOPIC: message.topic})
+        if spec.ordered and message.key is not None:
+            return Outgoing(spec.keyed, "", message.body, properties, mandatory)
+        target = place(spec, message.due, now) if delayed and not spec.passive else spec.name
+        return Outgoing("", target, message.body, properties, mandatory)
+
+    # Receiving
+
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> RabbitSubscription:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        await self._spec(queue, fresh=True)
+        subscription = RabbitSubscription(self, queue, prefetch, early)
+        self._subscriptions.add(subscription)
+        await subscription.attach(await self.work())
+        return subscription
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        self.leases.turn()
+        lost: list[Delivery] = []
+        taken: list[tuple[Held, Verdict]] = []
+        for settlement in settlements:
+            held = self._held(settlement.delivery)
+            if held is None:
+                lost.append(settlement.delivery)
+            else:
+                held.state = State.SETTLING
+                held.subscription.broker.leases.end(held)
+                taken.append((held, settlement.verdict))
+        try:
+            await self._publish_ends(taken)
+        except BaseException:
+            for held, _ in taken:
+                held.state = State.HELD
+                held.subscription.broker.leases.begin([held], held.seconds)
+            raise
+        lost += await self._acknowledge([held for held, _ in taken])
+        return lost
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        self.leases.turn()
+        lost: list[Delivery] = []
+        for delivery in deliveries:
+            held = delivery.receipt
+            if self._held(delivery) is not None and isinstance(held, Held):
+                owner = held.subscription.broker
+                owner.leases.begin([held], owner.specs[held.queue].lease_seconds)
+            elif not (isinstance(held, Held) and held.state is State.SETTLING):
+                lost.append(delivery)
+        return lost
+
+    async def reclaim(self, owner: str, why: str) -> int:
+        """See conveyor.broker.Broker. What a dead process held, the server has given back already."""
+        self._check_open()
+        return 0
+
+    def _held(self, delivery: Delivery) -> Held | None:
+        """What a receipt stands for, if it still holds; it may be another object's of this process."""
+        held = delivery.receipt
+        if not isinstance(held, Held) or held.state is not State.HELD:
+            return None
+        if held.work.lost:
+            self._gone(held)
+            return None
+        return held
+
+    @staticmethod
+    def _gone(held: Held) -> None:
+        held.state = State.GONE
+        held.subscription.broker.leases.end(held)
+        held.subscription.let_go()
+
+    async def _publish_ends(self, taken: Sequence[tuple[Held, Verdict]]) -> None:
+        """Publish what the verdicts ask for; return when all of it is confirmed."""
+        now = self.clock()
+        batch: list[Outgoing] = []
+        ids: list[str] = []
+        for held, verdict in taken:
+            spec = held.subscription.broker.specs[held.queue]
+            match verdict:
+                case Done(emits):
+                    for message in emits:
+                        batch.append(self._outgoing(message, now, None, mandatory=False))
+                        ids.append(message.id)
+                    continue
+                case RetryAt(due, error):
+                    copy = self._again(held, spec, due, now, held.deliveries, held.attempts + 1, error)
+                case Release(due):
+                    copy = self._again(held, spec, due, now, held.deliveries - 1, held.attempts, held.error)
+                case Dead():
+                    copy = dead.letter_of(held, spec, verdict, self.positions.next(now), now)
+            batch.append(copy)
+            ids.append(held.message.id)
+        if not batch:
+            return
+        fates = await self._publisher.send(batch)
+        refused = {
+            id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)
+        }
+        unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
+        if refused or unknown:
+            raise PublishFailed(refused, unknown)
+
+    def _again(
+        self, held: Held, spec: Spec, due: float, now: float, deliveries: int, attempts: int, error: str
+    ) -> Outgoing:
+        target = spec.name if spec.passive else place(spec, due, now)
+        notes = {DELIVERIES: deliveries, ATTEMPTS: attempts, ERROR: error, DUE: due}
+        return Outgoing("", target, held.incoming.body, copy_of(held.incoming, held.message, notes))
+
+    async def _acknowledge(self, helds: Sequence[Held]) -> list[Delivery]:
+        """Tell the server that these have ended, and wait until it knows; those whose channel went meanwhile are lost."""
+        by_work: dict[Work, list[Held]] = {}
+        for held in helds:
+            by_work.setdefault(held.work, []).append(held)
+        lost: list[Delivery] = []
+        for work, those in by_work.items():
+            try:
+                work.ack([held.tag for held in those])
+                await work.flush()
+            except AmqpError:
+                lost += [held.delivery() for held in those]
+        for held in helds:
+            self._gone(held)
+        return lost
+
+    def _leases_ended(self, ended: list[Held]) -> None:
+        """Nobody extended these: give them back, counted."""
+        there = [held for held in ended if held.state is State.HELD]
+        for held in there:
+            self._gone(held)
+        there = [held for held in there if not held.work.lost]
+        if there:
+            self.spawn(self._give_back(there), "giving back what was not extended")
+
+    async def _give_back(self, helds: Sequence[Held]) -> None:
+        now = self.clock()
+        copies = [
+            self._again(held, self.specs[held.queue], 0.0, now, held.deliveries, held.attempts, LEASE_ENDED)
+            for held in helds
+        ]
+        await self.send(copies)
+        for held in helds:
+            if not held.work.lost:
+                held.work.ack([held.tag])
+
+    # What operators need
+
+    async def queues(self) -> list[QueueInfo]:
+        """See conveyor.broker.Broker. What is in flight is what this very object holds: AMQP tells no more.
+
+        Of temporary queues only this object's own are known.
+        """
+        self._check_open()
+        specs = await self._all()
+        names = [name for spec in specs for name in (spec.name, spec.later, spec.dead, *spec.ladder, *spec.partitions)]
+        for subscription in self._subscriptions:
+            if subscription.mover is not None:
+                await subscription.mover.quiet()
+        counts = await self.topology.counts(names)
+        infos: list[QueueInfo] = []
+        for spec in specs:
+            if counts[spec.name] is None:
+                continue  # somebody deleted it
+            ready, consumers = counts[spec.name] or (0, 0)
+            held = sum(1 for each in self.leases.all() if each.queue == spec.name and not each.work.lost)
+            movers = [each.mover for each in self._subscriptions if each.queue == spec.name and each.mover is not None]
+            later = sum((counts[name] or (0, 0))[0] for name in (spec.later, *spec.ladder))
+            infos.append(
+                QueueInfo(
+                    name=spec.name,
+                    topics=spec.topics,
+                    ready=ready,
+                    in_flight=held,
+                    delayed=later + sum(mover.waiting for mover in movers),
+                    dead=(counts[spec.dead] or (0, 0))[0],
+                    oldest_seconds=None,
+                    consumers=(counts[spec.later] or (0, None))[1],
+                )
+            )
+        return sorted(infos, key=lambda info: info.name)
+
+    async def purge(self, queue: str) -> int:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        spec = await self._spec(queue, fresh=True)
+        deleted = 0
+        for subscription in [each for each in self._subscriptions if each.queue == queue and each.mover is not None]:
+            assert subscription.mover is not None
+            deleted += await subscription.mover.purge()
+        for name in (spec.name, spec.later, *spec.ladder, *spec.partitions):
+            deleted += await self.topology.purge(name)
+        return deleted
+
+    async def dead_letters(self, which: DeadFilter, *, limit: int, after: str | None = None) -> list[DeadLetter]:
+        """See conveyor.broker.Broker. Reading takes no letter away, but nobody else can read the same ones meanwhile."""
+        self._check_open()
+        found: list[DeadLetter] = []
+        for spec in await self._all():
+            if not spec.temporary and which.queue in {None, spec.name}:
+                found += await self._cemetery(spec).page(which, limit, after or "")
+        return sorted(found, key=lambda letter: letter.position)[:limit]
+
+    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        specs = {queue: await self._spec(queue) for queue in {letter.queue for letter in letters}}
+        now = self.clock()
+        await self.send([dead.buried(letter, specs[letter.queue], self.positions.next(now)) for letter in letters])
+
+    async def redrive(self, letters: Sequence[DeadLetter]) -> int:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+
+        async def put_back(taken: list[DeadLetter], spec: Spec) -> None:
+            now = self.clock()
+            await self.send([self._outgoing(redriven(letter.message), now, spec) for letter in taken])
+
+        return await self._take(letters, put_back)
+
+    async def discard(self, letters: Sequence[DeadLetter]) -> int:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+
+        async def forget(taken: list[DeadLetter], spec: Spec) -> None:
+            log.info("%d dead letter(s) of %s discarded", len(taken), spec.name)
+
+        return await self._take(letters, forget)
+
+    async def risks(self) -> list[str]:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        await self.work()
+        found: list[str] = []
+        if self.topology.version < OLDEST_VERSION:
+            found.append(self._old_version())
+        if self._publisher.blocked is not None:
+            found.append(
+                f"The server takes no publishes now ({self._publisher.blocked}): free memory or disk on it, "
+                "or raise vm_memory_high_watermark or disk_free_limit."
+            )
+        if self.options.queue_type == "classic" and len(self.options.addresses) > 1:
+            found.append(
+                "Classic queues live on one node of the cluster: when it is down they cannot be used, and what it loses is lost. "
+                "Use quorum queues (leave ?queue_type=classic away)."
+            )
+        return found
+
+    def _old_version(self) -> str:
+        version = ".".join(map(str, self.topology.version))
+        return (
+            f"RabbitMQ {version} is older than {'.'.join(map(str, OLDEST_VERSION))}: its quorum queues cannot hold delayed messages "
+            "safely. Update the server, or use ?queue_type=classic."
+        )
+
+    async def _take(self, letters: Sequence[DeadLetter], use: dead.Use) -> int:
+        by_queue: dict[str, set[str]] = {}
+        for letter in letters:
+            by_queue.setdefault(letter.queue, set()).add(letter.position)
+        taken = 0
+        known = {spec.name: spec for spec in await self._all()} if letters else {}
+        for queue, positions in by_queue.items():
+            if queue in known:
+                taken += await self._cemetery(known[queue]).take(positions, use)
+        return taken
+
+    def _cemetery(self, spec: Spec) -> dead.Cemetery:
+        return dead.Cemetery(spec, self.connection, lambda incoming: self.read(incoming, spec), self._reading)
+
+    async def _all(self) -> list[Spec]:
+        """Every queue that there is, fresh from the catalog, and this object's own temporary ones."""
+        catalog = await self._catalog.read()
+        self.specs.update(catalog)
+        return [self.specs[name] for name in sorted(self.specs)]
+
+    async def _spec(self, queue: str, *, fresh: bool = False) -> Spec:
+        spec = self.specs.get(queue)
+        if spec is None or (fresh and not spec.temporary):
+            self.specs.update(await self._catalog.read())
+            spec = self.specs.get(queue)
+        if spec is None:
+            raise BrokerError(f"there is no queue {queue!r}; declare it first")
+        return spec
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            raise BrokerUnavailable("the RabbitMQ broker is not open")
+
+
+def _missing(queue_type: str) -> Mapping[Feature, str]:
+    missing = {
+        Feature.RECLAIM: "RabbitMQ gives back what a dead process held by itself, at once; from a living one nobody can take it",
+        Feature.AGE: "AMQP cannot look at a message without delivering it",
+    }
+    if queue_type == "quorum":
+        missing[Feature.PRIORITY] = "quorum queues have no strict priorities; classic ones do (?queue_type=classic)"
+    return missing
+
+
+def _check_conflict(asked: Spec, there: Spec | None) -> None:
+    if there is not None and (there.ordered, there.temporary) != (asked.ordered, asked.temporary):
+        raise QueueConflict(
+            f"the queue {asked.name!r} exists as {_nature(there)}, and is declared as {_nature(asked)}; rename it, or change one of the two"
+        )
+
+
+def _nature(spec: Spec) -> str:
+    return (
+        f"{'temporary' if spec.temporary else 'lasting'} and {'ordered by key' if spec.ordered else 'not ordered'}"
+    )
+
+
+def _merged(asked: Spec, there: Spec | None) -> Spec:
+    """Topics are only ever added; what was found out about the queue stays."""
+    if there is None:
+        return asked
+    topics = (*there.topics, *(topic for topic in asked.topics if topic not in there.topics))
+    return msgspec.structs.replace(
+        asked, topics=topics, rungs=there.rungs, version=there.version, queue_type=asked.queue_type
+    )
+
+
+def _told(
+    messages: Sequence[Message], fates: Sequence[Fate]
+) -> tuple[frozenset[str], dict[str, str], dict[str, str], list[str]]:
+    """Which went nowhere, which are refused and why, which are unknown and why, and why there was no room."""
+    if not any(fates):
+        return frozenset(), {}, {}, []
+    unrouted: set[str] = set()
+    refused: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    full: list[str] = []
+    for message, fate in zip(messages, fates, strict=True):
+        match fate:
+            case Unrouted():
+                unrouted.add(message.id)
+            case Refused():
+                refused[message.id] = str(fate)
+                if fate.full:
+                    full.append(str(fate))
+            case Unknown():
+                unknown[message.id] = str(fate)
+    return frozenset(unrouted), refused, unknown, full

@@ -1,0 +1,177 @@
+"""The catalog: which queues there are. AMQP cannot list queues, so one message on the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from conveyor.brokers.rabbitmq.amqp import AmqpError, Channel, ChannelClosed, Connection, Incoming, Properties
+from conveyor.brokers.rabbitmq.envelope import PERSISTENT
+from conveyor.brokers.rabbitmq.publisher import Outgoing
+from conveyor.brokers.rabbitmq.topology import ACCESS_REFUSED, RESOURCE_LOCKED, Spec
+from conveyor.errors import BrokerError, BrokerUnavailable
+
+log: Final = logging.getLogger("conveyor.rabbitmq")
+
+LOCK_SECONDS: Final = 15.0
+"""How long to wait for another process that has the lock; it loses it with its connection."""
+LOCK_AGAIN_SECONDS: Final = 0.01
+RETURN_SECONDS: Final = 1.0
+"""How long a message may take to be back in its queue after the one who had it has let go."""
+
+_decode: Final = msgspec.json.Decoder(dict[str, Spec])
+
+
+@contextlib.asynccontextmanager
+async def locked(connection: Connection, name: str) -> AsyncIterator[Channel]:
+    """Be the only one, over all connections, between here and the end of the block; on a channel of one's own.
+
+    An exclusive queue is the lock: nobody else can declare it, and it goes with its connection. Who may not create one
+    goes on without.
+
+    Raises:
+        BrokerUnavailable: another one has it for too long.
+    """
+    try:
+        async with asyncio.timeout(LOCK_SECONDS):
+            channel = await _take(connection, name)
+    except TimeoutError:
+        raise BrokerUnavailable(f"another process has held {name!r} for {LOCK_SECONDS:g} s") from None
+    try:
+        yield channel
+    finally:
+        if not connection.closed.done():
+            if channel.closed.done():
+                channel = await connection.channel()
+            with contextlib.suppress(AmqpError):
+                await channel.queue_delete(name)
+                await channel.close()
+
+
+async def _take(connection: Connection, name: str) -> Channel:
+    wait = LOCK_AGAIN_SECONDS
+    while True:
+        channel = await connection.channel()
+        try:
+            await channel.queue_declare(name, durable=False, exclusive=True, arguments={"x-queue-type": "classic"})
+        except ChannelClosed as error:
+            if error.code == ACCESS_REFUSED:
+                return await connection.channel()
+            if error.code != RESOURCE_LOCKED:
+                raise
+            await asyncio.sleep(wait)
+            wait = min(wait * 1.5, 0.2)
+        else:
+            return channel
+
+
+class Catalog:
+    """Every lasting queue that Conveyor declared on this server, as one message in a queue.
+
+    Whoever reads it puts a fresh copy there before the one it took is acknowledged, so that it is never without one, and
+    never delivered so often that a server gives it up. Should there be two, after a crash in between, they are merged.
+
+    Parameters:
+        connection: gives the living connection.
+        send: publishes, and returns when it is confirmed.
+        name: the queue's name.
+        queue_type: quorum or classic.
+    """
+
+    def __init__(
+        self,
+        connection: Callable[[], Awaitable[Connection]],
+        send: Callable[[list[Outgoing]], Awaitable[None]],
+        name: str,
+        queue_type: str,
+    ) -> None:
+        self._connection = connection
+        self._send = send
+        self._name = name
+        self._queue_type = queue_type
+        self._turn = asyncio.Lock()
+        self._available = True
+
+    async def open(self) -> None:
+        """Make sure that there is one."""
+        connection = await self._connection()
+        channel = await connection.channel()
+        try:
+            there = await channel.queue_declare(self._name, arguments=self._arguments(connection))
+        except ChannelClosed as error:
+            channel = await connection.channel()
+            try:
+                there = await channel.queue_declare(self._name, passive=True)
+            except ChannelClosed:
+                log.warning("there is no catalog of queues, and we may not create one: %s", error.text)
+                self._available = False
+                return
+        await channel.close()
+        if not there.messages:
+            async with self._turn, locked(connection, f"{self._name}.lock") as channel:
+                if not await self._take_all(channel):
+                    await self._put({})
+
+    async def read(self) -> dict[str, Spec]:
+        """All queues by name, as they are now."""
+        async with self.changing() as specs:
+            return dict(specs)
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[dict[str, Spec]]:
+        """All queues by name; what the block changes is written at its end. Nobody else changes it meanwhile."""
+        if not self._available:
+            yield {}
+            return
+        connection = await self._connection()
+        async with self._turn, locked(connection, f"{self._name}.lock") as channel:
+            taken = await self._take_all(channel)
+            specs = _merged([_specs(each.body) for each in taken])
+            try:
+                yield specs
+            finally:
+                await self._put(specs)
+                for each in taken:
+                    channel.ack(each.delivery_tag)
+                await channel.qos(0)
+
+    async def _take_all(self, channel: Channel) -> list[Incoming]:
+        taken: list[Incoming] = []
+        deadline = asyncio.get_running_loop().time() + RETURN_SECONDS
+        while True:
+            message = await channel.get(self._name)
+            if message is not None:
+                taken.append(message)
+            elif taken or asyncio.get_running_loop().time() > deadline:
+                return taken
+            else:
+                await asyncio.sleep(LOCK_AGAIN_SECONDS)
+
+    async def _put(self, specs: Mapping[str, Spec]) -> None:
+        body = msgspec.json.encode(specs)
+        properties = Properties(content_type="application/json", delivery_mode=PERSISTENT)
+        await self._send([Outgoing("", self._name, body, properties)])
+
+    def _arguments(self, connection: Connection) -> dict[str, str | int]:
+        return {"x-queue-type": self._queue_type}
+
+
+def _specs(body: bytes) -> dict[str, Spec]:
+    try:
+        return _decode.decode(body)
+    except msgspec.MsgspecError as error:
+        raise BrokerError(f"the catalog of queues on the server cannot be read: {error}") from error
+
+
+def _merged(found: list[dict[str, Spec]]) -> dict[str, Spec]:
+    merged: dict[str, Spec] = {}
+    for specs in found:
+        for name, spec in specs.items():
+            if name not in merged or merged[name].version < spec.version:
+                merged[name] = spec
+    return merged

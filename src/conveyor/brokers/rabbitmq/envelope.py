@@ -1,0 +1,241 @@
+"""A message as AMQP carries it: properties and headers to and from the envelope, and what Conveyor adds to its copies."""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from conveyor.brokers.rabbitmq.amqp import FieldValue, Incoming, Malformed, Properties
+from conveyor.core.message import JSON, SOURCE, Message, from_headers, to_headers
+
+PREFIX: Final = "cloudEvents:"
+"""CloudEvents 1.0.2, AMQP protocol binding, section 3.1.3."""
+PERSISTENT: Final = 2
+LONGEST_SHORT_TEXT: Final = 255
+"""Bytes of a property; AMQP's short string."""
+PLAIN_TRACEBACK_BYTES: Final = 16_384
+"""A longer traceback is compressed: all headers of a message share one frame of 128 KiB."""
+SLOTS: Final = 16
+"""The keys of ordered queues are spread over so many slots; every message with a key carries its own."""
+
+TOPIC: Final = "conveyor-topic"
+SLOT: Final = "conveyor-slot"
+DELIVERIES: Final = "conveyor-deliveries"
+ATTEMPTS: Final = "conveyor-attempts"
+ERROR: Final = "conveyor-error"
+DUE: Final = "conveyor-due"
+RENEWED: Final = "conveyor-renewed"
+QUEUE: Final = "conveyor-queue"
+REASON: Final = "conveyor-reason"
+TRACEBACK: Final = "conveyor-traceback"
+TRACEBACK_ZLIB: Final = "conveyor-traceback-zlib"
+DIED: Final = "conveyor-died"
+POSITION: Final = "conveyor-position"
+OWN: Final = frozenset(
+    {TOPIC, SLOT, DELIVERIES, ATTEMPTS, ERROR, DUE, RENEWED, QUEUE, REASON, TRACEBACK, TRACEBACK_ZLIB, DIED, POSITION}
+)
+"""Headers that are Conveyor's notes beside the message, and no part of it."""
+SERVERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-stream-offset")
+"""What the server itself writes, by the beginning of the name. Never copied: x-death would make it see a cycle."""
+REROUTING: Final = frozenset({"CC", "BCC"})
+"""The sender's further routing keys: in a copy they would send it there again."""
+
+
+class Arrived(NamedTuple):
+    """A message with the notes beside it.
+
+    Parameters:
+        deliveries: counted before this one.
+        attempts: those that failed.
+        error: how the last one ended.
+        due: Unix seconds before which nobody is to have it.
+        noted: deliveries that a header tells, without those that the server counts in this queue.
+    """
+
+    message: Message
+    deliveries: int
+    attempts: int
+    error: str
+    due: float
+    noted: int
+
+
+def slot_of(key: str) -> int:
+    """Which of the slots a key falls into: the CRC-32 (as in zlib) of its UTF-8, modulo 16."""
+    return zlib.crc32(key.encode()) % SLOTS
+
+
+def properties_of(message: Message, notes: Mapping[str, FieldValue] | None = None) -> Properties:
+    """What is published beside a message's body."""
+    headers: dict[str, FieldValue] = dict(to_headers(message, PREFIX))
+    content_type = str(headers.pop("content-type", JSON))
+    if message.key is not None:
+        headers[SLOT] = slot_of(message.key)
+    if notes:
+        headers.update(notes)
+    short_content_type = _short(content_type)
+    if short_content_type is None:
+        headers["content-type"] = content_type
+    return Properties(
+        content_type=short_content_type,
+        headers=headers,
+        delivery_mode=PERSISTENT,
+        priority=message.priority or None,
+        correlation_id=_short(message.correlation_id),
+        message_id=_short(message.id),
+        timestamp=int(message.created) if message.created >= 1 else None,
+        type=_short(message.topic),
+    )
+
+
+def read(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float) -> Arrived:
+    """The message that arrived, whoever sent it; never an error.
+
+    Parameters:
+        topics: what the queue receives.
+        exchanges: those in which the routing key is the topic.
+        now: Unix seconds.
+    """
+    properties = properties_or_none(incoming)
+    headers: dict[str, Any] = dict(properties.headers or {})
+    notes = {name: headers.pop(name) for name in OWN & headers.keys()}
+    delivery_count = _number(headers.get("x-delivery-count"))
+    for name in [name for name in headers if name.startswith(SERVERS)]:
+        del headers[name]
+    if properties.content_type is not None:
+        headers["content-type"] = properties.content_type
+    present = {name.lower() for name in headers}
+    for attribute, value in (
+        ("correlationid", properties.correlation_id),
+        ("time", properties.timestamp),
+        ("priority", properties.priority),
+    ):
+        if value is not None and not any(f"{start}{attribute}" in present for start in _PREFIXES):
+            headers[PREFIX + attribute] = value
+    topic = _topic(incoming, notes.get(TOPIC), headers, properties.type, topics, exchanges)
+    ours = headers.get(PREFIX + "source") == SOURCE  # then a time that is not there was never set
+    message = from_headers(
+        topic,
+        incoming.body,
+        headers,
+        fallback_id=properties.message_id or uuid.uuid4().hex,
+        now=0.0 if ours else now,
+    )
+    if message.key is None and SLOT in notes:
+        message = msgspec.structs.replace(message, key="")  # an empty key is one, though CloudEvents has none
+    empty = {name: "" for name, value in headers.items() if value == "" and not name.lower().startswith(_PREFIXES)}
+    if empty:
+        message = msgspec.structs.replace(message, headers={**message.headers, **empty})
+    due = notes.get(DUE)
+    return Arrived(
+        message,
+        _number(notes.get(DELIVERIES)) + delivery_count,
+        _number(notes.get(ATTEMPTS)),
+        str(notes.get(ERROR) or ""),
+        message.due if not isinstance(due, int | float) else float(due),
+        _number(notes.get(DELIVERIES)),
+    )
+
+
+def copy_of(incoming: Incoming, message: Message, notes: Mapping[str, FieldValue]) -> Properties:
+    """The properties of a copy: as they came, foreign ones too, but with these notes, and with the id that was made up.
+
+    What would let the server drop, refuse or reroute the copy is left out: expiration, user-id, CC and BCC.
+    """
+    properties = properties_or_none(incoming)
+    headers: dict[str, FieldValue] = {
+        name: value
+        for name, value in (properties.headers or {}).items()
+        if name not in OWN and name not in REROUTING and not name.startswith(SERVERS)
+    }
+    headers.setdefault(PREFIX + "id", message.id)
+    if message.key is not None:
+        headers[SLOT] = slot_of(message.key)
+    headers[TOPIC] = message.topic
+    headers.update(notes)
+    return properties._replace(headers=headers, delivery_mode=PERSISTENT, expiration=None, user_id=None)
+
+
+def trace_note(traceback: str) -> dict[str, FieldValue]:
+    """A traceback as a header; a long one compressed."""
+    plain = traceback.encode()
+    if len(plain) <= PLAIN_TRACEBACK_BYTES:
+        return {TRACEBACK: traceback} if traceback else {}
+    return {TRACEBACK_ZLIB: zlib.compress(plain)}
+
+
+def trace_in(headers: Mapping[str, Any]) -> str:
+    """The traceback of a dead letter's headers."""
+    packed = headers.get(TRACEBACK_ZLIB)
+    if packed is None:
+        return str(headers.get(TRACEBACK) or "")
+    try:
+        return zlib.decompress(packed.encode("latin-1") if isinstance(packed, str) else packed).decode()
+    except (zlib.error, ValueError, TypeError):
+        return "(its traceback cannot be read)"
+
+
+def properties_or_none(incoming: Incoming) -> Properties:
+    """The properties; empty ones where nobody can read them."""
+    try:
+        return incoming.properties
+    except Malformed:
+        return Properties()
+
+
+_PREFIXES: Final = ("cloudevents:", "cloudevents_", "ce-", "ce_")
+
+
+def _topic(
+    incoming: Incoming,
+    noted: object,
+    headers: Mapping[str, Any],
+    kind: str | None,
+    topics: tuple[str, ...],
+    exchanges: frozenset[str],
+) -> str:
+    if isinstance(noted, str) and noted:
+        return noted
+    published = topic_of(incoming.routing_key)
+    if incoming.exchange in exchanges and (published in topics or not topics):
+        return published
+    for name, value in headers.items():
+        if isinstance(value, str) and value in topics and name.lower() in _TYPES:
+            return value
+    if kind in topics:
+        return str(kind)
+    return topics[0] if len(topics) == 1 else published
+
+
+_TYPES: Final = frozenset(prefix + "type" for prefix in _PREFIXES)
+
+
+def routing_key(topic: str) -> str:
+    """A topic as a routing key: a word that a binding would take for a wildcard is written in per cent."""
+    if "*" not in topic and "#" not in topic:
+        return topic
+    return ".".join(_ESCAPED.get(word, word) for word in topic.split("."))
+
+
+def topic_of(key: str) -> str:
+    """The topic that a routing key stands for."""
+    if "%2" not in key:
+        return key
+    return ".".join(_PLAIN.get(word, word) for word in key.split("."))
+
+
+_ESCAPED: Final = {"*": "%2A", "#": "%23"}
+_PLAIN: Final = {escaped: word for word, escaped in _ESCAPED.items()}
+
+
+def _short(text: str | None) -> str | None:
+    """A text that fits into a property."""
+    return text if text and len(text.encode()) <= LONGEST_SHORT_TEXT else None
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) and value >= 0 else 0

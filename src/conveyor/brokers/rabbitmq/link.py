@@ -1,0 +1,140 @@
+"""A connection that comes back by itself, and what the server's own words mean to Conveyor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import Final, Generic, TypeVar
+
+from conveyor.brokers.rabbitmq.address import Options
+from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, ConnectionFailed, connect
+from conveyor.errors import BrokerUnavailable
+
+log: Final = logging.getLogger("conveyor.rabbitmq")
+
+FIRST_WAIT_SECONDS: Final = 0.1
+LONGEST_WAIT_SECONDS: Final = 5.0
+"""Between two tries to connect."""
+PATIENCE_SECONDS: Final = 5.0
+"""How long a call waits for a connection that is away before it says so."""
+CONNECT_SECONDS: Final = 10.0
+
+Session = TypeVar("Session")
+
+
+class Link(Generic[Session]):
+    """One connection, made anew whenever it was lost and somebody asks for it.
+
+    Parameters:
+        options: where to, and as whom.
+        name: shown by the server's own tools.
+        begin: makes what the callers need (a channel, …) of a new connection.
+        heartbeat_seconds: gives the interval to ask for.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        name: str,
+        begin: Callable[[Connection], Awaitable[Session]],
+        heartbeat_seconds: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._name = name
+        self._begin = begin
+        self._heartbeat_seconds = heartbeat_seconds
+        self._connecting: asyncio.Task[Session] | None = None
+        self._open = False
+        self._error: Exception | None = None
+        self.connection: Connection | None = None
+        self._session: Session | None = None
+
+    async def open(self) -> None:
+        """Connect for the first time.
+
+        Raises:
+            BrokerUnavailable: no server lets us in; says what each of them said.
+        """
+        self._open = True
+        try:
+            self._session = await self._connect()
+        except (AmqpError, OSError) as error:
+            self._open = False
+            raise BrokerUnavailable(self._complaint(error)) from error
+
+    async def session(self) -> Session:
+        """What begin made of the living connection; waits a little where it is away.
+
+        Raises:
+            BrokerUnavailable: it stays away, or the link is closed.
+        """
+        if self._session is not None and self.connection is not None and not self.connection.closed.done():
+            return self._session
+        if not self._open:
+            raise BrokerUnavailable("the RabbitMQ broker is not open")
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._return(), name=f"{self._name}: connecting")
+        connecting = self._connecting
+        await asyncio.wait([connecting], timeout=PATIENCE_SECONDS)
+        if connecting.done() and not connecting.cancelled():
+            return connecting.result()
+        raise BrokerUnavailable(self._complaint(self._error))
+
+    async def again(self, session: Session) -> None:
+        """This session is of no use any more: its channel was closed. Begin another one."""
+        if self._session is session and self.connection is not None:
+            self._session = None
+            await self.connection.close()
+
+    async def close(self) -> None:
+        """Take leave."""
+        self._open = False
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.cancel()
+            await asyncio.wait([connecting])
+        connection, self.connection, self._session = self.connection, None, None
+        if connection is not None:
+            await connection.close()
+
+    async def _return(self) -> Session:
+        wait = FIRST_WAIT_SECONDS
+        tries = 0
+        while True:
+            try:
+                self._session = session = await self._connect()
+            except (AmqpError, OSError, BrokerUnavailable) as error:
+                self._error = error
+                tries += 1
+                log.log(
+                    logging.WARNING if tries == 1 else logging.DEBUG, "%s; trying on", self._complaint(error)
+                )
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+                wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+            else:
+                log.info("connected to RabbitMQ again (%s)", self._name)
+                self._connecting = None
+                return session
+
+    async def _connect(self) -> Session:
+        connection = await connect(
+            self._options.addresses,
+            name=self._name,
+            heartbeat_seconds=self._heartbeat_seconds(),
+            timeout_seconds=CONNECT_SECONDS,
+        )
+        try:
+            session = await self._begin(connection)
+        except BaseException:
+            await connection.close()
+            raise
+        self.connection = connection
+        return session
+
+    def _complaint(self, error: Exception | None) -> str:
+        where = ", ".join(map(str, self._options.addresses))
+        if isinstance(error, ConnectionFailed) and len(error.reasons) == 1:
+            return f"cannot reach RabbitMQ at {where}: {error.reasons[0][1]}"
+        return f"cannot reach RabbitMQ at {where}: {error or 'no answer yet'}"

@@ -1,0 +1,206 @@
+"""Publishing with confirms: many under way at once, and each knows its own fate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, NamedTuple
+
+from conveyor.brokers.rabbitmq.address import Options
+from conveyor.brokers.rabbitmq.amqp import (
+    AmqpError,
+    Channel,
+    ChannelClosed,
+    Connection,
+    ConnectionClosed,
+    Nacked,
+    Properties,
+    Returned,
+)
+from conveyor.brokers.rabbitmq.link import Link
+from conveyor.errors import BrokerFull, BrokerUnavailable
+
+log: Final = logging.getLogger("conveyor.rabbitmq")
+
+CONFIRM_SECONDS: Final = 30.0
+"""A confirm that has not come by then is unknown. Far above what a busy disk needs."""
+BLOCKED_SECONDS: Final = 15.0
+"""How long a publish waits for a server that takes none, before it is refused as full."""
+NO_ROUTE: Final = 312
+
+
+class Outgoing(NamedTuple):
+    """A message on its way to the server."""
+
+    exchange: str
+    routing_key: str
+    body: bytes
+    properties: Properties
+    mandatory: bool = True
+
+
+class Unrouted(Exception):
+    """No queue takes it."""
+
+
+class Refused(Exception):
+    """The server does not have it.
+
+    Parameters:
+        full: for want of room.
+    """
+
+    def __init__(self, text: str, *, full: bool = False) -> None:
+        super().__init__(text)
+        self.full = full
+
+
+class Unknown(Exception):
+    """The server may have it, or not."""
+
+
+Fate = Unrouted | Refused | Unknown | None
+"""What became of a message; None is that the server durably has it."""
+
+
+class Publisher:
+    """The publishing side of a broker object: a connection of its own, so that an alarm stops no consumer.
+
+    Parameters:
+        prepare: makes sure that the exchanges exist.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        name: str,
+        prepare: Callable[[Connection], Awaitable[None]],
+        heartbeat_seconds: Callable[[], float],
+    ) -> None:
+        self._prepare = prepare
+        self._link: Link[Channel] = Link(options, name, self._begin, heartbeat_seconds)
+        self.open = self._link.open
+        self.close = self._link.close
+
+    @property
+    def blocked(self) -> str | None:
+        """Why the server takes no publishes now; None while it does."""
+        connection = self._link.connection
+        return None if connection is None else connection.blocked
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection, living or not."""
+        return self._link.connection
+
+    async def send(self, batch: Sequence[Outgoing]) -> list[Fate]:
+        """Publish in this order; the fate of each.
+
+        Raises:
+            BrokerUnavailable: there is no connection, and nothing was sent.
+            BrokerFull: the server takes nothing now, and nothing was sent.
+        """
+        if not batch:
+            return []
+        channel = await self._channel()
+        fates: list[Fate] = []
+        under_way: list[tuple[int, asyncio.Future[None]]] = []
+        for position, each in enumerate(batch):
+            try:
+                if channel.connection.congested:
+                    await self._room(channel)
+                future = channel.publish(
+                    each.exchange, each.routing_key, each.body, each.properties, mandatory=each.mandatory
+                )
+            except ValueError as error:
+                fates.append(Refused(f"AMQP cannot carry it: {error}"))
+            except (ConnectionClosed, ChannelClosed) as error:
+                fates.append(Refused(f"the connection was lost before it was sent: {error}"))
+            except TimeoutError:
+                fates.append(Refused(f"the server takes nothing now: {self.blocked or 'its socket is full'}", full=True))
+            else:
+                fates.append(None)
+                under_way.append((position, future))
+        if under_way:
+            await self._confirmed(fates, under_way)
+        elif all(isinstance(fate, Refused) and fate.full for fate in fates):
+            raise BrokerFull(str(fates[0]))
+        return fates
+
+    async def _confirmed(self, fates: list[Fate], under_way: list[tuple[int, asyncio.Future[None]]]) -> None:
+        if len(under_way) == 1:
+            [(position, only)] = under_way
+            timer = asyncio.get_running_loop().call_later(CONFIRM_SECONDS, only.cancel)
+            try:
+                await only
+            except AmqpError as error:
+                fates[position] = _fate(error)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not only.cancelled() or (task is not None and task.cancelling()):
+                    raise
+                fates[position] = self._late()
+            finally:
+                timer.cancel()
+            return
+        futures = [future for _, future in under_way]
+        try:
+            await asyncio.wait(futures, timeout=CONFIRM_SECONDS)
+        finally:
+            for future in futures:
+                if future.done():
+                    future.cancelled() or future.exception()
+                else:
+                    future.cancel()
+        for position, future in under_way:
+            if future.cancelled() or not future.done():
+                fates[position] = self._late()
+            elif (error := future.exception()) is not None:
+                fates[position] = _fate(error)
+
+    def _late(self) -> Unknown:
+        because = f"; it blocks publishers: {self.blocked}" if self.blocked else ""
+        return Unknown(f"no confirm within {CONFIRM_SECONDS:g} s{because}")
+
+    async def _room(self, channel: Channel) -> None:
+        async with asyncio.timeout(BLOCKED_SECONDS):
+            await channel.drain()
+
+    async def _channel(self) -> Channel:
+        channel = await self._link.session()
+        if channel.closed.done():
+            await self._link.again(channel)
+            channel = await self._link.session()
+        return channel
+
+    async def _begin(self, connection: Connection) -> Channel:
+        connection.on_blocked = _tell_blocked
+        await self._prepare(connection)
+        channel = await connection.channel()
+        await channel.confirm_select()
+        return channel
+
+
+def _tell_blocked(reason: str | None) -> None:
+    if reason is None:
+        log.info("RabbitMQ takes publishes again")
+    else:
+        log.warning("RabbitMQ takes no publishes now: %s; they wait, and are refused as full after a while", reason)
+
+
+def _fate(error: BaseException) -> Fate:
+    match error:
+        case Returned(code=code) if code == NO_ROUTE:
+            return Unrouted(str(error))
+        case Returned():
+            return Refused(str(error))
+        case Nacked():
+            return Refused("the server refused it: a queue is full and rejects, or the server is in trouble", full=True)
+        case _:
+            return Unknown(str(error))
+
+
+def unavailable(error: AmqpError) -> BrokerUnavailable:
+    """A lost connection, in the caller's words."""
+    return BrokerUnavailable(f"the connection to RabbitMQ was lost: {error}")

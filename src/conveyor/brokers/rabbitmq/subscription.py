@@ -1,0 +1,182 @@
+"""One receiver of one queue: it consumes only while somebody waits for messages, so that nothing lies about unhandled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from conveyor.broker import Delivery
+from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, Incoming
+from conveyor.brokers.rabbitmq.delay import Mover, moved_copy
+from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, copy_of
+from conveyor.brokers.rabbitmq.publisher import Outgoing
+from conveyor.brokers.rabbitmq.topology import Spec
+from conveyor.brokers.rabbitmq.work import Held, Work
+from conveyor.errors import BrokerError, BrokerUnavailable
+
+if TYPE_CHECKING:
+    from conveyor.brokers.rabbitmq import RabbitBroker
+
+PARK_SECONDS: Final = 60.0
+"""A queue of others may have no place for what is not due: then this process holds it, for so long at a time."""
+CRASHED: Final = "its process died, or lost the connection, without a word"
+
+
+class RabbitSubscription:
+    """One receiver of one queue; made by RabbitBroker.subscribe()."""
+
+    def __init__(self, broker: RabbitBroker, queue: str, prefetch: int, early: bool) -> None:
+        self.broker = broker
+        self.queue = queue
+        self.held = 0
+        self._asked = 0
+        self._prefetch = prefetch
+        self._early = early
+        self._ended: BrokerError | None = None
+        self._news: set[asyncio.Event] = set()
+        self.mover: Mover | None = None
+        self._attaching = asyncio.Lock()
+
+    async def fetch(self, limit: int) -> list[Delivery]:
+        """See conveyor.broker.Subscription. Waits, too, while prefetch deliveries are unsettled."""
+        while True:
+            self._check()
+            room = min(limit, self._prefetch - self.held - self._asked)
+            if room <= 0:
+                await self._more_room()
+                continue
+            work = await self.broker.work()
+            await self.attach(work)
+            self._asked += room
+            try:
+                deliveries = await self._fetch(work, room)
+            finally:
+                self._asked -= room
+            if deliveries:
+                return deliveries
+
+    async def close(self) -> None:
+        """See conveyor.broker.Subscription."""
+        self.end(BrokerUnavailable(f"this subscription of {self.queue!r} is closed"))
+        async with self._attaching:
+            mover, self.mover = self.mover, None
+            if mover is not None:
+                try:
+                    await mover.stop()
+                except AmqpError:
+                    pass  # the server has taken back what it had
+        self.broker.forget(self)
+
+    def end(self, why: BrokerError) -> None:
+        """Take part no more; a fetch that waits raises why."""
+        self._ended = self._ended or why
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the fetches that wait look again."""
+        for news in self._news:
+            news.set()
+
+    def let_go(self) -> None:
+        """One of its deliveries is no longer in its hands."""
+        self.held -= 1
+        if self._news and self.held + self._asked == self._prefetch - 1:
+            self.wake()
+
+    async def attach(self, work: Work) -> None:
+        """Have a mover on this channel; its consumer is what counts this subscription, too."""
+        if self.mover is not None and self.mover.work is work:
+            return
+        async with self._attaching:
+            self._check()
+            spec = self.broker.specs[self.queue]
+            if (self.mover is not None and self.mover.work is work) or spec.passive:
+                return
+            mover = Mover(self.broker, self.queue, work)
+            try:
+                await mover.start()
+            except AmqpError as error:
+                raise BrokerUnavailable(f"cannot receive from {spec.later!r}: {error}") from error
+            self.mover = mover
+            self.broker.spawn(mover.run(), f"moving what is delayed in {self.queue}")
+
+    def _check(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    async def _more_room(self) -> None:
+        news = asyncio.Event()
+        self._news.add(news)
+        try:
+            await news.wait()
+        finally:
+            self._news.discard(news)
+
+    async def _fetch(self, work: Work, room: int) -> list[Delivery]:
+        spec = self.broker.specs[self.queue]
+        queues = [spec.name, spec.later, *spec.ladder] if self._early and not spec.passive else [spec.name]
+        arrived: list[Incoming] = []
+        news = asyncio.Event()
+        self._news.add(news)
+
+        def late(incoming: Incoming) -> None:
+            self.broker.spawn(self._untouched(work, spec, [incoming]), "giving back what came late")
+
+        try:
+            await work.draw(queues, room, until=lambda: self._ended is not None, arrived=arrived, news=news, late=late)
+            if self._ended is None:
+                return await self._accept(work, spec, arrived)
+        except asyncio.CancelledError:
+            if arrived:
+                await asyncio.shield(self.broker.spawn(self._untouched(work, spec, arrived), "release"))
+            raise
+        except AmqpError as error:
+            self._check()
+            if isinstance(error, ChannelClosed) and not work.connection.closed.done():
+                raise BrokerError(f"cannot receive from {self.queue!r}: {error}") from error
+            return []
+        finally:
+            self._news.discard(news)
+        if arrived:
+            await self._untouched(work, spec, arrived)
+        return []
+
+    async def _accept(self, work: Work, spec: Spec, arrived: list[Incoming]) -> list[Delivery]:
+        """Count and lease what has come; what may not be delivered now goes elsewhere."""
+        broker, now = self.broker, self.broker.clock()
+        counts_itself = spec.queue_type == "quorum"
+        accepted: list[Held] = []
+        elsewhere: list[tuple[Incoming, Outgoing]] = []
+        for incoming in arrived:
+            what = broker.read(incoming, spec)
+            waited = self._early and not incoming.consumer_tag.endswith(".0")  # it was delayed: not delivered, but moved
+            if what.due > now and not self._early:
+                target = spec.later if not spec.passive else spec.name
+                elsewhere.append((incoming, moved_copy(incoming, what, target)))
+            elif incoming.redelivered and not counts_itself and not waited:
+                # A classic queue does not count. So the copy says what this delivery was, and is the next one.
+                notes = {DELIVERIES: what.noted + 1, ATTEMPTS: what.attempts, ERROR: CRASHED, DUE: 0.0}
+                copy = Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
+                elsewhere.append((incoming, copy))
+            else:
+                counted = what.noted if waited else what.deliveries
+                deliveries = counted + 1
+                error = CRASHED if counted > what.noted else what.error
+                accepted.append(Held(self, work, incoming, what.message, deliveries, what.attempts, error))
+        self.held += len(accepted)
+        broker.leases.begin(accepted, spec.lease_seconds)
+        if elsewhere:
+            await broker.send([copy for _, copy in elsewhere])
+            work.ack(incoming.delivery_tag for incoming, _ in elsewhere)
+        return [held.delivery() for held in accepted]
+
+    async def _untouched(self, work: Work, spec: Spec, arrived: list[Incoming]) -> None:
+        """What came for a fetch that is no more goes back as if it had never come."""
+        try:
+            copies = [moved_copy(each, self.broker.read(each, spec), spec.name) for each in arrived]
+            await self.broker.send(copies)
+            work.ack(each.delivery_tag for each in arrived)
+        except (BrokerError, AmqpError):
+            pass  # they are still the server's, and come back when the channel goes
+        finally:
+            arrived.clear()

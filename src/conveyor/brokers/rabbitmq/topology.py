@@ -1,0 +1,373 @@
+"""The exchanges and queues on the server: their names, their arguments, and how they come into being."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+from conveyor.broker import DEFAULT_LEASE_SECONDS, Queue
+from conveyor.brokers.rabbitmq.amqp import Channel, ChannelClosed, Connection, FieldValue, QueueOk
+from conveyor.brokers.rabbitmq.envelope import SLOT, SLOTS, routing_key
+from conveyor.errors import BrokerError, ConfigurationError, QueueConflict
+
+NOT_FOUND: Final = 404
+ACCESS_REFUSED: Final = 403
+RESOURCE_LOCKED: Final = 405
+PRECONDITION_FAILED: Final = 406
+PARTITIONS: Final = 4
+"""Queues into which the keys of an ordered queue are spread; each has one receiver at a time."""
+RUNGS: Final = tuple(0.125 * 8**step for step in range(8))
+"""Seconds that the queues of a delay ladder hold a message: 0.125, 1, 8, … 262,144 (3 days)."""
+NATIVE: Final = ("exchange", "exchange_type", "routing_key", "dead_queue", "queue_type", "passive")
+HIGHEST_PRIORITY: Final = 9
+UNLIMITED_SINCE: Final = (4, 0)
+"""From this version on, a quorum queue drops what was delivered 20 times, unless told otherwise; before, there was no limit."""
+
+_Result = TypeVar("_Result")
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    """A queue as Conveyor knows it: what was declared, and how it was created.
+
+    Parameters:
+        queue_type: quorum or classic.
+        rungs: its delay ladder exists.
+        version: grows with each change.
+    """
+
+    name: str
+    topics: tuple[str, ...] = ()
+    ordered: bool = False
+    max_length: int | None = None
+    lease_seconds: float = DEFAULT_LEASE_SECONDS
+    native: Mapping[str, str] = {}
+    queue_type: str = "quorum"
+    temporary: bool = False
+    rungs: bool = False
+    version: int = 0
+
+    @property
+    def dead(self) -> str:
+        """Where its dead letters are kept."""
+        return self.native.get("dead_queue") or f"{self.name}.dead"
+
+    @property
+    def later(self) -> str:
+        """Where what is not due waits to be put onto the ladder."""
+        return f"{self.name}.later"
+
+    @property
+    def keyed(self) -> str:
+        """The exchange that tells an ordered queue's keys apart."""
+        return f"{self.name}.keyed"
+
+    @property
+    def unkeyed(self) -> str:
+        """The exchange for what has no key."""
+        return f"{self.name}.unkeyed"
+
+    @property
+    def partitions(self) -> list[str]:
+        """An ordered queue's queues by key."""
+        return [f"{self.name}.keyed.{number}" for number in range(PARTITIONS)] if self.ordered else []
+
+    def rung(self, step: int) -> str:
+        """A queue of the delay ladder."""
+        return f"{self.name}.delay.{step}"
+
+    @property
+    def ladder(self) -> list[str]:
+        """The queues of the delay ladder that exist."""
+        return [self.rung(step) for step in range(len(RUNGS))] if self.rungs else []
+
+    @property
+    def passive(self) -> bool:
+        """It is another's: used, never declared."""
+        return self.native.get("passive") == "true"
+
+
+def spec_of(queue: Queue, queue_type: str) -> Spec:
+    """What a declaration asks for.
+
+    Raises:
+        ConfigurationError: its native settings make no sense here.
+    """
+    if unknown := sorted(queue.native.keys() - set(NATIVE)):
+        raise ConfigurationError(
+            f"the queue {queue.name!r} has the native setting {unknown[0]!r}; RabbitMQ knows {', '.join(NATIVE)}"
+        )
+    chosen = "classic" if queue.temporary else queue.native.get("queue_type", queue_type)
+    if chosen not in {"quorum", "classic"}:
+        raise ConfigurationError(f"the queue {queue.name!r}: queue_type is quorum or classic, not {chosen!r}")
+    if queue.native.get("passive", "false") not in {"true", "false"}:
+        raise ConfigurationError(f"the queue {queue.name!r}: passive is 'true' or 'false'")
+    return Spec(
+        name=queue.name,
+        topics=queue.topics,
+        ordered=queue.ordered,
+        max_length=queue.max_length,
+        lease_seconds=queue.lease_seconds,
+        native=dict(queue.native),
+        queue_type=chosen,
+        temporary=queue.temporary,
+    )
+
+
+class Topology:
+    """Declares and counts, on a channel that is replaced whenever the server closes it.
+
+    Parameters:
+        connection: gives the living connection.
+        exchange: the topic exchange of all of Conveyor's topics.
+    """
+
+    def __init__(self, connection: Callable[[], Awaitable[Connection]], exchange: str) -> None:
+        self._connection = connection
+        self.exchange = exchange
+        self._channel: Channel | None = None
+        self._turn = asyncio.Lock()
+        self.version: tuple[int, int] = (0, 0)
+
+    @property
+    def later_exchange(self) -> str:
+        """The topic exchange for what is not due yet."""
+        return f"{self.exchange}.later"
+
+    async def ask(self, what: Callable[[Channel], Awaitable[_Result]]) -> _Result:
+        """Do something that the server may refuse by closing the channel.
+
+        Raises:
+            ChannelClosed: it did.
+        """
+        async with self._turn:
+            connection = await self._connection()
+            channel = self._channel
+            if channel is None or channel.closed.done() or channel.connection is not connection:
+                channel = self._channel = await connection.channel()
+            return await what(channel)
+
+    async def prepare(self, connection: Connection) -> None:
+        """Make sure that the exchanges exist."""
+        version = str(connection.server_properties.get("version", "0.0")).split(".")
+        self.version = (_int(version[0]), _int(version[1]) if len(version) > 1 else 0)
+        for exchange in (self.exchange, self.later_exchange):
+            channel = await connection.channel()
+            try:
+                await channel.exchange_declare(exchange, "topic")
+            except ChannelClosed as error:
+                if error.code == PRECONDITION_FAILED:
+                    raise QueueConflict(
+                        f"the exchange {exchange!r} exists, and is no durable topic exchange: {error.text}; "
+                        "choose another name with ?exchange= in the URL"
+                    ) from error
+                if error.code != ACCESS_REFUSED:
+                    raise
+                channel = await connection.channel()
+                try:
+                    await channel.exchange_declare(exchange, "topic", passive=True)
+                except ChannelClosed as missing:
+                    raise BrokerError(
+                        f"the exchange {exchange!r} does not exist, and {connection.address.user!r} may not create it: "
+                        f"{error.text}; have it created, or give the user the permission to configure"
+                    ) from missing
+            await channel.close()
+
+    async def count(self, queue: str) -> QueueOk | None:
+        """How many messages a queue has ready; None where there is no such queue (or it is another's own)."""
+        try:
+            return await self.ask(lambda channel: channel.queue_declare(queue, passive=True))
+        except ChannelClosed as error:
+            if error.code in {NOT_FOUND, RESOURCE_LOCKED}:
+                return None
+            raise
+
+    async def counts(self, names: Sequence[str]) -> dict[str, tuple[int, int] | None]:
+        """Messages ready and consumers of many queues; None where there is no such queue."""
+        try:
+            found = await self.ask(
+                lambda channel: asyncio.gather(*(channel.queue_declare(name, passive=True) for name in names))
+            )
+        except ChannelClosed:  # one of them is not there: one by one, then
+            single = {name: await self.count(name) for name in names}
+            return {name: None if each is None else (each.messages, each.consumers) for name, each in single.items()}
+        return {name: (each.messages, each.consumers) for name, each in zip(names, found, strict=True)}
+
+    async def create(self, spec: Spec, there: Spec | None) -> None:
+        """Create a queue and all that belongs to it, or make sure that it is as asked for.
+
+        Parameters:
+            there: how it was declared before, if it was.
+
+        Raises:
+            QueueConflict: it exists with other arguments.
+        """
+        if spec.passive:
+            await self._must_exist(spec.name)
+        elif there is not None and there.max_length != spec.max_length:
+            await self._rebound(spec)
+        else:
+            await self._declare(spec, spec.name, self._arguments(spec, bounded=True))
+        if not spec.temporary:
+            await self._declare(spec, spec.dead, self._arguments(spec, own="dead_queue" not in spec.native))
+        if not spec.passive:
+            await self._declare(spec, spec.later, self._arguments(spec))
+            await self._bind(spec)
+
+    async def raise_ladder(self, spec: Spec) -> bool:
+        """Create the queues of the delay ladder; False where we may not."""
+        for step, seconds in enumerate(RUNGS):
+            arguments = self._arguments(spec) | {
+                "x-message-ttl": int(seconds * 1000),
+                "x-dead-letter-exchange": "",
+                "x-dead-letter-routing-key": spec.later,
+            }
+            if spec.queue_type == "quorum":
+                arguments |= {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+            try:
+                await self._declare(spec, spec.rung(step), arguments)
+            except BrokerError:
+                return False
+        return True
+
+    async def delete(self, queue: str) -> None:
+        """A queue goes, with what is in it."""
+        await self.ask(lambda channel: channel.queue_delete(queue))
+
+    async def purge(self, queue: str) -> int:
+        """Delete what is ready in a queue; how many. One that does not exist has none."""
+        try:
+            return await self.ask(lambda channel: channel.queue_purge(queue))
+        except ChannelClosed as error:
+            if error.code == NOT_FOUND:
+                return 0
+            raise
+
+    def _arguments(self, spec: Spec, *, bounded: bool = False, own: bool = True) -> dict[str, FieldValue]:
+        arguments: dict[str, FieldValue] = {"x-queue-type": spec.queue_type}
+        if spec.queue_type == "quorum" and self.version >= UNLIMITED_SINCE:
+            arguments["x-delivery-limit"] = -1
+        if bounded and spec.max_length is not None:
+            arguments |= {"x-max-length": spec.max_length, "x-overflow": "drop-head"}
+        if bounded and spec.queue_type == "classic" and own and "queue_type" not in spec.native:
+            arguments["x-max-priority"] = HIGHEST_PRIORITY
+        return arguments
+
+    async def _declare(self, spec: Spec, name: str, arguments: dict[str, FieldValue]) -> None:
+        if spec.temporary:
+            arguments = arguments | {"x-queue-type": "classic"}
+        try:
+            await self.ask(
+                lambda channel: channel.queue_declare(
+                    name, durable=not spec.temporary, exclusive=spec.temporary, arguments=arguments
+                )
+            )
+        except ChannelClosed as error:
+            if error.code == ACCESS_REFUSED:
+                await self._must_exist(name)
+            elif error.code in {PRECONDITION_FAILED, RESOURCE_LOCKED}:
+                raise QueueConflict(
+                    f"the queue {name!r} exists, and is not as it is declared here ({_words(arguments)}): {error.text}; "
+                    "rename it, change one of the two, or use it as it is with native={'passive': 'true'}"
+                ) from error
+            else:
+                raise
+
+    async def _must_exist(self, name: str) -> None:
+        if await self.count(name) is None:
+            raise BrokerError(
+                f"there is no queue {name!r} on the server, and it is not for us to create it; "
+                "have it created, or give the user the permission to configure"
+            )
+
+    async def _rebound(self, spec: Spec) -> None:
+        """A queue's bound is fixed when it is created: it is created anew, which only an empty one allows."""
+        there = await self.count(spec.name)
+        if there is not None and there.messages:
+            raise QueueConflict(
+                f"the queue {spec.name!r} holds {there.messages} messages under another bound than max_length={spec.max_length}; "
+                "let it run empty, or purge it, and start again"
+            )
+        await self.delete(spec.name)
+        await self._declare(spec, spec.name, self._arguments(spec, bounded=True))
+
+    async def _bind(self, spec: Spec) -> None:
+        """Let the topics in. What we may not bind is bound already, or another's business."""
+        if spec.ordered:
+            await self._create_partitions(spec)
+        topics = {routing_key(topic) for topic in spec.topics}
+
+        async def bind(channel: Channel) -> None:
+            if spec.ordered:
+                for source in (self.exchange, self.later_exchange):
+                    for key in topics:
+                        await channel.exchange_bind(spec.keyed, source, key)
+            else:
+                for key in topics:
+                    await channel.queue_bind(spec.name, self.exchange, key)
+                    await channel.queue_bind(spec.later, self.later_exchange, key)
+
+        await self._unless_refused(bind)
+        if foreign := spec.native.get("exchange"):
+            await self._bind_to(spec, foreign)
+
+    async def _bind_to(self, spec: Spec, exchange: str) -> None:
+        """An exchange that others publish to: used as it is, created where it is missing."""
+        kind = spec.native.get("exchange_type", "topic")
+        try:
+            await self.ask(lambda channel: channel.exchange_declare(exchange, kind, passive=True))
+        except ChannelClosed as missing:
+            if missing.code not in {NOT_FOUND, ACCESS_REFUSED}:
+                raise
+            try:
+                await self.ask(lambda channel: channel.exchange_declare(exchange, kind))
+            except ChannelClosed as error:
+                raise QueueConflict(
+                    f"the exchange {exchange!r} cannot be used as {kind}: {error.text}; see exchange_type in native"
+                ) from error
+        own = spec.native.get("routing_key")
+        for key in [own] if own is not None else [routing_key(topic) for topic in spec.topics]:
+            await self._unless_refused(
+                lambda channel, key=key: channel.queue_bind(spec.name, exchange, key)  # type: ignore[misc]
+            )
+
+    async def _create_partitions(self, spec: Spec) -> None:
+        async def exchanges(channel: Channel) -> None:
+            await channel.exchange_declare(spec.unkeyed, "fanout")
+            await channel.exchange_declare(spec.keyed, "headers", arguments={"alternate-exchange": spec.unkeyed})
+            await channel.queue_bind(spec.name, spec.unkeyed)
+
+        await self._unless_refused(exchanges)
+        for number, partition in enumerate(spec.partitions):
+            await self._declare(spec, partition, self._arguments(spec) | {"x-single-active-consumer": True})
+            await self._declare(
+                spec, notes_of(partition), self._arguments(spec) | {"x-max-length": 1, "x-overflow": "drop-head"}
+            )
+
+            async def bind(channel: Channel, number: int = number, partition: str = partition) -> None:
+                for slot in range(number, SLOTS, PARTITIONS):
+                    await channel.queue_bind(partition, spec.keyed, "", {"x-match": "all", SLOT: slot})
+
+            await self._unless_refused(bind)
+
+    async def _unless_refused(self, what: Callable[[Channel], Awaitable[None]]) -> None:
+        try:
+            await self.ask(what)
+        except ChannelClosed as error:
+            if error.code != ACCESS_REFUSED:
+                raise BrokerError(f"the server refuses a binding: {error.text}") from error
+
+
+def notes_of(partition: str) -> str:
+    """The queue with the one message that says what of a partition is being handled."""
+    return f"{partition}.notes"
+
+
+def _words(arguments: Mapping[str, FieldValue]) -> str:
+    return ", ".join(f"{name.removeprefix('x-')}={value}" for name, value in sorted(arguments.items()))
+
+
+def _int(text: str) -> int:
+    return int(text) if text.isdigit() else 0
