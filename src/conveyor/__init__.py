@@ -22,6 +22,7 @@ from conveyor.errors import (
     Retry,
 )
 from conveyor.runtime.call import Call, Middleware, Next
+from conveyor.runtime.carry import carried
 from conveyor.runtime.context import Context
 from conveyor.runtime.watch import Watch
 
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 - by concept
     "Call",
     "Middleware",
     "Next",
+    "carried",
     # looking on
     "Watch",
     # errors

@@ -27,6 +27,7 @@ from conveyor.core.retry import RetryPolicy
 from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, NoSubscriber
 from conveyor.runtime.background import Background
 from conveyor.runtime.call import Middleware, Surroundings, is_transaction
+from conveyor.runtime.carry import Carry
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
@@ -156,6 +157,7 @@ class Conveyor:
         self._built: dict[str, Worker] = {}
         self._providers: dict[Any, Provider] = {}
         self._middleware: list[Middleware] = []
+        self._carries: list[Carry] = []
         self._replaced: dict[Any, Any] = {}
         self._connections: dict[asyncio.AbstractEventLoop, Connection] = {}
         self._connecting: dict[asyncio.AbstractEventLoop, asyncio.Lock] = {}
@@ -378,6 +380,19 @@ class Conveyor:
                 f"{middleware!r} is no middleware; write: async def middleware(call: Call, next: Next) -> object"
             )
         self._middleware.append(middleware)
+
+    def carry(self, header: str, *, log: str | None = None, make: Callable[[Message], str] | None = None) -> None:
+        """Carry a header on: from the message being handled to everything that its handler publishes.
+
+        ``conveyor.carried()`` gives a handler what is carried, for its calls to other services.
+
+        Parameters:
+            header: its name, such as X-Request-ID; of messages that arrive, in any case.
+            log: what its value is called in the log lines about the message; left out, it is not in them.
+            make: makes up the value for a message that comes without one, the same for every delivery of the message
+                (``lambda message: message.id``); left out, nothing is carried then.
+        """
+        self._carries.append(Carry(header, log, make))
 
     @property
     def workers(self) -> Mapping[str, Worker]:
@@ -656,7 +671,14 @@ class Conveyor:
             pool = CpuPool(max(worker.concurrency for worker in on_cores), max_rss_bytes=self.max_rss_bytes)
             stack.push_async_callback(pool.close)
         around = Surroundings(
-            self._outgoing, provided, tuple(self._middleware), connection.ledger, connection.relay, pool
+            self._outgoing,
+            connection.broker,
+            provided,
+            tuple(self._middleware),
+            tuple(self._carries),
+            connection.ledger,
+            connection.relay,
+            pool,
         )
         return Runner(workers, connection.broker, around, self.metrics, self._clock)
 

@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from conveyor.broker import Delivery
+from conveyor.broker import Broker, Delivery
 from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
 from conveyor.errors import AlreadyHandled, HandlerError
+from conveyor.runtime.carry import Carry
 from conveyor.runtime.context import Context
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Emitter, Outgoing, collected
@@ -58,13 +59,17 @@ class Surroundings:
     """What the handlers of one runner share.
 
     Parameters:
+        broker: open.
         provided: type → the object that parameters of this type receive.
+        carries: the headers that go on.
         shutting_down: set when the runner drains.
     """
 
     outgoing: Outgoing
+    broker: Broker
     provided: Mapping[Any, Any] = field(default_factory=dict)
     middleware: Sequence[Middleware] = ()
+    carries: Sequence[Carry] = ()
     ledger: Ledger | None = None
     relay: Relay | None = None
     pool: CpuPool | None = None
@@ -167,7 +172,12 @@ class Caller:
         for parameter in self._plan.injected:
             if parameter.type is Context:
                 arguments[parameter.name] = Context(
-                    deliveries[0], self._worker.name, self._worker.identity, emitter, self._around.shutting_down
+                    deliveries[0],
+                    self._worker.name,
+                    self._worker.identity,
+                    emitter,
+                    self._around.broker,
+                    self._around.shutting_down,
                 )
             elif parameter.type is Message:
                 arguments[parameter.name] = deliveries[0].message

@@ -36,6 +36,7 @@ from conveyor.errors import (
     PayloadError,
 )
 from conveyor.runtime.call import AlreadyDone, Caller
+from conveyor.runtime.carry import Carry, carried_on
 from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.points import point
@@ -97,6 +98,7 @@ class Consumer:
         clock: gives Unix seconds.
         suspect: called with a delivery that has to run alone.
         emitted: called with what a handler has emitted.
+        carries: the headers that go on.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Consumer:
         clock: Clock,
         suspect: Callable[[Consumer, Delivery], None],
         emitted: Callable[[Sequence[Message]], None],
+        carries: Sequence[Carry] = (),
     ) -> None:
         self.worker = worker
         self.metrics = metrics
@@ -118,6 +121,7 @@ class Consumer:
         self._clock = clock
         self._suspect = suspect
         self._note_emits = emitted
+        self._carries = carries
         self._ready: deque[Delivery] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._hungry = asyncio.Event()
@@ -361,7 +365,7 @@ class Consumer:
             end = self._verdict_on_arrival(delivery)
             if end is not None:
                 return end
-        current.set(Current(message.id, message.correlation_id, self.worker.name, delivery.attempts + 1))
+        self._speak_of(delivery)
         try:
             payload = self._payload(delivery)
         except Exception as error:
@@ -396,7 +400,7 @@ class Consumer:
         if not good:
             return
         first = good[0]
-        current.set(Current(first.message.id, first.message.correlation_id, self.worker.name, first.attempts + 1))
+        self._speak_of(first)
         failure: BaseException | None = None
         try:
             # Each of them may lose its lease: what they emit together must not depend on a single settlement.
@@ -530,9 +534,7 @@ class Consumer:
         self._settler.add(delivery, verdict)
 
     def _tell(self, delivery: Delivery, verdict: Verdict) -> None:
-        current.set(
-            Current(delivery.message.id, delivery.message.correlation_id, self.worker.name, delivery.attempts + 1)
-        )
+        self._speak_of(delivery)
         if isinstance(verdict, RetryAt):
             self.metrics.retried += 1
             wait = max(0.0, verdict.due - self._clock())
@@ -540,6 +542,15 @@ class Consumer:
         elif isinstance(verdict, Dead):
             self.metrics.dead += 1
             log.error("dead letter (%s): %s", verdict.reason, verdict.error, extra={"traceback": verdict.traceback})
+
+    def _speak_of(self, delivery: Delivery) -> None:
+        """From here on log lines are about this delivery, and what is published carries on what it carries."""
+        message, carried, fields = delivery.message, None, None
+        if self._carries:
+            carried, fields = carried_on(self._carries, message)
+        current.set(
+            Current(message.id, message.correlation_id, self.worker.name, delivery.attempts + 1, carried, fields)
+        )
 
     def _leave_behind(self, lane: Lane) -> None:
         """The handler swallows cancellation: settle without it, and give its place to a new lane."""

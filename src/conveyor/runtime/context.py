@@ -7,8 +7,9 @@ import hashlib
 import logging
 from typing import Final, Unpack
 
-from conveyor.broker import Delivery
+from conveyor.broker import Broker, Delivery
 from conveyor.core.message import Message
+from conveyor.errors import NoSubscriber
 from conveyor.runtime.outgoing import Emitter, Options, Publishing
 
 
@@ -22,10 +23,16 @@ class Context:
         shutting_down: set when the runner drains; a long handler may look at it and stop early with Retry(after=0).
     """
 
-    __slots__ = ("_emitter", "_identity", "attempt", "log", "message", "shutting_down", "worker")
+    __slots__ = ("_broker", "_emitter", "_identity", "attempt", "log", "message", "shutting_down", "worker")
 
     def __init__(
-        self, delivery: Delivery, worker: str, identity: str, emitter: Emitter, shutting_down: asyncio.Event
+        self,
+        delivery: Delivery,
+        worker: str,
+        identity: str,
+        emitter: Emitter,
+        broker: Broker,
+        shutting_down: asyncio.Event,
     ) -> None:
         self.message: Final[Message] = delivery.message
         self.attempt: Final[int] = delivery.attempts + 1
@@ -34,6 +41,7 @@ class Context:
         self.log: Final = logging.getLogger(f"conveyor.worker.{worker}")
         self._identity = identity
         self._emitter = emitter
+        self._broker = broker
 
     @property
     def idempotency_key(self) -> str:
@@ -49,6 +57,26 @@ class Context:
             PayloadError: the event does not fit its own type, or has no topic.
         """
         return self._emitter.add(event, Options(**options))
+
+    async def publish_now(
+        self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]
+    ) -> Message:
+        """Publish an event at once, whatever becomes of this attempt; returns when the broker durably has it.
+
+        For what has to be done after the message has gone on, and for news of a long handler. A repeated attempt publishes it again,
+        under the same id, so that its receivers can tell. It is no part of a Transaction.
+
+        Raises:
+            PayloadError: the event does not fit its own type, or has no topic.
+            NoSubscriber: no queue receives it, and require_subscriber.
+            BrokerError: the broker does not have it.
+        """
+        message = self._emitter.make(event, Options(**options))
+        if await self._broker.publish((message,)) and require_subscriber:
+            raise NoSubscriber(
+                f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists"
+            )
+        return message
 
 
 def idempotency_key(worker: str, message_id: str) -> str:

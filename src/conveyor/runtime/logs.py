@@ -20,12 +20,26 @@ class Current(msgspec.Struct, frozen=True, gc=False):
 
     Parameters:
         attempt: 1 on the first run.
+        carried: headers that go on to what the handler publishes and calls.
+        fields: what the application wants in every line.
     """
 
     message_id: str
     correlation_id: str | None
     worker: str
     attempt: int
+    carried: dict[str, str] | None = None
+    fields: dict[str, str] | None = None
+
+    def in_words(self) -> dict[str, Any]:
+        """What a line says about the attempt."""
+        said: dict[str, Any] = {
+            "message_id": self.message_id,
+            "correlation_id": self.correlation_id,
+            "worker": self.worker,
+            "attempt": self.attempt,
+        }
+        return {**self.fields, **said} if self.fields else said
 
 
 current: ContextVar[Current | None] = ContextVar("conveyor_current", default=None)
@@ -111,7 +125,7 @@ class JsonLines(logging.Formatter):
             "process": self._process,
         }
         if (about := current.get()) is not None:
-            entry |= msgspec.structs.asdict(about)
+            entry |= about.in_words()
         if text := _exception(record):
             entry["exc"] = text
         for name, value in _extras(record).items():
@@ -152,6 +166,7 @@ class Human(logging.Formatter):
             about = {"worker": now.worker, "message": now.message_id, "attempt": now.attempt}
             if now.correlation_id not in (None, now.message_id):
                 about["correlation"] = now.correlation_id
+            about |= now.fields or {}
         about |= _extras(record)
         details = "".join(f" {name}={_word(value)}" for name, value in about.items())
         head = f"{self._in(self.DIM, time)} {level} {self._process:>3} {part:<12} {printable(first)}"

@@ -13,8 +13,9 @@ import msgspec
 from conveyor.broker import DEFAULT_BODY_LIMIT, Clock
 from conveyor.core.codec import Codec, codec_for
 from conveyor.core.events import EventType, check_topic, event_type, is_event
-from conveyor.core.message import NO_HEADERS, PRIORITIES, Message, emitted_id, uuid7
+from conveyor.core.message import PRIORITIES, Message, emitted_id, uuid7
 from conveyor.errors import PayloadError, PayloadTooLarge
+from conveyor.runtime.carry import carried
 
 HEADERS_LIMIT: Final = 16 * 1024
 """Characters of all the application's headers of a message together."""
@@ -147,7 +148,7 @@ class Outgoing:
             )
         now = self.clock()
         if options is NO_OPTIONS:
-            return Message(id, topic, body, key, NO_HEADERS, content_type, correlation_id, causation_id, now)
+            return Message(id, topic, body, key, carried(), content_type, correlation_id, causation_id, now)
         if options.priority not in PRIORITIES:
             raise PayloadError(f"priority is 0 (ordinary) to 9 (first), not {options.priority!r}")
         return Message(
@@ -155,7 +156,7 @@ class Outgoing:
             topic,
             body,
             key,
-            _headers(options.headers),
+            _headers(options.headers, carried()),
             content_type,
             correlation_id,
             causation_id,
@@ -204,9 +205,9 @@ def _seconds(value: float | timedelta) -> float:
     return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
-def _headers(headers: Mapping[Any, Any] | None) -> Mapping[str, str]:
+def _headers(headers: Mapping[Any, Any] | None, inherited: Mapping[str, str]) -> Mapping[str, str]:
     if not headers:
-        return NO_HEADERS
+        return inherited
     size = 0
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
@@ -216,7 +217,7 @@ def _headers(headers: Mapping[Any, Any] | None) -> Mapping[str, str]:
         raise PayloadTooLarge(
             f"the headers have {size:,} characters, the limit is {HEADERS_LIMIT:,}; put data into the payload"
         )
-    return dict(headers)
+    return {**inherited, **headers}
 
 
 class Emitter:

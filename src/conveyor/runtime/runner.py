@@ -81,7 +81,15 @@ class Runner:
         metrics = self._metrics.worker(worker.name)
         caller = Caller(worker, self._around, metrics)
         return Consumer(
-            worker, self._broker, caller, self._settler, metrics, self._clock, self._suspect, self._note_emits
+            worker,
+            self._broker,
+            caller,
+            self._settler,
+            metrics,
+            self._clock,
+            self._suspect,
+            self._note_emits,
+            self._around.carries,
         )
 
     async def start(self) -> None:
