@@ -340,6 +340,25 @@ async def test_an_error_of_a_channel_has_the_servers_words_and_leaves_the_connec
         await (await connection.channel()).queue_delete("q")
 
 
+async def test_drain_keeps_what_waits_for_a_slow_server_within_bounds(rabbitmq: RabbitMQ) -> None:
+    async with connected(address_of(rabbitmq)) as (connection, channel):
+        await channel.queue_declare("q")
+        rabbitmq.pause()
+        try:
+            published = []
+            while not connection.congested:  # until the sockets of both sides are full
+                published.append(channel.publish("", "q", b"x" * 50_000))
+                await asyncio.sleep(0)
+            assert len(published) < 1000
+            waiting = [asyncio.ensure_future(channel.drain()) for _ in range(3)]
+            await asyncio.sleep(0)
+            assert not any(one.done() for one in waiting)
+        finally:
+            rabbitmq.resume()
+        async with asyncio.timeout(30):
+            await asyncio.gather(*waiting, *published)
+
+
 async def test_mandatory_without_confirms_is_refused(rabbitmq: RabbitMQ) -> None:
     async with connected(address_of(rabbitmq)) as (connection, _):
         channel = await connection.channel()

@@ -512,6 +512,40 @@ def test_what_was_returned_is_known_even_if_the_confirm_never_comes() -> None:
     in_a_world(test)
 
 
+@given(st.data())
+def test_every_publish_learns_its_own_fate_whatever_the_order_and_grouping_of_the_confirms(data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=12))
+    lost = set(data.draw(st.lists(st.integers(1, len(ids)), max_size=4)))
+    waiting = set(range(1, len(ids) + 1))
+    expected: dict[int, str] = {}
+    # A server returns in the order of the publishes, before it confirms any of these.
+    answers = [returned(Properties(message_id=f"{ids[number - 1]}{number}")) for number in sorted(lost)]
+    for _ in range(data.draw(st.integers(0, 12))):
+        if not waiting:
+            break
+        number = data.draw(st.sampled_from(sorted(waiting)))
+        multiple, nacked = data.draw(st.booleans()), data.draw(st.booleans())
+        settled = {one for one in waiting if one <= number} if multiple else {number}
+        waiting -= settled
+        expected.update((one, "Returned" if one in lost else "Nacked" if nacked else "str") for one in settled)
+        kind = commands.Basic.Nack if nacked else commands.Basic.Ack
+        answers.append(frame.marshal(kind(number, multiple), 1))
+    expected.update((one, "Returned" if one in lost else "OutcomeUnknown") for one in waiting)
+
+    async def test(world: World) -> None:
+        published = [
+            world.channel.publish("", "nowhere", b"x", Properties(message_id=f"{name}{number}"), mandatory=True)
+            for number, name in enumerate(ids, 1)
+        ]
+        for raw in answers:
+            world.hear(raw)
+        assert world.channel.unconfirmed == len(waiting)
+        world.connection.connection_lost(None)
+        assert {number: type(outcome(one)).__name__ for number, one in enumerate(published, 1)} == expected
+
+    in_a_world(test)
+
+
 def test_what_one_tick_sends_goes_out_at_once() -> None:
     async def test(world: World) -> None:
         world.wire.sent = b""
