@@ -179,6 +179,7 @@ class Consumer:
 
     async def fetch(self) -> None:
         """The loop that keeps messages coming: asks for as many as there is room for, whenever half the room is free."""
+        self._hungry.set()  # it may be started anew, after a failure, where nothing is at work that would say so
         room, half = self.worker.prefetch, max(1, self.worker.prefetch // 2)
         while True:
             await self._hungry.wait()
