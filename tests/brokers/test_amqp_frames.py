@@ -736,6 +736,39 @@ def test_a_consumer_that_the_server_ends_is_told() -> None:
     in_a_world(test)
 
 
+def test_the_answers_to_consumers_may_overtake_each_other_and_others() -> None:
+    async def test(world: World) -> None:
+        first = asyncio.ensure_future(world.channel.consume("slow", world.delivered.append, tag="slow"))
+        second = asyncio.ensure_future(world.channel.consume("quick", world.delivered.append, tag="quick"))
+        third = asyncio.ensure_future(world.channel.queue_purge("q"))
+        await asyncio.sleep(0)
+        world.say(commands.Queue.PurgeOk(3))
+        world.say(commands.Basic.ConsumeOk("quick"))
+        assert await third == 3
+        assert await second == "quick"
+        assert not first.done()
+        world.say(commands.Basic.ConsumeOk("slow"))
+        assert await first == "slow"
+
+    in_a_world(test)
+
+
+@pytest.mark.parametrize("by", ["the client", "the server"])
+def test_what_was_on_its_way_to_a_consumer_that_ended_still_arrives(by: str) -> None:
+    async def test(world: World) -> None:
+        if by == "the client":
+            cancelling = asyncio.ensure_future(world.channel.cancel("c"))
+            await asyncio.sleep(0)
+            world.say(commands.Basic.CancelOk("c"))
+            await cancelling
+        else:
+            world.say(commands.Basic.Cancel("c"))
+        world.hear(delivery(1, b"late"))
+        assert [message.body for message in world.delivered] == [b"late"]
+
+    in_a_world(test)
+
+
 def test_a_request_that_nobody_waits_for_any_more_does_not_confuse_the_next() -> None:
     async def test(world: World) -> None:
         given_up = asyncio.ensure_future(world.channel.queue_purge("a"))

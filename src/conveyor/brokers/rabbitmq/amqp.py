@@ -405,8 +405,8 @@ class Connection(asyncio.Protocol):
             self._tail = data[self._read(data) :]
         except (Malformed, struct.error, IndexError) as error:
             self._tail = b""
-            words = str(error) if isinstance(error, Malformed) else "a frame shorter than its content"
-            self._refuse(FRAME_ERROR, f"the server broke the protocol: {words}")
+            what = str(error) if isinstance(error, Malformed) else "a frame shorter than its content"
+            self._refuse(FRAME_ERROR, f"the server broke the protocol: {what}")
 
     def _read(self, data: bytes) -> int:
         """Handle all whole frames of some bytes; how far they reach."""
@@ -522,8 +522,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, code: int, text: str) -> None:
         """End a connection whose server cannot be understood, and tell it why."""
         if self._opened.done() and not self.closed.done():
-            words = ascii(text)[:200]
-            close = {"reply_code": code, "reply_text": words, "class_id": 0, "method_id": 0}
+            close = {"reply_code": code, "reply_text": ascii(text)[:200], "class_id": 0, "method_id": 0}
             self.send(encode_method(commands.Connection.Close, 0, **close))
             self._flush()
         self._leave(ConnectionClosed(code, text))
@@ -589,6 +588,12 @@ class _Consumer(NamedTuple):
     on_cancel: Callable[[str], None] | None
 
 
+class _Request(NamedTuple):
+    replies: tuple[type[Frame], ...]
+    consumer_tag: str | None
+    future: asyncio.Future[Any]
+
+
 class _Publish(NamedTuple):
     future: asyncio.Future[None]
     exchange: str
@@ -625,7 +630,7 @@ class Channel:
         # Finished, though its number may still be taken: what arrives meanwhile is read over.
         self._gone = False
         self._flowing = True
-        self._requests: deque[tuple[tuple[type[Frame], ...], asyncio.Future[Any]]] = deque()
+        self._requests: deque[_Request] = deque()
         self._consumers: dict[bytes, _Consumer] = {}
         self._cancelled: OrderedDict[bytes, _Consumer] = OrderedDict()
         self._tags = itertools.count(1)
@@ -798,7 +803,7 @@ class Channel:
         self.check()
         future: asyncio.Future[Incoming | None] = self._loop.create_future()
         frame = encode_method(commands.Basic.Get, self.number, queue=queue, no_ack=no_ack)
-        self._requests.append((replies, future))
+        self._requests.append(_Request(replies, None, future))
         self.connection.send(frame)
         return await future
 
@@ -930,7 +935,7 @@ class Channel:
         self.check()
         future: asyncio.Future[_Reply] = self._loop.create_future()
         frame = encode_method(method, self.number, **fields)
-        self._requests.append(((reply,), future))
+        self._requests.append(_Request((reply,), fields.get("consumer_tag"), future))
         self.connection.send(frame)
         return await future
 
@@ -968,8 +973,8 @@ class Channel:
         self._cancelled.clear()
         self._message = None
         self._chunks.clear()
-        for _, future in self._requests:
-            _break(future, _again(reason))
+        for asked in self._requests:
+            _break(asked.future, _again(reason))
         self._requests.clear()
         for number, publish in self._unconfirmed.items():
             unknown = OutcomeUnknown(f"no confirm came: {reason}")
@@ -1019,7 +1024,7 @@ class Channel:
                 code, text = frame.reply_code or NO_CODE, frame.reply_text or ""
                 self._expect(message, lambda message: self._on_return(Returned(code, text, message)))
             case commands.Basic.Cancel():
-                consumer = self._consumers.pop(encode_text(frame.consumer_tag or ""), None)
+                consumer = self._end_consumer(encode_text(frame.consumer_tag or ""))
                 if consumer is not None and consumer.on_cancel is not None:
                     self.connection.call(consumer.on_cancel, consumer.tag)
             case commands.Channel.Flow():
@@ -1043,22 +1048,24 @@ class Channel:
             future.set_result(None if isinstance(frame, commands.Basic.GetEmpty) else frame)
 
     def _asked_for(self, frame: Frame) -> asyncio.Future[Any]:
-        """The request that a reply answers: the oldest of its kind. Replies of different kinds may overtake each other, since
-        RabbitMQ lets a queue itself answer consume and cancel.
+        """The request that a reply answers: the oldest of its kind, and of its consumer where it names one. Others may be
+        overtaken, since RabbitMQ lets the queues themselves answer consume and cancel.
         """
-        for position, (replies, future) in enumerate(self._requests):
-            if isinstance(frame, replies):
+        tag = getattr(frame, "consumer_tag", None)
+        for position, asked in enumerate(self._requests):
+            if isinstance(frame, asked.replies) and asked.consumer_tag == tag:
                 del self._requests[position]
-                return future
+                return asked.future
         raise Malformed(f"{frame.name} on channel {self.number}, where nobody asked for it")
 
-    def _end_consumer(self, tag: bytes) -> None:
+    def _end_consumer(self, tag: bytes) -> _Consumer | None:
         """A consumer is cancelled. A quorum queue may have sent it messages that arrive only now, so it is still listened to."""
         consumer = self._consumers.pop(tag, None)
         if consumer is not None:
             self._cancelled[tag] = consumer
             if len(self._cancelled) > MAX_CANCELLED:
                 self._cancelled.popitem(last=False)
+        return consumer
 
     def on_deliver(self, data: bytes, position: int, stop: int) -> None:
         """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key."""
