@@ -1,1 +1,1 @@
-"""How fast Conveyor is on this machine, with the bare library and a peer beside it in the same run."""
+"""How fast Conveyor is on this machine, with the bare libraries and the peers beside it in the same run."""

@@ -1,4 +1,4 @@
-"""Measure Conveyor on this machine, with the bare library and a peer beside it in the same run.
+"""Measure Conveyor on this machine, with the bare libraries and the peers beside it in the same run.
 
 Every figure is the median of several rounds; in a round every subject is measured once, in a process of its own. The column "of the
 first" sets a figure against the same one of the first line of its block.
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import machine
-from benchmarks.rounds import Result, Rounds, SubjectFailed, rows
-from benchmarks.subject import FIGURES
+from benchmarks.rounds import Result, Rounds, SubjectFailed, beside_first
+from benchmarks.servers import ServerMissing
+from benchmarks.subject import FIGURES, Measurement
 from benchmarks.table import MEASUREMENTS
 
 ROUNDS: Final = 5
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="conveyor-bench-") as name:
         folder = Path(name)
         facts = machine.facts(folder) | {"rounds": str(number), "load": f"{scale:g} of the full one"}
-        rounds = Rounds(chosen, folder, scale)
+        rounds = Rounds(chosen, folder, scale, peers=options.peers)
         columns = TextColumn("{task.description:50}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=to_people, transient=True) as progress:
             bar = progress.add_task("preparing", total=number * len(rounds.results))
@@ -62,10 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             try:
                 results = rounds.run(number, say)
-            except SubjectFailed as failure:
+            except (SubjectFailed, ServerMissing) as failure:
                 progress.stop()
                 print(failure, file=sys.stderr)
                 return 1
+        facts |= rounds.versions
     if options.json:
         print(json.dumps({"machine": facts, "results": [_as_json(each) for each in results]}, indent=2))
     else:
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="a tenth of the load, in two rounds")
     names = [each.name for each in MEASUREMENTS]
     parser.add_argument("--only", action="append", choices=names, help="this measurement alone; may be repeated")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="without those of .venv-peers")
     parser.add_argument("--rounds", type=int, help=f"so many rounds; {ROUNDS} unless told")
     parser.add_argument("--scale", type=float, help="so much of the full load; 1 unless told")
     parser.add_argument("--folder", type=Path, help="measure the disk that this folder is on")
@@ -100,31 +104,41 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cells(results: Sequence[Result]) -> Iterator[tuple[str, Cells]]:
-    """The title of the block with each line."""
-    last: Result | None = None
-    for result, name, median, first in rows(results):
-        figure, goal = FIGURES[name], result.subject.goals.get(name)
-        samples = result.samples[name]
-        verdict = "" if goal is None else f"{goal} {'✓' if goal.met(median, first) else '✗ missed'}"
-        yield (
-            result.measurement.title,
-            (
-                result.subject.name if result is not last else "",
-                f"{median:,.{figure.digits}f}",
-                figure.unit,
-                f"{min(samples):,.{figure.digits}f} – {max(samples):,.{figure.digits}f}",
-                f"{median / first:.2f} ×",
-                verdict,
-            ),
-        )
-        last = result
+def _cells(results: Sequence[Result]) -> Iterator[tuple[Measurement, Cells]]:
+    """Every line, with the measurement that it belongs to."""
+    for result, first in beside_first(results):
+        name = result.subject.name
+        if result.left_out:
+            yield result.measurement, (name, "", "", "left out, see below", "", "")
+        for figure, kind in FIGURES.items():
+            if figure not in result.samples:
+                continue
+            samples, median, beside = result.samples[figure], result.median(figure), first.median(figure)
+            goal = result.subject.goals.get(figure)
+            yield (
+                result.measurement,
+                (
+                    name,
+                    f"{median:,.{kind.digits}f}",
+                    kind.unit,
+                    f"{min(samples):,.{kind.digits}f} – {max(samples):,.{kind.digits}f}",
+                    f"{median / beside:.2f} ×",
+                    "" if goal is None else f"{goal} {'✓' if goal.met(median, beside) else '✗ missed'}",
+                ),
+            )
+            name = ""
+
+
+def _settings(results: Sequence[Result], measurement: Measurement) -> list[str]:
+    """What is to be known of a measurement's subjects."""
+    of_it = [each for each in results if each.measurement is measurement]
+    return [f"{each.subject.name}: {each.settings}" for each in of_it if each.settings]
 
 
 def _show(console: Console, facts: dict[str, str], results: Sequence[Result]) -> None:
     lines = list(_cells(results))
-    for title, block in itertools.groupby(lines, key=lambda line: line[0]):
-        console.print(f"\n[bold]{title}[/]", highlight=False)
+    for measurement, block in itertools.groupby(lines, key=lambda line: line[0]):
+        console.print(f"\n[bold]{measurement.title}[/]", highlight=False)
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for number, (name, right) in enumerate(COLUMNS.items()):
             width = max(len(cells[number]) for _, cells in lines)  # the same in every block
@@ -132,17 +146,25 @@ def _show(console: Console, facts: dict[str, str], results: Sequence[Result]) ->
         for _, (*others, verdict) in block:
             table.add_row(*others, f"[red]{verdict}" if "missed" in verdict else f"[green]{verdict}")
         console.print(table)
+        for line in _settings(results, measurement):
+            console.print(f"[dim]{escape(line)}[/]", highlight=False)
     console.print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)
 
 
 def _markdown(facts: dict[str, str], results: Sequence[Result]) -> Iterator[str]:
     yield f"| what | {' | '.join(COLUMNS)} |"
     yield "| --- | --- | ---: | --- | ---: | ---: | --- |"
-    block = ""
-    for title, cells in _cells(results):
-        yield f"| {title if title != block else ''} | {' | '.join(cells)} |"
-        block = title
+    last: Measurement | None = None
+    for measurement, cells in _cells(results):
+        yield f"| {measurement.title if measurement is not last else ''} | {' | '.join(cells)} |"
+        last = measurement
     yield ""
+    for measurement, _ in itertools.groupby(each.measurement for each in results):
+        if settings := _settings(results, measurement):
+            yield f"{measurement.title}:"
+            yield ""
+            yield from (f"- {line}" for line in settings)
+            yield ""
     yield from (f"- {name}: {value}" for name, value in facts.items())
 
 
@@ -151,6 +173,8 @@ def _as_json(result: Result) -> dict[str, object]:
         "measurement": result.measurement.name,
         "subject": result.subject.name,
         "samples": result.samples,
+        "settings": result.settings,
+        "left_out": result.left_out,
         "goals": {name: str(goal) for name, goal in result.subject.goals.items()},
     }
 

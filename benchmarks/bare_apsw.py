@@ -20,7 +20,8 @@ from typing import Any, Final
 import apsw
 import msgspec
 
-from benchmarks.load import BODY, FILL_BATCH, ORDER, TASKS, TOPIC, Countdown, OrderCreated
+from benchmarks.load import FILL_BATCH
+from benchmarks.order import BODY, ORDER, TASKS, TOPIC, Countdown, OrderCreated
 from benchmarks.subject import Load
 from conveyor.core.message import uuid7
 

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.load import Countdown, OrderCreated, fill_app, url
+from benchmarks.load import classic, fill_app, url
+from benchmarks.order import Countdown, OrderCreated
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.broker import Broker
@@ -51,3 +52,18 @@ async def _in_memory(load: Load) -> dict[str, float]:
 def in_memory(_: Path, load: Load) -> Mapping[str, float]:
     """On the memory broker: nearly all that is left is Conveyor's own share."""
     return asyncio.run(_in_memory(load))
+
+
+def on_classic(server: str, load: Load) -> Mapping[str, float]:
+    """From a classic durable queue of RabbitMQ."""
+    return asyncio.run(_consume(classic(server), load, None))
+
+
+def on_quorum(server: str, load: Load) -> Mapping[str, float]:
+    """From a quorum queue of RabbitMQ."""
+    return asyncio.run(_consume(server, load, None))
+
+
+def on_redis(server: str, load: Load) -> Mapping[str, float]:
+    """From a stream of Redis."""
+    return asyncio.run(_consume(server, load, None))

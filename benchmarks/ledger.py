@@ -10,7 +10,8 @@ from pathlib import Path
 from sqlalchemy import Column, MetaData, String, Table, insert
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from benchmarks.load import Countdown, OrderCreated, url
+from benchmarks.load import url
+from benchmarks.order import Countdown, OrderCreated
 from benchmarks.subject import Load
 from conveyor import Conveyor, Message, Transaction
 

@@ -1,66 +1,30 @@
-"""The load that Conveyor carries in all measurements: one small order, and a queue file full of them."""
+"""Conveyor's side of all measurements: an application that receives orders, and its queue full of them."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks.order import BODY, TOPIC, OrderCreated
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.core.message import Message, uuid7
 
-TOPIC: Final = "order_created"
-BODY: Final = b'{"order_id":"A-123456","total":"19.99","customer":"someone@example.org","note":"0123456789abcdefghij"}'
-TASKS: Final = 100
-"""Coroutines that handle, or publish, at the same time."""
 LATER_SECONDS: Final = 86_400.0
 FILL_BATCH: Final = 1_000
-
-
-@dataclass(frozen=True)
-class OrderCreated:
-    """About 100 bytes of JSON."""
-
-    order_id: str
-    total: str
-    customer: str
-    note: str
-
-
-ORDER: Final = OrderCreated("A-123456", "19.99", "someone@example.org", "0123456789abcdefghij")
-
-
-class Countdown:
-    """Stops the clock when so many messages have been handled and settled."""
-
-    def __init__(self, messages: int) -> None:
-        self.left = messages
-        self.over = asyncio.Event()
-        self.messages = messages
-        self._wall = time.perf_counter()
-        self._cpu = time.process_time()
-
-    def one(self) -> None:
-        """Count one."""
-        self.left -= 1
-        if self.left == 0:
-            self.over.set()
-
-    def figures(self) -> dict[str, float]:
-        """How fast it went, all threads of this process together."""
-        return {
-            "rate": self.messages / (time.perf_counter() - self._wall),
-            "cpu": (time.process_time() - self._cpu) / self.messages * 1e6,
-        }
 
 
 def url(folder: Path) -> str:
     """The queue file of a folder, with the safe durability."""
     return f"sqlite:///{folder / 'orders.queue'}?durability=full"
+
+
+def classic(server: str) -> str:
+    """RabbitMQ with classic durable queues."""
+    return f"{server}?queue_type=classic"
 
 
 def orders(number: int, due: float = 0.0) -> list[Message]:
@@ -77,9 +41,9 @@ async def fill_app(app: Conveyor, load: Load) -> None:
             await app.broker.publish(orders(min(FILL_BATCH, number - start), due))
 
 
-def consumer(folder: Path) -> Conveyor:
-    """An application on the folder's queue file whose only worker receives orders."""
-    app = Conveyor("orders", broker=url(folder))
+def consumer(broker: str) -> Conveyor:
+    """An application whose only worker receives orders."""
+    app = Conveyor("orders", broker=broker)
 
     @app.worker
     async def handle(_: OrderCreated) -> None:
@@ -88,11 +52,21 @@ def consumer(folder: Path) -> Conveyor:
     return app
 
 
+async def _fill(broker: str, load: Load) -> None:
+    async with consumer(broker) as app:
+        await fill_app(app, load)
+
+
 def fill(folder: Path, load: Load) -> None:
     """A queue file with what waits in it."""
+    asyncio.run(_fill(url(folder), load))
 
-    async def work() -> None:
-        async with consumer(folder) as app:
-            await fill_app(app, load)
 
-    asyncio.run(work())
+def fill_classic(server: str, load: Load) -> None:
+    """A classic durable queue with what waits in it."""
+    asyncio.run(_fill(classic(server), load))
+
+
+def fill_server(server: str, load: Load) -> None:
+    """What a broker has by default, a quorum queue or a stream, with what waits in it."""
+    asyncio.run(_fill(server, load))

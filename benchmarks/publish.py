@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.load import ORDER, TASKS, Countdown, consumer
+from benchmarks.load import classic, consumer, url
+from benchmarks.order import ORDER, TASKS, Countdown
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.brokers.memory import MemoryBroker
@@ -27,13 +28,13 @@ async def _publish(app: Conveyor, load: Load) -> dict[str, float]:
 
 def conveyor(folder: Path, load: Load) -> Mapping[str, float]:
     """app.publish() on a queue file, every message on the disk when it returns."""
-    return asyncio.run(_publish(consumer(folder), load))
+    return asyncio.run(_publish(consumer(url(folder)), load))
 
 
 async def _in_memory(folder: Path, load: Load) -> dict[str, float]:
     broker = MemoryBroker()
     await broker.open()
-    app = consumer(folder)
+    app = consumer(url(folder))
     with app.replaced(broker=broker, clock=time.time):
         figures = await _publish(app, load)
     await broker.close()
@@ -43,3 +44,18 @@ async def _in_memory(folder: Path, load: Load) -> dict[str, float]:
 def in_memory(folder: Path, load: Load) -> Mapping[str, float]:
     """On the memory broker: Conveyor's own share."""
     return asyncio.run(_in_memory(folder, load))
+
+
+def on_classic(server: str, load: Load) -> Mapping[str, float]:
+    """To a classic durable queue of RabbitMQ, every message confirmed when it returns."""
+    return asyncio.run(_publish(consumer(classic(server)), load))
+
+
+def on_quorum(server: str, load: Load) -> Mapping[str, float]:
+    """To a quorum queue of RabbitMQ."""
+    return asyncio.run(_publish(consumer(server), load))
+
+
+def on_redis(server: str, load: Load) -> Mapping[str, float]:
+    """To a stream of Redis."""
+    return asyncio.run(_publish(consumer(server), load))

@@ -1,7 +1,8 @@
-"""Rounds: every subject in turn, in a process of its own and on a fresh copy of its files; then all of them again."""
+"""Rounds: every subject in turn, in a process of its own, on a fresh copy of its files or an emptied server; then all of them again."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -11,28 +12,41 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from benchmarks.subject import FIGURES, Measurement, Subject
+from benchmarks.servers import SERVERS, Server
+from benchmarks.subject import Measurement, Subject
 from benchmarks.table import MEASUREMENTS
 
 ROOT: Final = Path(__file__).parent.parent
+ENVIRONMENTS: Final = ROOT / ".venv-peers"
 PATIENCE_SECONDS: Final = 600.0
+PEER_PATIENCE_SECONDS: Final = 120.0
 KEPT_LINES: Final = 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Result:
-    """What a subject showed, round by round."""
+    """What a subject showed, round by round; or why a peer could not."""
 
     measurement: Measurement
     subject: Subject
     samples: dict[str, list[float]] = field(default_factory=dict)
+    left_out: str = ""
 
     def median(self, figure: str) -> float:
         """The middle of all rounds."""
         return statistics.median(self.samples[figure])
+
+    @property
+    def settings(self) -> str:
+        """Versions and settings, in one line; of a peer that was left out, why."""
+        if self.left_out:
+            return f"left out: {self.left_out}"
+        versions = ", ".join(f"{name} {_version(self.subject, name)}" for name in self.subject.packages)
+        return "; ".join(filter(None, (versions, self.subject.settings)))
 
 
 class SubjectFailed(Exception):
@@ -45,22 +59,46 @@ class Rounds:
     Parameters:
         folder: where the files go; on the disk that is to be measured.
         scale: how much of the full load is carried.
+        peers: whether those run that have environments of their own.
     """
 
-    def __init__(self, measurements: Sequence[Measurement], folder: Path, scale: float) -> None:
+    def __init__(self, measurements: Sequence[Measurement], folder: Path, scale: float, *, peers: bool = True) -> None:
         self._folder = folder
         self._scale = scale
         self._templates: dict[str, Path] = {}
+        self._servers: dict[str, Server] = {}
+        self._running = contextlib.ExitStack()
         self.results = [Result(m, subject) for m in measurements for subject in m.subjects]
+        for result in self.results:
+            result.left_out = _absence(result.subject, peers)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the servers that were started."""
+        return {server.NAME: server.version for server in self._servers.values()}
 
     def run(self, rounds: int, say: Callable[[str], None]) -> list[Result]:
         """Measure everything so many times; say is told what is measured next."""
-        for number in range(1, rounds + 1):
-            for result in self.results:
-                say(f"round {number}: {result.measurement.name}, {result.subject.name}")
-                for figure, value in self._measure(result).items():
-                    result.samples.setdefault(figure, []).append(value)
+        with self._running:
+            for number in range(1, rounds + 1):
+                for result in self.results:
+                    say(f"round {number}: {result.measurement.name}, {result.subject.name}")
+                    if not result.left_out:
+                        self._take_sample(result)
         return self.results
+
+    def _take_sample(self, result: Result) -> None:
+        try:
+            figures = self._measure_on_server(result) if result.measurement.server else self._measure(result)
+        except SubjectFailed as failure:
+            if result.subject.environment is None:
+                raise
+            first, *others = str(failure).splitlines()
+            result.left_out = " ".join([first, *others[-1:]])
+            result.samples.clear()
+            return
+        for figure, value in figures.items():
+            result.samples.setdefault(figure, []).append(value)
 
     def _measure(self, result: Result) -> dict[str, float]:
         work = self._folder / "work"
@@ -71,9 +109,23 @@ class Rounds:
             shutil.copytree(template, work)
             _sync(work)  # what was copied must not be written to the disk while the clock runs
         try:
-            return _in_own_process("measure", result, work, self._scale)
+            return _in_own_process("measure", result, str(work), self._scale)
         finally:
             shutil.rmtree(work)
+
+    def _measure_on_server(self, result: Result) -> dict[str, float]:
+        server = self._server(str(result.measurement.server))
+        server.empty()
+        if result.subject.fill is not None:
+            _in_own_process("fill", result, server.url, self._scale)
+        return _in_own_process("measure", result, server.url, self._scale)
+
+    def _server(self, name: str) -> Server:
+        if name not in self._servers:
+            folder = self._folder / name
+            folder.mkdir()
+            self._servers[name] = self._running.enter_context(SERVERS[name](folder))
+        return self._servers[name]
 
     def _template(self, result: Result) -> Path | None:
         """The filled files that this subject begins with, made once for all that begin alike."""
@@ -84,7 +136,7 @@ class Rounds:
         if name not in self._templates:
             folder = self._folder / name
             folder.mkdir()
-            _in_own_process("fill", result, folder, self._scale)
+            _in_own_process("fill", result, str(folder), self._scale)
             self._templates[name] = folder
         return self._templates[name]
 
@@ -96,10 +148,34 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _in_own_process(what: str, result: Result, folder: Path, scale: float) -> dict[str, float]:
-    names = result.measurement.name, result.subject.name
-    command = [sys.executable, "-m", "benchmarks.rounds", what, *names, str(folder), str(scale)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+def _absence(subject: Subject, peers: bool) -> str:
+    """Why a subject cannot run here; empty if it can."""
+    if subject.environment is None:
+        return ""
+    if not peers:
+        return "--no-peers"
+    if not (ENVIRONMENTS / subject.environment / ".installed").exists():
+        return f"{ENVIRONMENTS.name}/{subject.environment} is not set up; scripts/setup-peers does it, or says why it cannot"
+    return ""
+
+
+def _version(subject: Subject, package: str) -> str:
+    """The version that is installed where the subject runs."""
+    paths = [str(each) for each in (ENVIRONMENTS / (subject.environment or "")).glob("lib/python*/site-packages")]
+    found = metadata.distributions(name=package, path=paths if subject.environment else sys.path)
+    return next(iter(found)).version
+
+
+def _in_own_process(what: str, result: Result, where: str, scale: float) -> dict[str, float]:
+    subject = result.subject
+    names = result.measurement.name, subject.name
+    python = str(ENVIRONMENTS / subject.environment / "bin" / "python") if subject.environment else sys.executable
+    patience = PEER_PATIENCE_SECONDS if subject.environment else PATIENCE_SECONDS
+    command = [python, "-m", "benchmarks.rounds", what, *names, where, str(scale)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patience, check=False)
+    except subprocess.TimeoutExpired:
+        raise SubjectFailed(f"{', '.join(names)}: to {what} it took longer than {patience:g} seconds") from None
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-KEPT_LINES:])
         raise SubjectFailed(f"{', '.join(names)}: to {what} it failed with exit code {done.returncode}:\n{last}")
@@ -108,28 +184,25 @@ def _in_own_process(what: str, result: Result, folder: Path, scale: float) -> di
     return figures
 
 
-def _find(measurement: str, subject: str) -> Subject:
-    [found] = [s for m in MEASUREMENTS if m.name == measurement for s in m.subjects if s.name == subject]
+def _find(measurement: str, subject: str) -> tuple[Measurement, Subject]:
+    [found] = [(m, s) for m in MEASUREMENTS if m.name == measurement for s in m.subjects if s.name == subject]
     return found
 
 
-def _work(what: str, measurement: str, subject: str, folder: str, scale: str) -> dict[str, float]:
+def _work(what: str, measurement: str, subject: str, where: str, scale: str) -> dict[str, float]:
     """In the process of its own."""
-    found = _find(measurement, subject)
+    beside, found = _find(measurement, subject)
     module, _, name = str(found.measure if what == "measure" else found.fill).partition(":")
     function = getattr(importlib.import_module(f"benchmarks.{module}"), name)
-    return dict(function(Path(folder), found.load.scaled(float(scale))) or {})
+    return dict(function(where if beside.server else Path(where), found.load.scaled(float(scale))) or {})
 
 
-def rows(results: Sequence[Result]) -> Iterator[tuple[Result, str, float, float]]:
-    """Result, figure, its median, and the first subject's median: what a table shows, in the order of FIGURES."""
+def beside_first(results: Sequence[Result]) -> Iterator[tuple[Result, Result]]:
+    """Every result with that of the first subject of its measurement."""
     first: dict[str, Result] = {}
     for result in results:
-        beside = first.setdefault(result.measurement.name, result)
-        for figure in FIGURES:
-            if figure in result.samples:
-                yield result, figure, result.median(figure), beside.median(figure)
+        yield result, first.setdefault(result.measurement.name, result)
 
 
 if __name__ == "__main__":
-    print(json.dumps(_work(*sys.argv[1:])))
+    print(json.dumps(_work(*sys.argv[1:])), flush=True)
