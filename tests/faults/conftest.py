@@ -25,12 +25,14 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
+from conveyor import brokers
 from conveyor.broker import Broker
-from conveyor.brokers.sqlite import SqliteBroker
 from conveyor.core.message import Message
 
 if TYPE_CHECKING:
     from tests.servers.postgres import Postgres
+    from tests.servers.rabbitmq import RabbitMQ
+    from tests.servers.redis import Redis
 
 T = TypeVar("T")
 
@@ -228,15 +230,16 @@ class World:
 
     Parameters:
         database: the SQLAlchemy URL of the ledger; None is no ledger.
+        broker: the URL of a broker; None is the queue file, into which this world can look closely.
     """
 
-    def __init__(self, folder: Path, database: str | None = None) -> None:
+    def __init__(self, folder: Path, database: str | None = None, broker: str | None = None) -> None:
         self.folder: Final = folder
         self.queue_file: Final = folder / "test.queue"
         self.database: Final = database or ""
         self.environment: Final = {
             **{name: value for name, value in os.environ.items() if not name.startswith("CONVEYOR_")},
-            "CONVEYOR_BROKER": f"sqlite:///{self.queue_file}",
+            "CONVEYOR_BROKER": broker or f"sqlite:///{self.queue_file}",
             "PYTHONPATH": str(ROOT),
         }
         self.programs: list[Program] = []
@@ -319,12 +322,17 @@ class World:
     @contextlib.asynccontextmanager
     async def broker(self) -> AsyncIterator[Broker]:
         """The broker, in this process."""
-        found = SqliteBroker(self.queue_file)
+        found = brokers.from_url(self.environment["CONVEYOR_BROKER"])
         await found.open()
         try:
             yield found
         finally:
             await found.close()
+
+    async def unsettled(self) -> int:
+        """Messages that wait or are in somebody's hands, in all queues."""
+        async with self.broker() as broker:
+            return sum(each.ready + each.in_flight + each.delayed for each in await broker.queues())
 
     async def publish(self, topic: str, *bodies: bytes, key: str | None = None) -> list[str]:
         """Publish messages; their ids."""
@@ -371,13 +379,35 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.close()
 
 
+def database_url(kind: str, folder: Path, request: pytest.FixtureRequest) -> str:
+    """A new database of a kind."""
+    if kind == "postgresql":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        return postgres.url()
+    return f"sqlite+aiosqlite:///{folder / 'test.db'}"
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def ledger_world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
     """A world with each kind of database in turn."""
-    url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
-    if request.param == "postgresql":
-        server: Postgres = request.getfixturevalue("postgres")
-        url = server.url()
-    made = World(tmp_path, url)
+    made = World(tmp_path, database_url(request.param, tmp_path, request))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request: pytest.FixtureRequest) -> str:
+    """Each kind of database in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["sqlite", "rabbitmq", "redis"])
+def any_world(tmp_path: Path, ledger: str, request: pytest.FixtureRequest) -> Iterator[World]:
+    """A world with each broker and each kind of database in turn."""
+    broker = None
+    if request.param != "sqlite":
+        server: RabbitMQ | Redis = request.getfixturevalue(request.param)
+        broker = server.url()
+    made = World(tmp_path, database_url(ledger, tmp_path, request), broker)
     yield made
     made.close()
