@@ -36,7 +36,14 @@ from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.watch import BUFFER, Watch
-from conveyor.runtime.worker import DEFAULT_CONCURRENCY, DEFAULT_TIMEOUT_SECONDS, PREFETCH_PER_SLOT, Native, Worker
+from conveyor.runtime.worker import (
+    DEEPEST_PREFETCH,
+    DEFAULT_CONCURRENCY,
+    DEFAULT_TIMEOUT_SECONDS,
+    PREFETCH_PER_SLOT,
+    Native,
+    Worker,
+)
 
 if TYPE_CHECKING:
     from conveyor.runtime.ledger import Ledger, Transaction
@@ -218,7 +225,8 @@ class Conveyor:
             retry: when a failed attempt is repeated; left out, RetryPolicy().
             concurrency: messages handled at once in one process; left out, 100 (async), 10 (threads), one per core (cpu=True), and 1 with
                 batch.
-            prefetch: messages one process holds at most; left out, twice the concurrency (times batch).
+            prefetch: messages one process holds at most; left out, twice the concurrency (times batch), and up to ten times that while
+                its handlers are so quick that none waits for long.
             timeout: seconds (or timedelta) one attempt may take; None for as long as it likes.
             batch: handle up to so many messages in one call; the first parameter is a list then.
             cpu: run it in a pool of processes.
@@ -269,6 +277,7 @@ class Conveyor:
                 retry or RetryPolicy(),
                 lanes,
                 held,
+                prefetch or held * DEEPEST_PREFETCH,
                 None if timeout is None else _seconds(timeout),
                 batch or 1,
             )
@@ -331,6 +340,7 @@ class Conveyor:
                 plan = plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
                 struct = struct_for(known_as, [(p.name, p.type, p.default) for p in plan.fields or ()])
                 lanes = self._concurrency(function, plan.mode, concurrency)
+                held = prefetch or lanes * PREFETCH_PER_SLOT
                 declared = Queue(
                     name=own,
                     topics=(f"{self.name}.{known_as}",),
@@ -346,7 +356,8 @@ class Conveyor:
                     {declared.topics[0]: codec_for(struct)},
                     retry or RetryPolicy(),
                     lanes,
-                    prefetch or lanes * PREFETCH_PER_SLOT,
+                    held,
+                    prefetch or held * DEEPEST_PREFETCH,
                     None if timeout is None else _seconds(timeout),
                     1,
                 )

@@ -19,6 +19,7 @@ from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, 
 from conveyor.brokers.memory import MemoryBroker, MemoryStore
 from conveyor.core.message import Message as Envelope
 from conveyor.errors import BrokerUnavailable
+from conveyor.runtime.worker import room_for
 from conveyor.testing.harness import Harness
 
 
@@ -490,6 +491,41 @@ async def test_drain_finishes_what_runs_and_gives_back_what_does_not() -> None:
         assert (info.ready, info.in_flight) == (4, 0)
         subscription = await broker.subscribe(app.workers["charge"].queue.name, 10)
         assert [delivery.deliveries for delivery in await subscription.fetch(10)] == [1, 1, 1, 1]
+
+
+async def test_a_process_whose_handlers_are_quick_fetches_deeper_and_gives_back_what_waits_when_they_become_slow() -> (
+    None
+):
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+    quick, total, prefetch = 3_000, 6_000, 10
+    slow = asyncio.Event()
+
+    @app.worker(concurrency=5)
+    async def charge(order: Order) -> None:
+        if order.number >= quick:
+            slow.set()
+            await asyncio.Event().wait()
+
+    async with opened(broker), app:
+        for number in range(total):
+            await app.publish(Order(number))
+        async with app.running() as runner:
+            async with asyncio.timeout(30.0):
+                await slow.wait()
+                charging = runner.consumers["charge"]
+                assert app.workers["charge"].prefetch == prefetch
+                assert prefetch < len(charging.held()) <= app.workers["charge"].deepest
+                other = await broker.subscribe(app.workers["charge"].queue.name, total)
+                taken: list[Delivery] = []
+                while len(taken) < total - quick - prefetch - 5:  # all but what it may hold, and what it is at
+                    taken += await other.fetch(total)
+            assert {delivery.deliveries for delivery in taken} == {1}
+            await runner.drain(0.0)
+
+
+@pytest.mark.parametrize(("rate", "room"), [(0.0, 200), (3_999.0, 200), (20_000.0, 1_000), (1e9, 2_000)])
+def test_a_process_holds_what_it_handles_in_a_twentieth_of_a_second_within_its_bounds(rate: float, room: int) -> None:
+    assert room_for(200, 2_000, rate) == room
 
 
 async def test_drain_releases_uncounted_what_does_not_finish_in_its_grace() -> None:

@@ -41,7 +41,7 @@ from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.points import point
 from conveyor.runtime.settler import AGAIN, Settler
-from conveyor.runtime.worker import Worker
+from conveyor.runtime.worker import PREFETCH_SECONDS, Worker, room_for
 
 log = logging.getLogger("conveyor.consumer")
 
@@ -54,6 +54,9 @@ CANCELS: Final = 3
 
 LAST_CANCEL_SECONDS: Final = 1.0
 """At the end, a handler that swallows cancellation is waited for no longer than that."""
+
+SURPLUS_SECONDS: Final = 1.0
+"""What was fetched because handlers were quick, and waits for so long, is given back."""
 
 FOREVER: Final = float("inf")
 TIMEOUT, LEASE_LOST, DRAINED = "timeout", "lease lost", "drained"
@@ -131,6 +134,11 @@ class Consumer:
         self._stillness: asyncio.Future[None] | None = None
         """Done when no lane is at work any more; there while somebody waits for that."""
         self._busy = 0
+        self._room = worker.prefetch
+        """How many messages are held at most now."""
+        self._handled = 0
+        """Messages handled since the room was measured."""
+        self._surplus: asyncio.TimerHandle | None = None
         self.gate = asyncio.Event()
         """Open (set) while messages may be started."""
         self.progressed = time.monotonic()
@@ -159,7 +167,7 @@ class Consumer:
     async def open(self) -> None:
         """Subscribe, and start the lanes."""
         # While one half is settled, the other is on its way: at the broker both count as held.
-        self._subscription = await self._broker.subscribe(self.worker.queue.name, 2 * self.worker.prefetch)
+        self._subscription = await self._broker.subscribe(self.worker.queue.name, 2 * self.worker.deepest)
         for _ in range(self.worker.concurrency):
             self._add_lane()
         self.gate.set()
@@ -168,6 +176,8 @@ class Consumer:
     async def close(self) -> None:
         """End the lanes (which are idle, or cancelled, by then) and the subscription."""
         self._closing = True
+        if self._surplus is not None:
+            self._surplus.cancel()
         tasks = [lane.task for lane in self._lanes if lane.task is not None]
         for task in tasks:
             task.cancel()
@@ -180,22 +190,41 @@ class Consumer:
     async def fetch(self) -> None:
         """The loop that keeps messages coming: asks for as many as there is room for, whenever half the room is free."""
         self._hungry.set()  # it may be started anew, after a failure, where nothing is at work that would say so
-        room, half = self.worker.prefetch, max(1, self.worker.prefetch // 2)
+        measured = time.monotonic()
         while True:
             await self._hungry.wait()
             self._hungry.clear()
             await self.gate.wait()
-            while (free := room - len(self._ready) - self._busy * self.worker.batch) >= half or (
-                free > 0 and not self._ready
-            ):
+            while (free := self._room - len(self._ready) - self._busy * self.worker.batch) >= max(
+                1, self._room // 2
+            ) or (free > 0 and not self._ready):
                 assert self._subscription is not None
                 arrived = await self._subscription.fetch(free)
                 self.progressed = time.monotonic()
+                elapsed = self.progressed - measured
+                if elapsed > PREFETCH_SECONDS or (elapsed > 0 and 2 * self._handled >= self._room):
+                    wanted = room_for(self.worker.prefetch, self.worker.deepest, self._handled / elapsed)
+                    self._room, self._handled, measured = min(2 * self._room, wanted), 0, self.progressed
                 self.metrics.received += len(arrived)
                 point("received")
                 self._accept(arrived)
+                self._watch_surplus()
                 if not self.gate.is_set():
                     break
+
+    def _watch_surplus(self) -> None:
+        """Handlers may become slow: then others shall have what would wait here for long."""
+        if self._surplus is not None:
+            self._surplus.cancel()
+            self._surplus = None
+        if len(self._ready) > self.worker.prefetch:
+            self._surplus = asyncio.get_running_loop().call_later(SURPLUS_SECONDS, self._release_surplus)
+
+    def _release_surplus(self) -> None:
+        self._surplus = None
+        self._room = self.worker.prefetch
+        while len(self._ready) > self._room:
+            self._settle(self._ready.pop(), Release())
 
     def release_unstarted(self, *, due: float = 0.0) -> None:
         """Give back what no lane has begun."""
@@ -284,7 +313,7 @@ class Consumer:
         self._lanes.append(lane)
 
     async def _run(self, lane: Lane) -> None:
-        batch, half = self.worker.batch, self.worker.prefetch // 2
+        batch = self.worker.batch
         loop = asyncio.get_running_loop()
         handled = 0
         while True:
@@ -292,7 +321,7 @@ class Consumer:
             self._wake(len(ready) - batch)
             while ready and self.gate.is_set():
                 deliveries = (ready.popleft(),) if batch == 1 else self._next_batch()
-                if len(ready) <= half:
+                if len(ready) <= self._room // 2:
                     self._hungry.set()
                 await self._handle(lane, deliveries)
                 if lane.task is None or self._closing:  # left behind, and replaced; or ended
@@ -347,6 +376,7 @@ class Consumer:
         return started
 
     def _end(self, lane: Lane, started: float) -> None:
+        self._handled += len(lane.deliveries)
         lane.deliveries = ()
         self.progressed = time.monotonic()
         self.metrics.duration.observe(self.progressed - started)

@@ -18,6 +18,21 @@ DEFAULT_CONCURRENCY: Final[Mapping[Mode, int]] = {Mode.ASYNC: 100, Mode.THREAD: 
 """Coroutines are nearly free; threads cost memory; more processes than cores only wait for each other."""
 PREFETCH_PER_SLOT: Final = 2
 """While one message of a slot is handled, the next one is on its way; more would only wait where others could work."""
+DEEPEST_PREFETCH: Final = 10
+"""Times as many where handlers are so quick that none of them waits for long: fewer and larger batches."""
+PREFETCH_SECONDS: Final = 0.05
+"""So much work may wait in a process while others could do it."""
+
+
+def room_for(prefetch: int, deepest: int, rate: float) -> int:
+    """How many messages a process should hold: what it handles in PREFETCH_SECONDS, within the worker's bounds.
+
+    Parameters:
+        prefetch: the fewest.
+        deepest: the most.
+        rate: messages that it handles in a second.
+    """
+    return max(prefetch, min(deepest, int(rate * PREFETCH_SECONDS)))
 
 
 class Native(TypedDict, total=False):
@@ -52,7 +67,8 @@ class Worker:
         codecs: topic → what decodes a payload published under it.
         retry: when it is run again.
         concurrency: how many messages (batches) are handled at once in one process.
-        prefetch: how many messages one process holds at most.
+        prefetch: how many messages one process holds.
+        deepest: how many it holds at most, while its handlers are quick.
         timeout_seconds: how long one attempt may take; None is as long as it likes.
         batch: how many messages are handled by one call; 1 is no batch.
     """
@@ -65,5 +81,6 @@ class Worker:
     retry: RetryPolicy
     concurrency: int
     prefetch: int
+    deepest: int
     timeout_seconds: float | None
     batch: int
