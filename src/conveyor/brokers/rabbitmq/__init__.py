@@ -448,6 +448,10 @@ class RabbitBroker:
                 QueueInfo(
                     name=spec.name,
                     topics=spec.topics,
+                    ordered=spec.ordered,
+                    max_length=spec.max_length,
+                    temporary=spec.temporary,
+                    lease_seconds=spec.lease_seconds,
                     ready=ready,
                     in_flight=held,
                     delayed=later + sum(mover.waiting for mover in movers),

@@ -160,6 +160,8 @@ class RabbitSubscription:
                 elsewhere.append((incoming, copy))
             else:
                 counted = what.noted if waited else what.deliveries
+                while counts_itself and counted > what.noted and work.doubt(self.queue):
+                    counted -= 1
                 deliveries = counted + 1
                 error = CRASHED if counted > what.noted else what.error
                 accepted.append(Held(self, work, incoming, what.message, deliveries, what.attempts, error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +21,8 @@ LARGEST_PREFETCH: Final = 2_000
 
 
 SHORTEST_WAIT_SECONDS: Final = 0.001
+DOUBT_SECONDS: Final = 2.0
+"""How soon what was on its way to a cancelled consumer is there again."""
 
 
 class Work:
@@ -34,6 +36,7 @@ class Work:
         self.channel = channel
         self._open: dict[int, None] = {}
         self._draws = itertools.count(1)
+        self._doubts: dict[str, deque[float]] = {}
 
     @property
     def lost(self) -> bool:
@@ -63,6 +66,18 @@ class Work:
         for tag in tags:
             if self._open.pop(tag, 0) is None:
                 self.channel.nack(tag)
+
+    def doubt(self, queue: str) -> bool:
+        """Whether a message may have been counted as delivered for nothing; each cancelled consumer explains one.
+
+        A quorum queue counts what was on its way to a consumer that was being cancelled, though nobody ever got it.
+        """
+        doubts = self._doubts.get(queue)
+        now = asyncio.get_running_loop().time()
+        while doubts:
+            if doubts.popleft() > now:
+                return True
+        return False
 
     async def flush(self) -> None:
         """Return when the server has read all that was sent on the channel: it answers requests in order."""
@@ -122,6 +137,10 @@ class Work:
         finally:
             cut.cancel()
             if not self.lost:
+                if len(arrived) < limit:
+                    until_then = asyncio.get_running_loop().time() + DOUBT_SECONDS
+                    for queue in queues:
+                        self._doubts.setdefault(queue, deque(maxlen=LARGEST_PREFETCH)).append(until_then)
                 cancelling = asyncio.gather(*(channel.cancel(tag) for tag in tags), return_exceptions=True)
                 try:
                     await asyncio.shield(cancelling)
