@@ -1,0 +1,1 @@
+"""A job that passes from worker to worker through the queues of RabbitMQ."""

@@ -1,0 +1,91 @@
+"""The settings of an example: a frozen Struct, each field of which is an environment variable and a flag."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+OFF: Final = ("", "0", "false", "no", "off")
+
+
+class SettingError(ValueError):
+    """A setting that makes no sense; says which one and what it may be."""
+
+
+def setting(what: str, *, variable: str | None = None, **limits: Any) -> msgspec.Meta:
+    """Tells about a field: ``Annotated[int, setting("port to serve on", ge=0)]``.
+
+    Parameters:
+        variable: its environment variable; left out, the field's name in capitals.
+        limits: as msgspec.Meta has them.
+    """
+    return msgspec.Meta(description=what, extra={"variable": variable}, **limits)
+
+
+def from_environment(kind: type[S], environment: Mapping[str, str] = os.environ) -> S:
+    """The settings in environment variables; an empty one is not set.
+
+    Raises:
+        SettingError: a value makes no sense.
+    """
+    values = {}
+    for name, (variable, _, _) in _known(kind).items():
+        if text := environment.get(variable, "").strip():
+            values[name] = read(kind, name, text, said=variable)
+    return kind(**values)
+
+
+def read(kind: type[S], name: str, text: str, *, said: str) -> Any:
+    """The value that a text means for a field; said names where it was found."""
+    field = next(field for field in msgspec.structs.fields(kind) if field.name == name)
+    if isinstance(field.default, bool):
+        return text.lower() not in OFF
+    try:
+        return msgspec.convert(text, field.type, strict=False)
+    except msgspec.ValidationError as error:
+        raise SettingError(f"{said} cannot be {text!r}: {error}") from error
+
+
+def parser(kind: type[S], prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A flag for every setting, with its environment variable beside it."""
+    found = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, (variable, what, default) in _known(kind).items():
+        tail = "" if default in ("", False) else f"; default {default}"
+        flag = "--" + name.replace("_", "-")
+        if isinstance(default, bool):
+            found.add_argument(flag, action="store_const", const="1", help=f"{what} (${variable})")
+        else:
+            found.add_argument(flag, metavar=name.split("_")[-1].upper(), help=f"{what} (${variable}{tail})")
+    return found
+
+
+def from_flags(kind: type[S], flags: argparse.ArgumentParser, arguments: Sequence[str] | None) -> S:
+    """The settings in flags, else in the environment; they go into the environment, where the processes started from here look.
+
+    Raises:
+        SettingError: a value makes no sense.
+    """
+    given = vars(flags.parse_args(arguments))
+    for name, (variable, _, _) in _known(kind).items():
+        if (text := given.get(name)) is not None:
+            read(kind, name, text, said="--" + name.replace("_", "-"))
+            os.environ[variable] = text
+    return from_environment(kind)
+
+
+def _known(kind: type[S]) -> dict[str, tuple[str, str, Any]]:
+    """Field → environment variable, meaning, default."""
+    found = {}
+    for field in msgspec.structs.fields(kind):
+        meta = next(each for each in field.type.__metadata__ if isinstance(each, msgspec.Meta))
+        variable = (meta.extra or {}).get("variable") or field.name.upper()
+        found[field.name] = (variable, meta.description or "", field.default)
+    return found
