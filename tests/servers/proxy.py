@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Final, Self
 
@@ -42,7 +44,7 @@ class Proxy:
     @property
     def connections(self) -> int:
         """Those that clients hold open now."""
-        return len(self._pairs)
+        return sum(not pair.client_left for pair in self._pairs.values())
 
     def cut(self) -> None:
         """End every connection at once, as a reset."""
@@ -60,9 +62,12 @@ class Proxy:
         self._refuses = False
 
     def fall_silent(self) -> None:
-        """The connections of now stay open, and carry nothing ever more, in either direction: they are half open. New ones work."""
+        """The connections of now carry nothing ever more, not even their end: they are half open. New ones work.
+
+        The server keeps its side until it gives up by itself, or cut().
+        """
         for pair in self._pairs.values():
-            pair.silent.set()
+            pair.silent = True
 
     def lose_answer_to(self, mark: bytes) -> asyncio.Event:
         """When a client has sent these bytes, the server gets them whole, and the connection is cut when it answers.
@@ -102,8 +107,7 @@ class Proxy:
     async def _upwards(self, pair: _Pair, reader: asyncio.StreamReader) -> None:
         """From the client to the server."""
         seen = b""
-        while data := await reader.read(CHUNK):
-            await self._pass_time(pair)
+        async for data in self._passing(reader, pair):
             if self._losing is not None:
                 mark, done = self._losing
                 seen = seen[-len(mark) :] + data
@@ -111,24 +115,28 @@ class Proxy:
                     pair.losing, self._losing = done, None
             pair.to_server.write(data)
             await pair.to_server.drain()
-        raise _Ended
+        pair.client_left = True
+        if not pair.silent:
+            raise _Ended
 
     async def _downwards(self, pair: _Pair, reader: asyncio.StreamReader) -> None:
         """From the server to the client."""
-        while data := await reader.read(CHUNK):
-            await self._pass_time(pair)
+        async for data in self._passing(reader, pair):
             if pair.losing is not None:
                 pair.losing.set()
                 break
             pair.to_client.write(data)
             await pair.to_client.drain()
-        raise _Ended
+        if not pair.silent:
+            raise _Ended
 
-    async def _pass_time(self, pair: _Pair) -> None:
-        if self.delay_seconds:
-            await asyncio.sleep(self.delay_seconds)
-        if pair.silent.is_set():
-            await asyncio.Event().wait()
+    async def _passing(self, reader: asyncio.StreamReader, pair: _Pair) -> AsyncIterator[bytes]:
+        """What arrives and is to go on, until the end; a reset is one, too."""
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(CHUNK):
+                await asyncio.sleep(self.delay_seconds)
+                if not pair.silent:
+                    yield data
 
 
 class _Ended(Exception):
@@ -141,7 +149,8 @@ class _Pair:
     def __init__(self, to_client: asyncio.StreamWriter, to_server: asyncio.StreamWriter) -> None:
         self.to_client = to_client
         self.to_server = to_server
-        self.silent = asyncio.Event()
+        self.silent = False
+        self.client_left = False
         self.losing: asyncio.Event | None = None
 
     def abort(self) -> None:
