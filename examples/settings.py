@@ -19,7 +19,7 @@ class SettingError(ValueError):
 
 
 def setting(what: str, *, variable: str | None = None, **limits: Any) -> msgspec.Meta:
-    """Tells about a field: ``Annotated[int, setting("port to serve on", ge=0)]``.
+    """What is known about a field beside its type, for use in Annotated.
 
     Parameters:
         variable: its environment variable; left out, the field's name in capitals.
