@@ -769,6 +769,35 @@ def test_what_was_on_its_way_to_a_consumer_that_ended_still_arrives(by: str) -> 
     in_a_world(test)
 
 
+def test_a_message_that_was_asked_for_and_never_came_whole_is_not_waited_for() -> None:
+    async def test(world: World) -> None:
+        got = asyncio.ensure_future(world.channel.get("q"))
+        await asyncio.sleep(0)
+        world.say(commands.Basic.GetOk(1, False, "", "q", 0))
+        world.hear(content_header(1, 3))
+        world.connection.connection_lost(None)
+        with pytest.raises(ConnectionClosed):
+            await got
+
+    in_a_world(test)
+
+
+def test_a_return_that_arrives_while_its_channel_is_being_closed_still_counts() -> None:
+    async def test(world: World) -> None:
+        lost = world.channel.publish("", "nowhere", b"x", mandatory=True)
+        raw = returned(Properties())
+        world.hear(raw[:-5])
+        closing = asyncio.ensure_future(world.channel.close())
+        await asyncio.sleep(0)
+        world.hear(raw[-5:])
+        world.say(commands.Basic.Ack(1))
+        world.say(commands.Channel.CloseOk())
+        await closing
+        assert isinstance(outcome(lost), Returned)
+
+    in_a_world(test)
+
+
 def test_a_request_that_nobody_waits_for_any_more_does_not_confuse_the_next() -> None:
     async def test(world: World) -> None:
         given_up = asyncio.ensure_future(world.channel.queue_purge("a"))

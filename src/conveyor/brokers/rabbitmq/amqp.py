@@ -631,6 +631,8 @@ class Channel:
         self._gone = False
         self._flowing = True
         self._requests: deque[_Request] = deque()
+        # The last `get` whose message began to arrive.
+        self._getting: asyncio.Future[Any] | None = None
         self._consumers: dict[bytes, _Consumer] = {}
         self._cancelled: OrderedDict[bytes, _Consumer] = OrderedDict()
         self._tags = itertools.count(1)
@@ -958,10 +960,9 @@ class Channel:
             self.connection.send(encode_method(commands.Channel.Close, self.number, **fields))
 
     def ignore_deliveries(self) -> None:
-        """From now on, messages that arrive are the server's to take back."""
+        """From now on, messages that are delivered are the server's to take back."""
         self._consumers.clear()
         self._cancelled.clear()
-        self._sink = _ignore
 
     def finish(self, reason: AmqpError) -> None:
         """Every promise that this channel made is settled with the reason why it ended."""
@@ -976,6 +977,8 @@ class Channel:
         for asked in self._requests:
             _break(asked.future, _again(reason))
         self._requests.clear()
+        if self._getting is not None:
+            _break(self._getting, _again(reason))
         for number, publish in self._unconfirmed.items():
             unknown = OutcomeUnknown(f"no confirm came: {reason}")
             unknown.__cause__ = reason
@@ -1040,6 +1043,7 @@ class Channel:
             message = Incoming(
                 frame.exchange or "", frame.routing_key or "", frame.delivery_tag or 0, bool(frame.redelivered)
             )
+            self._getting = future
             self._expect(message, lambda message: None if future.done() else future.set_result(message))
             return
         if isinstance(frame, commands.Basic.CancelOk):
