@@ -498,6 +498,18 @@ def test_a_return_belongs_to_the_publish_with_its_route_and_properties() -> None
     in_a_world(test)
 
 
+def test_a_return_whose_properties_the_server_changed_belongs_to_the_first_of_its_route() -> None:
+    async def test(world: World) -> None:
+        other = world.channel.publish("", "elsewhere", b"x", mandatory=True)
+        lost = world.channel.publish("", "nowhere", b"x", Properties(headers={"BCC": ["a"]}), mandatory=True)
+        world.hear(returned(Properties(headers={})))
+        world.say(commands.Basic.Ack(0, True))
+        assert outcome(other) == "confirmed"
+        assert isinstance(outcome(lost), Returned)
+
+    in_a_world(test)
+
+
 def test_what_was_returned_is_known_even_if_the_confirm_never_comes() -> None:
     async def test(world: World) -> None:
         lost = world.channel.publish("", "nowhere", b"x", mandatory=True)

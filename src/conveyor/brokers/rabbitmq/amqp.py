@@ -1143,19 +1143,19 @@ class Channel:
     def _on_return(self, returned: Returned) -> None:
         """Which publish came back: returns come in the order of the publishes, and before their confirms."""
         message = returned.message
-        first = max(self._last_returned + 1, next(iter(self._unconfirmed), 0))
-        for number in range(first, self._next_publish):
+        found = 0
+        for number in range(max(self._last_returned + 1, next(iter(self._unconfirmed), 0)), self._next_publish):
             publish = self._unconfirmed.get(number)
-            if (
-                publish is not None
-                and publish.raw_properties == message.raw_properties
-                and publish.routing_key == message.routing_key
-                and publish.exchange == message.exchange
-            ):
-                self._last_returned = number
-                self._returned[number] = returned
-                return
-        raise Malformed(f"it returned a message that was not published: {message!r}")
+            if publish is None or (publish.exchange, publish.routing_key) != (message.exchange, message.routing_key):
+                continue
+            found = found or number  # unless another has the very properties, which a server may have changed (BCC)
+            if publish.raw_properties == message.raw_properties:
+                found = number
+                break
+        if not found:
+            raise Malformed(f"it returned a message that was not published: {message!r}")
+        self._last_returned = found
+        self._returned[found] = returned
 
     def on_confirm(self, number: int, multiple: bool, nacked: bool) -> None:
         """basic.ack and basic.nack from the server: it took one publish, or all up to one, or could not."""
