@@ -16,11 +16,12 @@ from examples.order_processor.order import Order, described, problems
 from examples.order_processor.records import Known, Records
 from examples.order_processor.settings import DEAD_QUEUE, EXCHANGE, QUEUE, Settings
 from examples.order_processor.warehouse import HttpWarehouse, SimulatedWarehouse, Warehouse
+from examples.settings import from_environment
 
 log = logging.getLogger("order-processor")
 
-settings = Settings.from_environment()
-app = Conveyor("order-processor", broker=settings.broker, database=settings.database, migrate=True)
+settings = from_environment(Settings)
+app = Conveyor("order-processor", broker=settings.broker_url, database=settings.database_url, migrate=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,21 @@ class Desk:
 @app.provide
 async def desk() -> AsyncIterator[Desk]:
     """Opened once in each process."""
-    records = Records(app, longest_seconds=settings.call_timeout)
+    records = Records(app, longest_seconds=settings.call_timeout_seconds)
     await records.create()
     mailer: Mailer = SimulatedMailer()
-    if settings.smtp:
+    if settings.smtp_url:
         mailer = SmtpMailer(
-            settings.smtp,
+            settings.smtp_url,
             sender=settings.mail_from,
             recipient=settings.mail_to,
-            timeout_seconds=settings.call_timeout,
+            timeout_seconds=settings.call_timeout_seconds,
         )
-    async with httpx.AsyncClient(timeout=settings.call_timeout) as http:
+    async with httpx.AsyncClient(timeout=settings.call_timeout_seconds) as http:
         yield Desk(
-            records, mailer, HttpWarehouse(settings.warehouse, http) if settings.warehouse else SimulatedWarehouse()
+            records,
+            mailer,
+            HttpWarehouse(settings.warehouse_url, http) if settings.warehouse_url else SimulatedWarehouse(),
         )
 
 
@@ -55,14 +58,18 @@ async def desk() -> AsyncIterator[Desk]:
     queue=QUEUE,
     dead_queue=DEAD_QUEUE,
     exchange=EXCHANGE,
-    exchange_type=settings.exchange_type,
-    routing_key=settings.routing_key,
-    queue_type=settings.queue_type,
-    passive=settings.passive,
-    retry=RetryPolicy(attempts=settings.attempts, initial=settings.retry, maximum=settings.longest_retry),
+    exchange_type=settings.rabbitmq_exchange_type,
+    routing_key=settings.rabbitmq_routing_key,
+    queue_type=settings.rabbitmq_queue_type,
+    passive=settings.rabbitmq_passive,
+    retry=RetryPolicy(
+        attempts=settings.order_attempts,
+        initial=settings.order_retry_seconds,
+        maximum=settings.order_longest_retry_seconds,
+    ),
     concurrency=settings.prefetch,
     prefetch=settings.prefetch,
-    lease=settings.lease,
+    lease=settings.lease_seconds,
 )
 async def fulfil(order: Order, desk: Desk) -> None:
     """Do everything that a paid order calls for; the message is acknowledged when all of it is done."""

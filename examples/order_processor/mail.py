@@ -54,16 +54,11 @@ class SmtpMailer:
         sender: the address that it comes from.
         recipient: the address that it goes to; ``{userId}`` in it stands for the customer, whose address only the mail server knows.
         timeout_seconds: how long the server may take for each answer.
-
-    Raises:
-        ValueError: the URL is none of a mail server.
     """
 
     def __init__(self, url: str, *, sender: str, recipient: str, timeout_seconds: float) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in PORTS or not parts.hostname or parts.path.strip("/"):
-            raise ValueError(f"a mail server is {', '.join(f'{scheme}://host:port' for scheme in PORTS)}")
-        self._host: Final = parts.hostname
+        self._host: Final = parts.hostname or "localhost"
         self._port: Final = parts.port or PORTS[parts.scheme]
         self._user: Final = unquote(parts.username) if parts.username else None
         self._password: Final = unquote(parts.password) if parts.password else None

@@ -1,186 +1,110 @@
-"""The settings of this service: one frozen value from the environment."""
+"""The order processor's settings."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_type_hints
+from typing import Annotated, Final, Literal
 from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from examples.settings import SettingError, setting
 
 QUEUE: Final = "order-processing"
 DEAD_QUEUE: Final = "order-processing-dlq"
 EXCHANGE: Final = "skillupworks"
+MAIL_SCHEMES: Final = ("smtp", "smtp+starttls", "smtps")
 
 
-class SettingError(ValueError):
-    """A setting that makes no sense; says which one and what it may be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What is known about one setting: its environment variable and its meaning; a secret one is no flag."""
-
-    what: str
-    variable: str
-    read: Callable[[str], Any] = str
-    secret: bool = False
-
-
-def _whole(least: int, most: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(text)
-
-    return read
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.01 <= seconds <= 86_400:
-        raise ValueError("seconds, from 0.01 to 86400")
-    return seconds
-
-
-def _flag(text: str) -> bool:
-    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise ValueError("say 1 or 0")
-    return text.lower() in ("1", "true", "yes", "on")
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return text
-
-    return read
-
-
-def _mail_server(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("smtp", "smtps", "smtp+starttls") or not parts.hostname or parts.path.strip("/"):
-        raise ValueError("a mail server is smtp://host:port, smtp+starttls://host:port or smtps://host:port")
-    return text
-
-
-def _web_address(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("an address is http://host/path or https://host/path")
-    return text
-
-
-def _mail_address(text: str) -> str:
-    local, _, domain = text.rpartition("@")
-    if not local or not domain or not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError("an e-mail address, such as orders@example.com")
-    return text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How the service is set up; ``python -m examples.order_processor --help`` shows it."""
 
-    host: Annotated[str, Setting("RabbitMQ's host; several with commas between", "RABBITMQ_HOST")] = "localhost"
-    port: Annotated[int, Setting("RabbitMQ's port", "RABBITMQ_PORT", _whole(1, 65_535))] = 5672
-    user: Annotated[str, Setting("RabbitMQ's user", "RABBITMQ_USER")] = "guest"
-    password: Annotated[str, Setting("that user's password", "RABBITMQ_PASS", secret=True)] = "guest"  # noqa: S105 - RabbitMQ's own
-    vhost: Annotated[str, Setting("RabbitMQ's virtual host", "RABBITMQ_VHOST")] = "/"
-    tls: Annotated[bool, Setting("speak TLS to RabbitMQ", "RABBITMQ_TLS", _flag)] = False
-    exchange_type: Annotated[
-        Literal["direct", "topic", "fanout", "headers"],
-        Setting(
-            f"type of the exchange {EXCHANGE}",
-            "RABBITMQ_EXCHANGE_TYPE",
-            _one_of("direct", "topic", "fanout", "headers"),
-        ),
+    rabbitmq_host: Annotated[str, setting("RabbitMQ: HOST, HOST:PORT, or several with commas")] = "localhost"
+    rabbitmq_port: Annotated[int, setting("its port, where HOST names none", ge=1, le=65_535)] = 5672
+    rabbitmq_user: Annotated[str, setting("who logs in there")] = "guest"
+    rabbitmq_pass: Annotated[str, setting("with which password")] = "guest"  # noqa: S105 - RabbitMQ's own default
+    rabbitmq_vhost: Annotated[str, setting("its virtual host")] = "/"
+    rabbitmq_tls: Annotated[bool, setting("speak TLS")] = False
+    rabbitmq_exchange_type: Annotated[
+        Literal["direct", "topic", "fanout", "headers"], setting(f"of the exchange {EXCHANGE}, if it has to be created")
     ] = "direct"
-    routing_key: Annotated[str, Setting("of paid orders on that exchange", "RABBITMQ_ROUTING_KEY")] = QUEUE
-    queue_type: Annotated[
+    rabbitmq_routing_key: Annotated[str, setting("that paid orders have on that exchange")] = QUEUE
+    rabbitmq_queue_type: Annotated[
         Literal["classic", "quorum"],
-        Setting(f"type of the queue {QUEUE}", "RABBITMQ_QUEUE_TYPE", _one_of("classic", "quorum")),
+        setting(
+            "of the queues; classic ones are what other programs get who declare them with durable=true and nothing else"
+        ),
     ] = "classic"
-    passive: Annotated[
-        bool, Setting("use queue and exchange as they are, and declare neither", "RABBITMQ_PASSIVE", _flag)
-    ] = False
-    data: Annotated[Path, Setting("folder of order-processor.db", "ORDER_DATA", Path)] = Path()
+    rabbitmq_passive: Annotated[bool, setting("use queue and exchange as they are, and declare neither")] = False
+    prefetch: Annotated[
+        int, setting("orders that one process works on at a time", variable="ORDER_PREFETCH", ge=1, le=1000)
+    ] = 10
+    processes: Annotated[int, setting("processes", variable="ORDER_PROCESSES", ge=1, le=64)] = 1
+    http: Annotated[str, setting("serve health and metrics here, such as :9000", variable="CONVEYOR_HTTP")] = ""
+    data: Annotated[str, setting("folder of order-processor.db", variable="ORDER_DATA")] = "."
     database: Annotated[
         str,
-        Setting("database URL; several machines share one on PostgreSQL", "CONVEYOR_DATABASE", secret=True),
+        setting(
+            "database URL instead of sqlite+aiosqlite:///DATA/order-processor.db; machines that share the queue share one on PostgreSQL",
+            variable="CONVEYOR_DATABASE",
+        ),
     ] = ""
-    prefetch: Annotated[
-        int, Setting("orders that one process works on at a time", "ORDER_PREFETCH", _whole(1, 1000))
-    ] = 10
-    processes: Annotated[int, Setting("processes", "ORDER_PROCESSES", _whole(1, 64))] = 1
-    attempts: Annotated[
-        int, Setting("attempts at an order before it is a dead letter", "ORDER_ATTEMPTS", _whole(1, 1000))
-    ] = 8
-    retry: Annotated[float, Setting("seconds before the second attempt; doubles", "ORDER_RETRY_SECONDS", _seconds)] = 1
-    longest_retry: Annotated[
-        float, Setting("seconds between two attempts at most", "ORDER_LONGEST_RETRY_SECONDS", _seconds)
-    ] = 60
-    lease: Annotated[
-        float, Setting("seconds after which a silent process' orders go to others", "ORDER_LEASE_SECONDS", _seconds)
-    ] = 30
-    call_timeout: Annotated[
-        float, Setting("seconds that mail server or warehouse may take", "CALL_TIMEOUT_SECONDS", _seconds)
-    ] = 10
-    smtp: Annotated[str, Setting("mail server; left out: simulated", "SMTP_URL", _mail_server, secret=True)] = ""
-    mail_from: Annotated[str, Setting("sender of confirmations", "MAIL_FROM", _mail_address)] = (
-        "orders@skillupworks.example"
-    )
-    mail_to: Annotated[str, Setting("their recipient; {userId} is the customer", "MAIL_TO", _mail_address)] = (
+    order_attempts: Annotated[int, setting("tries of an order before it is a dead letter", ge=1, le=1000)] = 8
+    order_retry_seconds: Annotated[
+        float, setting("seconds before the second try; then twice as long each time", gt=0, le=3600)
+    ] = 1.0
+    order_longest_retry_seconds: Annotated[float, setting("seconds between two tries at most", gt=0, le=86_400)] = 60.0
+    lease_seconds: Annotated[
+        float, setting("seconds after which the orders of a silent process go to others", ge=0.5, le=3600)
+    ] = 30.0
+    call_timeout_seconds: Annotated[
+        float, setting("seconds that the mail server or the warehouse may take for an order", gt=0, le=600)
+    ] = 10.0
+    smtp_url: Annotated[
+        str, setting("mail server, such as smtp+starttls://user:password@host:587; left out, e-mails are simulated")
+    ] = ""
+    mail_from: Annotated[str, setting("sender of confirmations")] = "orders@skillupworks.example"
+    mail_to: Annotated[str, setting("their recipient; {userId} stands for the customer")] = (
         "{userId}@customers.skillupworks.example"
     )
-    warehouse: Annotated[
-        str, Setting("the warehouse's API; left out: simulated", "WAREHOUSE_URL", _web_address, secret=True)
-    ] = ""
+    warehouse_url: Annotated[str, setting("the warehouse's HTTP API; left out, it is simulated")] = ""
     warehouse_knows_keys: Annotated[
-        bool, Setting("it knows a repeat by its Idempotency-Key", "WAREHOUSE_KNOWS_KEYS", _flag)
+        bool, setting("it knows a repeat by its Idempotency-Key; 0: then nothing that may have arrived is sent again")
     ] = True
-    http: Annotated[str, Setting("serve health and metrics here, such as :9000", "CONVEYOR_HTTP")] = ""
 
     def __post_init__(self) -> None:
-        file = self.data.absolute() / "order-processor.db"
-        object.__setattr__(self, "database", self.database or f"sqlite+aiosqlite:///{file}")
+        if self.smtp_url:
+            _check_url("SMTP_URL", self.smtp_url, MAIL_SCHEMES)
+        if self.warehouse_url:
+            _check_url("WAREHOUSE_URL", self.warehouse_url, ("http", "https"))
+        for name, address in {"MAIL_FROM": self.mail_from, "MAIL_TO": self.mail_to}.items():
+            local, _, domain = address.rpartition("@")
+            if not (local and domain and address.isascii() and address.isprintable() and " " not in address):
+                raise SettingError(f"{name} cannot be {address!r}: it is no e-mail address, such as orders@example.com")
+        if self.order_retry_seconds > self.order_longest_retry_seconds:
+            raise SettingError("ORDER_RETRY_SECONDS cannot be more than ORDER_LONGEST_RETRY_SECONDS")
 
     @property
-    def broker(self) -> str:
-        """The broker's URL."""
-        scheme = "amqps" if self.tls else "amqp"
-        hosts = [host.strip() for host in self.host.split(",") if host.strip()]
-        places = ",".join(host if ":" in host else f"{host}:{self.port}" for host in hosts)
-        who = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}"
-        return f"{scheme}://{who}@{places}/{quote(self.vhost, safe='')}?queue_type={self.queue_type}"
+    def broker_url(self) -> str:
+        """Where the queues are."""
+        hosts = [host.strip() for host in self.rabbitmq_host.split(",") if host.strip()]
+        places = ",".join(host if ":" in host else f"{host}:{self.rabbitmq_port}" for host in hosts)
+        who = f"{quote(self.rabbitmq_user, safe='')}:{quote(self.rabbitmq_pass, safe='')}"
+        scheme = "amqps" if self.rabbitmq_tls else "amqp"
+        return f"{scheme}://{who}@{places}/{quote(self.rabbitmq_vhost, safe='')}?queue_type={self.rabbitmq_queue_type}"
 
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """The settings in environment variables; an empty one is not set.
-
-        Raises:
-            SettingError: a value makes no sense.
-        """
-        values = {}
-        for name, setting in SETTINGS.items():
-            if text := environment.get(setting.variable, "").strip():
-                values[name] = read(setting.variable, setting, text)
-        return cls(**values)
+    @property
+    def database_url(self) -> str:
+        """Where it notes what it did."""
+        return self.database or f"sqlite+aiosqlite:///{Path(self.data).absolute() / 'order-processor.db'}"
 
 
-def read(said: str, setting: Setting, text: str) -> Any:
-    """The value that a text means; said names where it was found."""
+def _check_url(name: str, url: str, schemes: tuple[str, ...]) -> None:
+    """Without showing it: it may hold a password."""
     try:
-        return setting.read(text)
-    except ValueError as error:
-        shown = "what it is" if setting.secret else repr(text)
-        raise SettingError(f"{said} cannot be {shown}: {error}") from error
-
-
-_HINTS: Final = get_type_hints(Settings, include_extras=True)
-SETTINGS: Final[Mapping[str, Setting]] = {f.name: _HINTS[f.name].__metadata__[0] for f in fields(Settings)}
+        parts = urlsplit(url)
+        fits = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise SettingError(f"{name} is not as it must be: {' or '.join(f'{scheme}://host:port' for scheme in schemes)}")

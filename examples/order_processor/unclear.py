@@ -53,7 +53,7 @@ async def _settle(order_id: str, what: str, *, sent: bool) -> int:
 
 
 async def _records() -> Records:
-    records = Records(app, longest_seconds=settings.call_timeout)
+    records = Records(app, longest_seconds=settings.call_timeout_seconds)
     await records.create()
     return records
 
