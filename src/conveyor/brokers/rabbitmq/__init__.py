@@ -37,12 +37,13 @@ from conveyor.brokers.rabbitmq.envelope import (
     routing_key,
 )
 from conveyor.brokers.rabbitmq.link import Link
+from conveyor.brokers.rabbitmq.order import Keyed, Place
 from conveyor.brokers.rabbitmq.publisher import Fate, Outgoing, Publisher, Refused, Unknown, Unrouted
 from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
 from conveyor.brokers.rabbitmq.topology import Spec, Topology, spec_of
 from conveyor.brokers.rabbitmq.work import Held, Leases, State, Work
 from conveyor.core.message import Message, redriven
-from conveyor.core.settle import Dead, Done, Release, RetryAt, Verdict
+from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed, QueueConflict
 
 __all__ = ["RabbitBroker", "RabbitSubscription", "from_url"]
@@ -83,6 +84,7 @@ class RabbitBroker:
         self.leases = Leases(self._leases_ended)
         self._subscriptions: set[RabbitSubscription] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._keyed: dict[str, Keyed] = {}
         self._reading = asyncio.Lock()
         self.positions = dead.Positions()
         self._is_open = False
@@ -125,6 +127,8 @@ class RabbitBroker:
                 for subscription in list(self._subscriptions):
                     await subscription.close()
                 await self._give_back_all()
+                for keyed in self._keyed.values():
+                    await keyed.close()
                 for spec in [each for each in self.specs.values() if each.temporary]:
                     for queue in (spec.name, spec.later):
                         await self.topology.delete(queue)
@@ -188,6 +192,13 @@ class RabbitBroker:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("%s failed: %s", task.get_name(), error)
+
+    def keyed(self, queue: str) -> Keyed:
+        """The keys of an ordered queue, as far as they are in this object's hands."""
+        keyed = self._keyed.get(queue)
+        if keyed is None:
+            keyed = self._keyed[queue] = Keyed(self, queue)
+        return keyed
 
     def forget(self, subscription: RabbitSubscription) -> None:
         """A subscription has closed."""
@@ -310,8 +321,28 @@ class RabbitBroker:
                 held.state = State.HELD
                 held.subscription.broker.leases.begin([held], held.seconds)
             raise
-        lost += await self._acknowledge([held for held, _ in taken])
+        lost += await self._acknowledge([held for held, verdict in taken if not _in_place(held, verdict)])
+        lost += await self._put_back([(held, verdict) for held, verdict in taken if _in_place(held, verdict)])
         return lost
+
+    async def _put_back(self, taken: Sequence[tuple[Held, Verdict]]) -> list[Delivery]:
+        """Let what has its place in an order wait there again."""
+        by_keyed: dict[Keyed, list[Place]] = {}
+        for held, verdict in taken:
+            place, keyed = held.place, held.subscription.broker.keyed(held.queue)
+            assert place is not None
+            match verdict:
+                case RetryAt(due, error):
+                    keyed.put_back(place, due, held.deliveries, held.attempts + 1, error)
+                case Release(due):
+                    keyed.put_back(place, due, held.deliveries - 1, held.attempts, held.error)
+                case _:
+                    keyed.put_back(place, 0.0, held.deliveries, held.attempts, LEASE_ENDED)
+            by_keyed.setdefault(keyed, []).append(place)
+            self._gone(held)
+        for keyed, places in by_keyed.items():
+            await keyed.note(places)
+        return []
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
@@ -354,6 +385,8 @@ class RabbitBroker:
         batch: list[Outgoing] = []
         ids: list[str] = []
         for held, verdict in taken:
+            if held.place is not None and isinstance(verdict, RetryAt | Release):
+                continue
             spec = held.subscription.broker.specs[held.queue]
             match verdict:
                 case Done(emits):
@@ -398,8 +431,13 @@ class RabbitBroker:
                 await work.flush()
             except AmqpError:
                 lost += [held.delivery() for held in those]
+        by_keyed: dict[Keyed, list[Place]] = {}
         for held in helds:
             self._gone(held)
+            if held.place is not None:
+                by_keyed.setdefault(held.subscription.broker.keyed(held.queue), []).append(held.place)
+        for keyed, places in by_keyed.items():
+            keyed.finish(places)
         return lost
 
     def _leases_ended(self, ended: list[Held]) -> None:
@@ -412,6 +450,8 @@ class RabbitBroker:
             self.spawn(self._give_back(there), "giving back what was not extended")
 
     async def _give_back(self, helds: Sequence[Held]) -> None:
+        await self._put_back([(held, DONE) for held in helds if held.place is not None])
+        helds = [held for held in helds if held.place is None]
         now = self.clock()
         copies = [
             self._again(held, self.specs[held.queue], 0.0, now, held.deliveries, held.attempts, LEASE_ENDED)
@@ -430,17 +470,18 @@ class RabbitBroker:
         Of temporary queues only this object's own are known.
         """
         self._check_open()
-        specs = await self._all()
-        names = [name for spec in specs for name in (spec.name, spec.later, spec.dead, *spec.ladder, *spec.partitions)]
-        for subscription in self._subscriptions:
+        for subscription in list(self._subscriptions):
             if subscription.mover is not None:
                 await subscription.mover.quiet()
+        specs = await self._all()
+        names = [name for spec in specs for name in (spec.name, spec.later, spec.dead, *spec.ladder, *spec.partitions)]
         counts = await self.topology.counts(names)
         infos: list[QueueInfo] = []
         for spec in specs:
             if counts[spec.name] is None:
                 continue  # somebody deleted it
-            ready, consumers = counts[spec.name] or (0, 0)
+            ready = sum((counts[name] or (0, 0))[0] for name in (spec.name, *spec.partitions))
+            keyed = self._keyed.get(spec.name)
             held = sum(1 for each in self.leases.all() if each.queue == spec.name and not each.work.lost)
             movers = [each.mover for each in self._subscriptions if each.queue == spec.name and each.mover is not None]
             later = sum((counts[name] or (0, 0))[0] for name in (spec.later, *spec.ladder))
@@ -454,7 +495,7 @@ class RabbitBroker:
                     lease_seconds=spec.lease_seconds,
                     ready=ready,
                     in_flight=held,
-                    delayed=later + sum(mover.waiting for mover in movers),
+                    delayed=later + sum(each.waiting for each in (*movers, *([keyed] if keyed else []))),
                     dead=(counts[spec.dead] or (0, 0))[0],
                     oldest_seconds=None,
                     consumers=(counts[spec.later] or (0, None))[1],
@@ -470,6 +511,8 @@ class RabbitBroker:
         for subscription in [each for each in self._subscriptions if each.queue == queue and each.mover is not None]:
             assert subscription.mover is not None
             deleted += await subscription.mover.purge()
+        if queue in self._keyed:
+            deleted += await self._keyed[queue].purge()
         for name in (spec.name, spec.later, *spec.ladder, *spec.partitions):
             deleted += await self.topology.purge(name)
         return deleted
@@ -567,6 +610,10 @@ class RabbitBroker:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BrokerUnavailable("the RabbitMQ broker is not open")
+
+
+def _in_place(held: Held, verdict: Verdict) -> bool:
+    return held.place is not None and isinstance(verdict, RetryAt | Release)
 
 
 def _missing(queue_type: str) -> Mapping[Feature, str]:

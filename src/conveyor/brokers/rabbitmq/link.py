@@ -75,6 +75,8 @@ class Link(Generic[Session]):
         if not self._open:
             raise BrokerUnavailable("the RabbitMQ broker is not open")
         if self._connecting is None:
+            if self.connection is not None and self.connection.closed.done():
+                log.warning("%s: %s", self._name, self.connection.closed.result())
             self._connecting = asyncio.create_task(self._return(), name=f"{self._name}: connecting")
         connecting = self._connecting
         await asyncio.wait([connecting], timeout=PATIENCE_SECONDS)
@@ -85,6 +87,7 @@ class Link(Generic[Session]):
     async def again(self, session: Session) -> None:
         """This session is of no use any more: its channel was closed. Begin another one."""
         if self._session is session and self.connection is not None:
+            log.warning("%s: a channel was closed; beginning anew", self._name)
             self._session = None
             await self.connection.close()
 

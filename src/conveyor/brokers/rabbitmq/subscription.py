@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from conveyor.broker import Delivery
 from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, Incoming
 from conveyor.brokers.rabbitmq.delay import Mover, moved_copy
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, copy_of
+from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.topology import Spec
 from conveyor.brokers.rabbitmq.work import Held, Work
@@ -17,8 +19,8 @@ from conveyor.errors import BrokerError, BrokerUnavailable
 if TYPE_CHECKING:
     from conveyor.brokers.rabbitmq import RabbitBroker
 
-PARK_SECONDS: Final = 60.0
-"""A queue of others may have no place for what is not due: then this process holds it, for so long at a time."""
+UNKEYED_TURN: Final = 4
+"""Of so many fetches, one also looks for messages without a key where those with one are never at an end."""
 CRASHED: Final = "its process died, or lost the connection, without a word"
 
 
@@ -30,6 +32,7 @@ class RabbitSubscription:
         self.queue = queue
         self.held = 0
         self._asked = 0
+        self._turn = 0
         self._prefetch = prefetch
         self._early = early
         self._ended: BrokerError | None = None
@@ -93,12 +96,18 @@ class RabbitSubscription:
             if (self.mover is not None and self.mover.work is work) or spec.passive:
                 return
             mover = Mover(self.broker, self.queue, work)
+            starting = self.broker.spawn(mover.start(), f"beginning to move what is delayed in {self.queue}")
+            starting.add_done_callback(lambda started: self._attached(mover, started))
             try:
-                await mover.start()
+                await asyncio.shield(starting)
             except AmqpError as error:
                 raise BrokerUnavailable(f"cannot receive from {spec.later!r}: {error}") from error
-            self.mover = mover
-            self.broker.spawn(mover.run(), f"moving what is delayed in {self.queue}")
+
+    def _attached(self, mover: Mover, started: asyncio.Task[None]) -> None:
+        if started.cancelled() or started.exception() is not None:
+            return
+        self.mover = mover
+        self.broker.spawn(mover.run(), f"moving what is delayed in {self.queue}")
 
     def _check(self) -> None:
         if self._ended is not None:
@@ -114,16 +123,64 @@ class RabbitSubscription:
 
     async def _fetch(self, work: Work, room: int) -> list[Delivery]:
         spec = self.broker.specs[self.queue]
-        queues = [spec.name, spec.later, *spec.ladder] if self._early and not spec.passive else [spec.name]
-        arrived: list[Incoming] = []
         news = asyncio.Event()
         self._news.add(news)
+        try:
+            if not spec.ordered:
+                return await self._draw(work, spec, room, news, lambda: self._ended is not None)
+            keyed = self.broker.keyed(self.queue)
+            try:
+                await keyed.begin(news)
+                return await self._in_order(work, spec, room, news, keyed)
+            except AmqpError as error:
+                raise BrokerUnavailable(f"cannot receive from {self.queue!r}: {error}") from error
+            finally:
+                keyed.end(news)
+        finally:
+            self._news.discard(news)
+
+    async def _in_order(
+        self, work: Work, spec: Spec, room: int, news: asyncio.Event, keyed: Keyed
+    ) -> list[Delivery]:
+        """What has a key comes from the partitions, what has none from the queue itself."""
+        drawn: list[Delivery] = []
+        self._turn += 1
+        if not keyed.ready(self._early) or self._turn % UNKEYED_TURN == 0:  # neither of the two starves the other
+            drawn = await self._draw(
+                work, spec, room, news, lambda: self._ended is not None or keyed.ready(self._early)
+            )
+            await keyed.settle_down()
+        room -= len(drawn)
+        if room <= 0 or self._ended is not None or not keyed.ready(self._early):
+            return drawn
+        helds: list[Held] = []
+        for place in await keyed.take(room, self._early):
+            held = Held(
+                self,
+                keyed.work or work,
+                place.incoming,
+                place.message,
+                place.deliveries,
+                place.attempts,
+                place.error,
+            )
+            held.place = place
+            helds.append(held)
+        self.held += len(helds)
+        self.broker.leases.begin(helds, spec.lease_seconds)
+        return [*drawn, *(held.delivery() for held in helds)]
+
+    async def _draw(
+        self, work: Work, spec: Spec, room: int, news: asyncio.Event, until: Callable[[], bool]
+    ) -> list[Delivery]:
+        queues = [spec.name, spec.later, *spec.ladder] if self._early and not spec.passive else [spec.name]
+        arrived: list[Incoming] = []
 
         def late(incoming: Incoming) -> None:
             self.broker.spawn(self._untouched(work, spec, [incoming]), "giving back what came late")
 
         try:
-            await work.draw(queues, room, until=lambda: self._ended is not None, arrived=arrived, news=news, late=late)
+            await work.draw(queues, room, until=until, arrived=arrived, news=news, late=late)
             if self._ended is None:
                 return await self._accept(work, spec, arrived)
         except asyncio.CancelledError:
@@ -135,8 +192,6 @@ class RabbitSubscription:
             if isinstance(error, ChannelClosed) and not work.connection.closed.done():
                 raise BrokerError(f"cannot receive from {self.queue!r}: {error}") from error
             return []
-        finally:
-            self._news.discard(news)
         if arrived:
             await self._untouched(work, spec, arrived)
         return []
@@ -150,7 +205,10 @@ class RabbitSubscription:
         for incoming in arrived:
             what = broker.read(incoming, spec)
             waited = self._early and not incoming.consumer_tag.endswith(".0")  # it was delayed: not delivered, but moved
-            if what.due > now and not self._early:
+            if is_keyed(spec, what.message):  # another program put it there, who does not know of the partitions
+                copy = moved_copy(incoming, what, "")._replace(exchange=spec.keyed)
+                elsewhere.append((incoming, copy))
+            elif what.due > now and not self._early:
                 target = spec.later if not spec.passive else spec.name
                 elsewhere.append((incoming, moved_copy(incoming, what, target)))
             elif incoming.redelivered and not counts_itself and not waited:

@@ -14,6 +14,7 @@ from conveyor.brokers.rabbitmq.amqp import Channel, Connection, Incoming
 from conveyor.core.message import Message
 
 if TYPE_CHECKING:
+    from conveyor.brokers.rabbitmq.order import Place
     from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
 
 LARGEST_PREFETCH: Final = 2_000
@@ -123,30 +124,38 @@ class Work:
         tags = [f"draw{draw}.{number}" for number in range(len(queues))]
         cut = asyncio.ensure_future(asyncio.shield(channel.closed))
         cut.add_done_callback(lambda _: news.set())
+        # A cancel that overtakes the answer to its consume crashes the server's channel: so that answer is waited for, always.
+        consuming = asyncio.gather(
+            channel.qos(min(limit, LARGEST_PREFETCH)),
+            *(
+                channel.consume(queue, on_delivery, tag=tag, on_cancel=lambda _: news.set())
+                for queue, tag in zip(queues, tags, strict=True)
+            ),
+        )
+
+        async def stop() -> None:
+            await asyncio.wait([consuming])
+            if consuming.exception() is not None or self.lost:
+                return
+            if len(arrived) < limit:
+                soon = asyncio.get_running_loop().time() + DOUBT_SECONDS
+                for queue in queues:
+                    self._doubts.setdefault(queue, deque(maxlen=LARGEST_PREFETCH)).append(soon)
+            await asyncio.gather(*(channel.cancel(tag) for tag in tags), return_exceptions=True)
+
         try:
-            await asyncio.gather(
-                channel.qos(min(limit, LARGEST_PREFETCH)),
-                *(
-                    channel.consume(queue, on_delivery, tag=tag, on_cancel=lambda _: news.set())
-                    for queue, tag in zip(queues, tags, strict=True)
-                ),
-            )
+            await asyncio.shield(consuming)
             while len(arrived) < whole and not self.lost and not (until is not None and until()):
                 news.clear()
                 await news.wait()
         finally:
             cut.cancel()
-            if not self.lost:
-                if len(arrived) < limit:
-                    until_then = asyncio.get_running_loop().time() + DOUBT_SECONDS
-                    for queue in queues:
-                        self._doubts.setdefault(queue, deque(maxlen=LARGEST_PREFETCH)).append(until_then)
-                cancelling = asyncio.gather(*(channel.cancel(tag) for tag in tags), return_exceptions=True)
-                try:
-                    await asyncio.shield(cancelling)
-                except asyncio.CancelledError:
-                    await cancelling
-                    raise
+            stopping = asyncio.ensure_future(stop())
+            try:
+                await asyncio.shield(stopping)
+            except asyncio.CancelledError:
+                await stopping
+                raise
             over = True
         return arrived
 
@@ -174,8 +183,8 @@ class Held:
         "ends",
         "error",
         "incoming",
-        "line",
         "message",
+        "place",
         "queue",
         "renewing",
         "seconds",
@@ -210,7 +219,7 @@ class Held:
         self.ends = 0.0
         self.since = 0.0
         self.renewing: asyncio.Future[None] | None = None
-        self.line: object = None
+        self.place: Place | None = None
 
     def delivery(self) -> Delivery:
         """As the receiver sees it."""
