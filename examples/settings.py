@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -14,18 +14,28 @@ S = TypeVar("S", bound=msgspec.Struct)
 OFF: Final = ("", "0", "false", "no", "off")
 
 
+class Known(NamedTuple):
+    """What is known about one setting."""
+
+    variable: str
+    what: str
+    default: Any
+    secret: bool
+
+
 class SettingError(ValueError):
     """A setting that makes no sense; says which one and what it may be."""
 
 
-def setting(what: str, *, variable: str | None = None, **limits: Any) -> msgspec.Meta:
+def setting(what: str, *, variable: str | None = None, secret: bool = False, **limits: Any) -> msgspec.Meta:
     """What is known about a field beside its type, for use in Annotated.
 
     Parameters:
         variable: its environment variable; left out, the field's name in capitals.
+        secret: it is no flag, because everybody can read a command line.
         limits: as msgspec.Meta has them.
     """
-    return msgspec.Meta(description=what, extra={"variable": variable}, **limits)
+    return msgspec.Meta(description=what, extra={"variable": variable, "secret": secret}, **limits)
 
 
 def from_environment(kind: type[S], environment: Mapping[str, str] = os.environ) -> S:
@@ -35,9 +45,9 @@ def from_environment(kind: type[S], environment: Mapping[str, str] = os.environ)
         SettingError: a value makes no sense.
     """
     values = {}
-    for name, (variable, _, _) in _known(kind).items():
-        if text := environment.get(variable, "").strip():
-            values[name] = read(kind, name, text, said=variable)
+    for name, known in _known(kind).items():
+        if text := environment.get(known.variable, "").strip():
+            values[name] = read(kind, name, text, said=known.variable)
     return kind(**values)
 
 
@@ -54,16 +64,22 @@ def read(kind: type[S], name: str, text: str, *, said: str) -> Any:
 
 def parser(kind: type[S], prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A flag for every setting, with its environment variable beside it."""
+    secret = [f"  ${known.variable}  {known.what}" for known in _known(kind).values() if known.secret]
     found = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        epilog="\n".join(["only in the environment:", *secret, "", epilog]) if secret else epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, (variable, what, default) in _known(kind).items():
-        tail = "" if default in ("", False) else f"; default {default}"
-        flag = "--" + name.replace("_", "-")
-        if isinstance(default, bool):
-            found.add_argument(flag, action="store_const", const="1", help=f"{what} (${variable})")
+    for name, known in _known(kind).items():
+        if known.secret:
+            continue
+        tail = "" if known.default in ("", False) else f"; default {known.default}"
+        flag, what = "--" + name.replace("_", "-"), f"{known.what} (${known.variable}{tail})".replace("%", "%%")
+        if isinstance(known.default, bool):
+            found.add_argument(flag, action="store_const", const="1", help=what)
         else:
-            found.add_argument(flag, metavar=name.split("_")[-1].upper(), help=f"{what} (${variable}{tail})")
+            found.add_argument(flag, metavar=name.split("_")[-1].upper(), help=what)
     return found
 
 
@@ -74,18 +90,18 @@ def from_flags(kind: type[S], flags: argparse.ArgumentParser, arguments: Sequenc
         SettingError: a value makes no sense.
     """
     given = vars(flags.parse_args(arguments))
-    for name, (variable, _, _) in _known(kind).items():
+    for name, known in _known(kind).items():
         if (text := given.get(name)) is not None:
             read(kind, name, text, said="--" + name.replace("_", "-"))
-            os.environ[variable] = text
+            os.environ[known.variable] = text
     return from_environment(kind)
 
 
-def _known(kind: type[S]) -> dict[str, tuple[str, str, Any]]:
-    """Field → environment variable, meaning, default."""
+def _known(kind: type[S]) -> dict[str, Known]:
     found = {}
     for field in msgspec.structs.fields(kind):
         meta = next(each for each in field.type.__metadata__ if isinstance(each, msgspec.Meta))
-        variable = (meta.extra or {}).get("variable") or field.name.upper()
-        found[field.name] = (variable, meta.description or "", field.default)
+        extra = meta.extra or {}
+        variable = extra.get("variable") or field.name.upper()
+        found[field.name] = Known(variable, meta.description or "", field.default, bool(extra.get("secret")))
     return found

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, "-m", *command])  # noqa: S606 - this process becomes our own program
     programs: list[Sequence[str]] = []
     if settings.only == "all":
-        programs += [worker_command("workers", settings.processes)] + ([] if settings.source_url else [SOURCE])
+        programs += [] if settings.source_url else [SOURCE]
+        programs += [worker_command("workers", settings.processes)]
     with running(*programs):
         serve("examples.fetch_pipeline.web:web", settings.host, settings.port)
     return 0

@@ -18,7 +18,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     rabbitmq_host: Annotated[str, setting("RabbitMQ: HOST, HOST:PORT, or several with commas")] = "localhost"
     rabbitmq_user: Annotated[str, setting("who logs in there")] = "guest"
-    rabbitmq_password: Annotated[str, setting("with which password")] = "guest"  # noqa: S105 - RabbitMQ's own default
+    rabbitmq_password: Annotated[str, setting("with which password; default guest", secret=True)] = "guest"  # noqa: S105 - RabbitMQ's own default
     rabbitmq_vhost: Annotated[str, setting("its virtual host")] = "/"
     rabbitmq_queue_type: Annotated[
         Literal["classic", "quorum"],
