@@ -1,7 +1,7 @@
 """The Redis broker: streams on one server (6.2 or later, also of a cluster), with every step one atomic script.
 
 link.py is a connection, lua/ has the scripts (queue.lua says where a message is), lane.py sends batches that are not done twice,
-bell.py wakes receivers, subscription.py receives, wire.py is the form of a message, health.py judges the server's settings.
+subscription.py receives, wire.py is the form of a message, health.py judges the server's settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, Final, cast
 from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
 from conveyor.brokers.redis import scripts
 from conveyor.brokers.redis.address import address_of
-from conveyor.brokers.redis.bell import Bell
 from conveyor.brokers.redis.graveyard import Graveyard
 from conveyor.brokers.redis.health import refuse_danger, risks_of, said_by
 from conveyor.brokers.redis.link import Address, Link, Refused, text
@@ -74,13 +73,11 @@ class RedisBroker:
         self.owner = owner or uuid.uuid4().hex
         self.clock = clock
         self._prefix = f"{{{namespace}}}:"
-        key = self._prefix + "queues"
-        self._link = Link(address, key, self._greet)
-        self.bell = Bell(Link(address, key), self._link, self._prefix, self.owner)
+        self._address = address
+        self._link = Link(address, self._prefix + "queues", self._greet)
         self._publishing = Publishing(self._link, self.owner)
         self._settling = Settling(self._link, self.owner)
         self._graveyard = Graveyard(self._link, self._prefix)
-        self._epoch = ""
         self._claims = 0
         self._doubtful: dict[int, str] = {}
         self._posted: set[asyncio.Future[Any]] = set()
@@ -105,7 +102,6 @@ class RedisBroker:
             raise
         for risk in risks_of(told, self.clock()):
             log.info(risk)
-        self.bell.open()
         self._beating = asyncio.create_task(self._beat(), name="redis beat")
 
     async def close(self) -> None:
@@ -124,10 +120,9 @@ class RedisBroker:
                 await self._publishing.close()
                 await self._settling.close()
                 if self._received:
-                    await self._link.run(scripts.GIVE_BACK, self.owner, "", 0, "", *self._received)
+                    await self._link.run(scripts.GIVE_BACK, self.owner, 0, "", *self._received)
                 await self._link.run(scripts.LEAVE, self.owner)
         finally:
-            await self.bell.close()
             self._link.close()
             self._subscriptions.clear()
             self._held.clear()
@@ -151,9 +146,8 @@ class RedisBroker:
         """See conveyor.broker.Broker."""
         self._check_open()
         topics, ordered = await self._ask(scripts.ATTEND, queue, self.owner, 1)
-        subscription = RedisSubscription(
-            self, queue, prefetch, early=early, topics=topics_of(topics), ordered=bool(ordered)
-        )
+        link = Link(self._address, self._prefix + "queues", _bring_scripts)
+        subscription = RedisSubscription(self, link, queue, prefetch, early=early, topics=topics_of(topics))
         self._settling.knows(queue, ordered=bool(ordered))
         self._subscriptions.add(subscription)
         self._received.add(queue)
@@ -181,7 +175,7 @@ class RedisBroker:
         if not owner:
             return 0
         await self._link.run(scripts.LEAVE, owner)
-        return cast("int", await self._link.run(scripts.GIVE_BACK, owner, "", 1, why))
+        return cast("int", await self._link.run(scripts.GIVE_BACK, owner, 1, why))
 
     async def queues(self) -> list[QueueInfo]:
         """See conveyor.broker.Broker."""
@@ -225,24 +219,22 @@ class RedisBroker:
         await self._link.connect()
         return risks_of(await said_by(self._link), self.clock())
 
-    async def claim(self, queue: str, room: int, *, early: bool) -> tuple[int, list[Any]]:
-        """For a subscription: what is there, leased; with the number of this claim, which is in the leases."""
-        self._check_open()
-        await self._link.connect()
-        self._claims = claim = self._claims + 1
-        try:
-            answer = await self._ask(scripts.CLAIM, queue, room, claim, self.owner, self._epoch, int(early))
-        except asyncio.CancelledError:
-            # The claim is on its way: what it takes is given back right behind it.
-            self._unclaim(claim, queue)
-            raise
-        except BrokerUnavailable as error:
-            if "STALE" in str(error):  # this process slept for so long that it was taken for dead
-                self._link.drop("it was taken for dead, and begins anew")
-            else:
-                self._doubtful[claim] = queue
-            raise
-        return claim, cast("list[Any]", answer)
+    def next_claim(self) -> int:
+        """For a subscription: numbers its claims; the number is in the leases."""
+        self._claims += 1
+        return self._claims
+
+    def streams_of(self, queue: str) -> tuple[str, str]:
+        """For a subscription: where it hears of news of its queue."""
+        return f"{self._prefix}queue:{queue}", f"{self._prefix}bell:{queue}"
+
+    def void(self, claim: int, queue: str) -> None:
+        """For a subscription: nobody hears the answer to this claim. What it takes, or will take, goes back."""
+        self._doubtful[claim] = queue
+        with contextlib.suppress(BrokerUnavailable):  # then it is done on the next connection
+            posted = self._link.post(scripts.VOID, self.owner, claim, queue)
+            self._posted.add(posted)
+            posted.add_done_callback(lambda done: self._voided(done, claim))
 
     def hold(self, subscription: RedisSubscription, deliveries: Sequence[Delivery]) -> None:
         """For a subscription: these are in its hands until they are settled or lost."""
@@ -259,19 +251,17 @@ class RedisBroker:
 
     async def _greet(self, link: Link) -> None:
         """First on every connection: the scripts are there, the server knows who lives, and what was half done is undone."""
-        with contextlib.suppress(Refused):  # where only EVAL is allowed, they come with their first use
-            there = await link.send("SCRIPT", "EXISTS", *(script.digest for script in scripts.ALL))
-            for script, known in zip(scripts.ALL, there, strict=True):
-                if not known:
-                    await link.send("SCRIPT", "LOAD", script.text)
-        self._epoch = uuid.uuid4().hex
-        await link.run_now(scripts.BEAT, self.owner, self._epoch, int(DEAD_AFTER_SECONDS * 1000))
+        await _bring_scripts(link)
+        await link.run_now(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000))
         for claim, queue in tuple(self._doubtful.items()):
-            await link.run_now(scripts.GIVE_BACK, self.owner, claim, 0, "", queue)
+            await link.run_now(scripts.VOID, self.owner, claim, queue)
             del self._doubtful[claim]
+        await self._declare_missing()
+
+    async def _declare_missing(self) -> None:
+        """Temporary queues may have vanished while this process slept, and others with a server that came back empty."""
         if self._declared:
-            # Temporary ones may have vanished, and others with a server that came back empty.
-            known = await link.send("SMISMEMBER", self._prefix + "queues", *self._declared)
+            known = await self._link.send("SMISMEMBER", self._prefix + "queues", *self._declared)
             if gone := [queue for queue, is_there in zip(self._declared.values(), known, strict=True) if not is_there]:
                 await self._declare(gone)
 
@@ -279,7 +269,8 @@ class RedisBroker:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(BrokerError):
-                await self._link.run(scripts.BEAT, self.owner, self._epoch, int(DEAD_AFTER_SECONDS * 1000))
+                if await self._link.run(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000)):
+                    await self._declare_missing()
 
     async def _declare(self, queues: Sequence[Queue]) -> None:
         arguments: list[Any] = [self.owner]
@@ -303,20 +294,17 @@ class RedisBroker:
         try:
             return await self._link.run(script, queue, *arguments)
         except Refused as error:
-            if "NOQUEUE" not in str(error):
-                raise
-            if (declared := self._declared.get(queue)) is not None and declared.temporary:
-                raise BrokerUnavailable(f"the temporary queue {queue!r} is gone") from None
-            raise BrokerError(f"there is no queue {queue!r}; declare it first") from None
+            raise self.explain(error, queue) from None
 
-    def _unclaim(self, claim: int, queue: str) -> None:
-        self._doubtful[claim] = queue
-        with contextlib.suppress(BrokerUnavailable):  # then it is done on the next connection
-            posted = self._link.post(scripts.GIVE_BACK, self.owner, claim, 0, "", queue)
-            self._posted.add(posted)
-            posted.add_done_callback(lambda done: self._unclaimed(done, claim))
+    def explain(self, error: Refused, queue: str) -> BrokerError:
+        """What a script said of a queue, in words."""
+        if "NOQUEUE" not in str(error):
+            return error
+        if (declared := self._declared.get(queue)) is not None and declared.temporary:
+            return BrokerUnavailable(f"the temporary queue {queue!r} is gone")
+        return BrokerError(f"there is no queue {queue!r}; declare it first")
 
-    def _unclaimed(self, done: asyncio.Future[Any], claim: int) -> None:
+    def _voided(self, done: asyncio.Future[Any], claim: int) -> None:
         self._posted.discard(done)
         if not done.cancelled() and done.exception() is None:
             self._doubtful.pop(claim, None)
@@ -331,6 +319,15 @@ class RedisBroker:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise self._closed
+
+
+async def _bring_scripts(link: Link) -> None:
+    """Make sure that the server knows the scripts; where only EVAL is allowed, they come with their first use."""
+    with contextlib.suppress(Refused):
+        there = await link.send("SCRIPT", "EXISTS", *(script.digest for script in scripts.ALL))
+        for script, known in zip(scripts.ALL, there, strict=True):
+            if not known:
+                await link.send("SCRIPT", "LOAD", script.text)
 
 
 def _info(name: bytes, topics: bytes, *figures: int) -> QueueInfo:

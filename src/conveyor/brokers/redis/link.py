@@ -28,7 +28,7 @@ LONGEST_PAUSE_SECONDS: Final = 1.0
 """Between two tries to connect, at most; a caller waits no longer than that for its turn."""
 
 _NOT_NOW: Final = re.compile(
-    r"\b(READONLY|LOADING|MOVED|ASK|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|UNBLOCKED|MISCONF|STALE|max number of clients)\b"
+    r"\b(READONLY|LOADING|MOVED|ASK|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|UNBLOCKED|MISCONF|max number of clients)\b"
 )
 """A script's errors carry the word of the command that failed at their front (Redis 7) or inside (6.2)."""
 _ELSEWHERE: Final = re.compile(r"\b(READONLY|MOVED|MASTERDOWN|CLUSTERDOWN)\b")
@@ -204,7 +204,7 @@ class Link:
         try:
             return await self.send("EVALSHA", script.digest, 1, self._key, *arguments)
         except Refused as error:
-            if not str(error).startswith("NOSCRIPT"):
+            if not is_unknown_script(error):
                 raise
             return await self.send("EVAL", script.text, 1, self._key, *arguments)
 
@@ -292,6 +292,11 @@ class Link:
             self._watch = loop.call_later(left, self._look)
         else:
             self.drop(f"{self._address} has not answered for {ANSWER_SECONDS:g} s")
+
+
+def is_unknown_script(error: Refused) -> bool:
+    """The server does not know a script (any more): it has to be sent whole."""
+    return str(error).startswith("NOSCRIPT")
 
 
 def text(value: bytes) -> str:

@@ -42,5 +42,8 @@ PURGE: Final = _load("purge")
 QUEUES: Final = _load("queues")
 REDRIVE: Final = _load("redrive")
 SETTLE: Final = _load("settle")
+VOID: Final = _load("void")
 
-ALL: Final = (ATTEND, BEAT, BURY, CLAIM, DECLARE, EXTEND, GIVE_BACK, LEAVE, PUBLISH, PURGE, QUEUES, REDRIVE, SETTLE)
+ALL: Final = (
+    *(ATTEND, BEAT, BURY, CLAIM, DECLARE, EXTEND, GIVE_BACK, LEAVE, PUBLISH, PURGE, QUEUES, REDRIVE, SETTLE, VOID),
+)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from conveyor.broker import Delivery
-from conveyor.brokers.redis.link import text
+from conveyor.brokers.redis import scripts
+from conveyor.brokers.redis.link import Link, Refused, is_unknown_script, text
 from conveyor.brokers.redis.wire import message_of
 from conveyor.errors import BrokerError, BrokerUnavailable
 
@@ -24,46 +27,44 @@ MOST_CLAIMED: Final = 1_000
 
 
 class RedisSubscription:
-    """One receiver of one queue; made by RedisBroker.subscribe()."""
+    """One receiver of one queue; made by RedisBroker.subscribe().
+
+    It waits over a connection of its own, in a read for which there is nothing yet; right behind the read is the next claim, so that
+    the server answers with the message itself, and not only that there is one.
+    """
 
     def __init__(
-        self, broker: RedisBroker, queue: str, prefetch: int, *, early: bool, topics: Collection[str], ordered: bool
+        self, broker: RedisBroker, link: Link, queue: str, prefetch: int, *, early: bool, topics: Collection[str]
     ) -> None:
         self.queue = queue
-        self.ordered = ordered
         self._broker = broker
+        self._link = link
         self._prefetch = prefetch
         self._early = early
         self._topics = topics
         self._held = 0
         self._ended: BrokerError | None = None
+        self._claim = 0
+        self._turn = asyncio.Lock()
         self._room = asyncio.Event()
 
     async def fetch(self, limit: int) -> list[Delivery]:
         """See conveyor.broker.Subscription. Waits, too, while prefetch deliveries are unsettled."""
         if limit < 1:
             raise ValueError("a fetch is for at least one message")
-        while True:
-            if self._ended is not None:
-                raise self._ended
-            room = min(limit, self._prefetch - self._held, MOST_CLAIMED)
-            if room <= 0:
-                self._room.clear()
-                await self._room.wait()
-                continue
-            self._held += room  # before the claim is answered: several fetches share the prefetch
-            got = 0
-            try:
-                deliveries, milliseconds = await self._claim(room)
-                got = len(deliveries)
-            finally:
-                self._held -= room - got
-                if self._held < self._prefetch:
-                    self._room.set()
-            if deliveries:
-                return deliveries
-            wait = LOOK_SECONDS if milliseconds < 0 else min(LOOK_SECONDS, milliseconds / 1000)
-            await self._broker.bell.wait(self.queue, wait)
+        async with self._turn:
+            wait_seconds = 0.0
+            while True:
+                if self._ended is not None:
+                    raise self._ended
+                room = min(limit, self._prefetch - self._held, MOST_CLAIMED)
+                if room <= 0:
+                    self._room.clear()
+                    await self._room.wait()
+                    continue
+                deliveries, wait_seconds = await self._receive(room, wait_seconds)
+                if deliveries:
+                    return deliveries
 
     async def close(self) -> None:
         """See conveyor.broker.Subscription."""
@@ -74,18 +75,63 @@ class RedisSubscription:
     def end(self, why: BrokerError) -> None:
         """Take part no more; a fetch that waits raises why."""
         self._ended = self._ended or why
+        self._let_claim_go()
+        self._link.close()
         self._room.set()
-        self._broker.bell.stir(self.queue)
 
     def lets_go(self) -> None:
         """One of its deliveries is no longer in its hands."""
         self._held -= 1
         self._room.set()
 
-    async def _claim(self, room: int) -> tuple[list[Delivery], int]:
-        """What is there, counted and leased; else after how many milliseconds there may be something, -1 where nobody knows."""
-        claim, answer = await self._broker.claim(self.queue, room, early=self._early)
-        fresh, others, milliseconds = answer
+    async def _receive(self, room: int, wait_seconds: float) -> tuple[list[Delivery], float]:
+        """What is there by then, counted and leased; and how long to wait where there is nothing."""
+        try:
+            answer = await self._ask(room, wait_seconds)
+        except asyncio.CancelledError:
+            # A read cannot be called back; without its connection it is over, and the claim behind it.
+            self._let_claim_go()
+            self._link.drop("nobody waits any more")
+            raise
+        except BrokerError:
+            self._let_claim_go()
+            if self._ended is not None:
+                raise self._ended from None
+            raise
+        claim, self._claim = self._claim, 0
+        deliveries = self._deliveries(claim, answer)
+        milliseconds: int = answer[2]
+        self._held += len(deliveries)
+        self._broker.hold(self, deliveries)
+        return deliveries, LOOK_SECONDS if milliseconds < 0 else min(LOOK_SECONDS, milliseconds / 1000)
+
+    async def _ask(self, room: int, wait_seconds: float) -> Any:
+        """The answer to a claim, which the server looks at when there is news, or the time is over."""
+        link, broker, queue = self._link, self._broker, self.queue
+        await link.connect()
+        self._claim = broker.next_claim()
+        if wait_seconds:
+            streams = broker.streams_of(queue)
+            command = ("XREADGROUP", "GROUP", "bell", "all", "COUNT", 1, "BLOCK", math.ceil(wait_seconds * 1000))
+            news = link.send(*command, "NOACK", "STREAMS", *streams, ">", ">")
+        claimed = link.post(scripts.CLAIM, queue, room, self._claim, broker.owner, int(self._early))
+        if wait_seconds:
+            with contextlib.suppress(Refused):  # the queue is gone: the claim says so
+                await news
+        try:
+            return await claimed
+        except Refused as error:
+            if not is_unknown_script(error):
+                raise broker.explain(error, queue) from None
+        return await link.run(scripts.CLAIM, queue, room, self._claim, broker.owner, int(self._early))
+
+    def _let_claim_go(self) -> None:
+        claim, self._claim = self._claim, 0
+        if claim:
+            self._broker.void(claim, self.queue)
+
+    def _deliveries(self, claim: int, answer: Any) -> list[Delivery]:
+        fresh, others, _ = answer
         now = self._broker.clock()
         queue, topics, owner = self.queue, self._topics, self._broker.owner
         tail = f" {claim} {owner}"
@@ -104,8 +150,7 @@ class RedisSubscription:
             name = id_.decode()
             message = message_of(fields, where=f"{queue}/{name}", topics=topics, now=now)
             deliveries.append(Delivery(message, queue, name + tail, 1, 0))
-        self._broker.hold(self, deliveries)
-        return deliveries, milliseconds
+        return deliveries
 
 
 def _id(reference: str) -> str:

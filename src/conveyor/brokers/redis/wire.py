@@ -17,31 +17,19 @@ TOPIC: Final = "conveyor_topic"
 """The field that says what a message was published under, where its type does not."""
 MOST_FIELDS: Final = 1_500
 """Fields of one message: Lua hands no more than some 8,000 values to a command."""
+MOST_PLANS: Final = 1_000
+"""Sets of fields that are remembered: as many as there are kinds of messages, unless every message has names of its own."""
 LATEST_DUE: Final = 9e15
 """Milliseconds: beyond that a double is no whole number any more. Some 285,000 years."""
 
-# The attributes that are read without a detour; whoever has others, or other spellings, takes it.
-_NAMES: Final = {
-    name.encode(): number
-    for number, name in enumerate(
-        (
-            "body",
-            "content-type",
-            "ce_specversion",
-            "ce_id",
-            "ce_source",
-            "ce_type",
-            "ce_time",
-            "ce_partitionkey",
-            "ce_correlationid",
-            "ce_causationid",
-            "ce_duetime",
-            "ce_expirytime",
-            "ce_priority",
-            TOPIC,
-        )
+_ATTRIBUTES: Final = tuple(
+    name.encode()
+    for name in (
+        *("body", "content-type", "ce_id", "ce_source", "ce_type", "ce_time", "ce_partitionkey", "ce_correlationid"),
+        *("ce_causationid", "ce_duetime", "ce_expirytime", "ce_priority", TOPIC),
     )
-}
+)
+"""What is read without a detour; whoever writes others, or spells them in another way, takes it."""
 _CONVEYOR: Final = SOURCE.encode()
 _JSON: Final = JSON.encode()
 _MAYBE: Final = frozenset((first + second).encode() for first in "cC" for second in "eElLoO")
@@ -92,22 +80,27 @@ def message_of(fields: Sequence[bytes], *, where: str, topics: Collection[str], 
         topics: what the queue receives.
         now: Unix seconds.
     """
-    said: list[bytes | None] = [None] * len(_NAMES)
-    own: list[tuple[bytes, bytes]] = []
-    plain = True
-    values = iter(fields)
-    for name in values:
-        value = next(values, b"")
-        number = _NAMES.get(name)
-        if number is not None and said[number] is None:
-            said[number] = value
-        else:
-            own.append((name, value))
-            if name[:2] in _MAYBE:
-                plain = False
-    body, kind, _, id_, source, type_, time, key, correlation, causation, due, expires, priority, topic = said
+    names = tuple(fields[::2])
+    plan = _plans.get(names)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[names] = _plan_of(names)
+    places, own = plan
+    # A field that is absent is at the end of the list, where nothing is.
+    said = [*fields, None]
+    body, kind, id_, source, type_, time, key, correlation, causation, due, expires, priority, topic = [
+        said[place] for place in places
+    ]
     named = _topic(type_, topic, source, topics)
-    if not plain or source != _CONVEYOR or type_ is None or not id_ or _strange(said):
+    if (
+        own is None
+        or source != _CONVEYOR
+        or type_ is None
+        or not id_
+        or (priority is not None and priority not in _DIGITS)
+        or (topic is not None and topic != type_)
+    ):
         return _foreign(fields, named, where, now)
     created = _seconds(time) if time is not None else 0.0  # Conveyor's own that says no time has none
     return Message(
@@ -115,12 +108,10 @@ def message_of(fields: Sequence[bytes], *, where: str, topics: Collection[str], 
         named,
         body or b"",
         None if key is None else key.decode("utf-8", "replace"),
-        {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in own}
-        if own
-        else NO_HEADERS,
+        {name: fields[place].decode("utf-8", "replace") for name, place in own} if own else NO_HEADERS,
         JSON if kind == _JSON else _or(kind, JSON),
-        None if not correlation else correlation.decode("utf-8", "replace"),
-        None if not causation else causation.decode("utf-8", "replace"),
+        correlation.decode("utf-8", "replace") if correlation else None,
+        causation.decode("utf-8", "replace") if causation else None,
         created if created is not None else now,
         (_seconds(due) or 0.0) if due else 0.0,
         _seconds(expires) if expires else None,
@@ -128,9 +119,25 @@ def message_of(fields: Sequence[bytes], *, where: str, topics: Collection[str], 
     )
 
 
-def _strange(said: Sequence[bytes | None]) -> bool:
-    priority, type_, topic = said[12], said[5], said[13]
-    return (priority is not None and priority not in _DIGITS) or (topic is not None and topic != type_)
+Plan = tuple[list[int], list[tuple[str, int]] | None]
+"""Where the attributes are in a list of fields, and the application's own headers; None where it takes the detour."""
+_plans: Final[dict[tuple[bytes, ...], Plan]] = {}
+
+
+def _plan_of(names: tuple[bytes, ...]) -> Plan:
+    """How to read entries that have these fields. Of a name that comes twice the first counts."""
+    first: dict[bytes, int] = {}
+    own: list[tuple[str, int]] | None = []
+    for number, name in enumerate(names):
+        if name == b"ce_specversion":
+            continue
+        if name in _ATTRIBUTES and name not in first:
+            first[name] = 2 * number + 1
+        elif name[:2] in _MAYBE:
+            own = None
+        elif own is not None:
+            own.append((name.decode("utf-8", "replace"), 2 * number + 1))
+    return [first.get(name, -1) for name in _ATTRIBUTES], own
 
 
 def _or(value: bytes | None, default: str) -> str:

@@ -1,9 +1,4 @@
--- A sign of life. ARGV: owner, epoch of its connection, milliseconds until it is taken for dead.
-local owner, life = prefix .. 'owner:' .. ARGV[1], ARGV[3]
-local kick = prefix .. 'kick:' .. ARGV[1]
-call('HSET', owner, 'epoch', ARGV[2])
-call('PEXPIRE', owner, life)
-if call('EXISTS', kick) == 0 then call('XGROUP', 'CREATE', kick, 'bell', '$', 'MKSTREAM') end
-call('PEXPIRE', kick, life)
+-- A sign of life. ARGV: owner, milliseconds until it is taken for dead. Gives 1 where it was not alive before.
+local born = call('SET', prefix .. 'owner:' .. ARGV[1], '1', 'PX', ARGV[2], 'GET')
 sweep()
-return 1
+return born and 0 or 1

@@ -1,9 +1,9 @@
--- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, epoch of the owner's connection, 1 for early.
+-- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, 1 for early.
 -- Gives fresh ones as XREADGROUP does, others as {reference, counts, fields, when due where that is to come}, and after how many milliseconds there may be more.
-local name, room, early = ARGV[1], tonumber(ARGV[2]), ARGV[6] == '1'
+local name, room, early = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1'
 local token = ' ' .. ARGV[3] .. ' ' .. ARGV[4]
 -- A claim that was long on its way must not take what nobody waits for any more.
-if call('HGET', prefix .. 'owner:' .. ARGV[4], 'epoch') ~= ARGV[5] then return redis.error_reply('STALE') end
+if call('EXISTS', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then return {{}, {}, -1} end
 local queue = queue_of(name)
 if not queue then return redis.error_reply('NOQUEUE ' .. name) end
 

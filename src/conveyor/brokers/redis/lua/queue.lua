@@ -113,7 +113,8 @@ local function count(queue, ref, deliveries, attempts, since, failure)
   call('HSET', queue.counts, ref, deliveries .. ' ' .. attempts .. ' ' .. number(since) .. ' ' .. failure)
 end
 
--- Wakes one waiting receiver. Fresh messages need no bell: a waiting receiver listens to their stream.
+-- Wakes one waiting receiver: all read from the bell with one group, and the server gives each ring to one of them, and to none
+-- that is gone. Fresh messages need no bell: a waiting receiver reads their stream with that group, too.
 local function ring(queue)
   if queue.rung < 16 then
     queue.rung = queue.rung + 1
