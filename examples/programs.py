@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Final
 
 DRAIN_SECONDS: Final = 45.0
 """What workers may need to finish what they hold, with some to spare."""
 
 
+class Programs:
+    """Programs beside this one; when one of them ends by itself, all end."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *command: str) -> None:
+        """Start one: the arguments of ``python -m``."""
+        # In a session of its own: Ctrl-C reaches this process only, which asks each of them once.
+        process = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)  # noqa: S603 - our own programs
+        self._processes.append(process)
+
+    def look(self, _signal: int, _frame: FrameType | None) -> None:
+        """One of them has perhaps ended."""
+        ended = [process for process in self._processes if process.poll() is not None]
+        if ended and not self.failed:
+            self.failed = True
+            print(f"error: {' '.join(map(str, ended[0].args))} has ended by itself", file=sys.stderr, flush=True)  # type: ignore[arg-type]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Ask them to end, the last one first; each has time to finish what it does."""
+        for process in reversed(self._processes):
+            process.terminate()
+            try:
+                process.wait(DRAIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
 @contextlib.contextmanager
-def running(*commands: Sequence[str]) -> Iterator[None]:
-    """Have programs run (each the arguments of ``python -m``) while the block lasts; SIGTERM asks them to end, last started first."""
+def running(*commands: Sequence[str]) -> Iterator[Programs]:
+    """Have programs run while the block lasts."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # whenever the web server is not the one who listens to it
-    with contextlib.ExitStack() as stack:
-        for command in commands:
-            # In a session of its own: Ctrl-C reaches this process only, which asks each of them once.
-            process = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)  # noqa: S603 - our own programs
-            stack.callback(_stop, process)
-        yield
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+    programs = Programs()
+    signal.signal(signal.SIGCHLD, programs.look)
     try:
-        process.wait(DRAIN_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        for command in commands:
+            programs.start(*command)
+        yield programs
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        programs.stop()

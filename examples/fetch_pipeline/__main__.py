@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.only == "all":
         programs += [] if settings.source_url else [SOURCE]
         programs += [worker_command("workers", settings.processes)]
-    with running(*programs):
+    with running(*programs) as others:
         serve("examples.fetch_pipeline.web:web", settings.host, settings.port)
-    return 0
+    return int(others.failed)
 
 
 def worker_command(which: str, processes: int) -> list[str]:
