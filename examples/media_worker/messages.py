@@ -28,7 +28,7 @@ class FileInfo(Struct, frozen=True):
 class ProcessMedia(Struct, frozen=True):
     """Please process this file."""
 
-    user_id: Annotated[int, Meta(ge=1, lt=2**63)]
+    user_id: Annotated[int, Meta(ge=1, le=2**63 - 1)]
     file_info: FileInfo
 
 
