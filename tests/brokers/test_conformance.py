@@ -14,6 +14,7 @@ from conveyor.testing.clock import turned_memory
 from conveyor.testing.promises import PROMISES, Ended, Makers, Promise, prove
 
 if TYPE_CHECKING:
+    from tests.servers.rabbitmq import RabbitMQ
     from tests.servers.redis import Redis
 
 
@@ -26,6 +27,11 @@ def _redis(request: pytest.FixtureRequest) -> Makers:
     return Makers(partial(from_url, server.url()))
 
 
+def _rabbitmq(request: pytest.FixtureRequest, queue_type: str) -> Makers:
+    server: RabbitMQ = request.getfixturevalue("rabbitmq")
+    return Makers(partial(from_url, f"{server.url()}?queue_type={queue_type}"))
+
+
 # To prove another broker, or another mode of one, add one line.
 MODES: Final[Mapping[str, Callable[[pytest.FixtureRequest], Makers]]] = {
     "memory": lambda _: Makers(partial(MemoryBroker, store=MemoryStore())),
@@ -33,6 +39,8 @@ MODES: Final[Mapping[str, Callable[[pytest.FixtureRequest], Makers]]] = {
     "sqlite, full": partial(_sqlite, durability="full"),
     "sqlite, normal": partial(_sqlite, durability="normal"),
     "redis": _redis,
+    "rabbitmq, quorum": partial(_rabbitmq, queue_type="quorum"),
+    "rabbitmq, classic": partial(_rabbitmq, queue_type="classic"),
 }
 
 

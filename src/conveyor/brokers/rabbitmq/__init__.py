@@ -21,7 +21,7 @@ import msgspec
 from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
 from conveyor.brokers.rabbitmq import dead
 from conveyor.brokers.rabbitmq.address import Options, read_url
-from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, Incoming
+from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.catalog import Catalog
 from conveyor.brokers.rabbitmq.delay import place
 from conveyor.brokers.rabbitmq.envelope import (
@@ -53,6 +53,7 @@ log: Final = logging.getLogger("conveyor.rabbitmq")
 LEASE_ENDED: Final = "its lease ended without a sign of life"
 CLOSE_SECONDS: Final = 10.0
 """How long closing may take to give back what is held; the server gives back the rest, counted."""
+TEMPORARY_AGAIN_SECONDS: Final = 1.0
 SHORTEST_HEARTBEAT_SECONDS: Final = 2.0
 OLDEST_VERSION: Final = (3, 10)
 
@@ -81,6 +82,8 @@ class RabbitBroker:
         self.missing: Mapping[Feature, str] = _missing(options.queue_type)
         self.specs: dict[str, Spec] = {}
         """Every queue that this object has heard of."""
+        self.absent: set[str] = set()
+        """Temporary queues that went with a connection, and are not there again yet."""
         self.leases = Leases(self._leases_ended)
         self._subscriptions: set[RabbitSubscription] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -149,14 +152,26 @@ class RabbitBroker:
             await self.settle([Settlement(each.delivery(), Release()) for each in held])
 
     async def _begin(self, connection: Connection) -> Work:
-        work = Work(connection, await connection.channel())
         for spec in [each for each in self.specs.values() if each.temporary]:
-            await self._temporary_again(spec)
-        return work
+            self.absent.add(spec.name)
+            self.spawn(self._temporary_again(spec, connection), f"declaring {spec.name} again")
+        return Work(connection, await connection.channel())
 
-    async def _temporary_again(self, spec: Spec) -> None:
+    async def _temporary_again(self, spec: Spec, connection: Connection) -> None:
         """A temporary queue went with its connection; what waited in it is lost, what comes is not."""
-        self.spawn(self.topology.create(spec, None), f"declaring {spec.name} again")
+
+        async def this() -> Connection:
+            return connection
+
+        topology = Topology(this, self.options.exchange)
+        while not connection.closed.done():
+            try:
+                await topology.create(spec, None)
+            except QueueConflict:  # the server has not noticed yet that the old connection is dead
+                await asyncio.sleep(TEMPORARY_AGAIN_SECONDS)
+            else:
+                self.absent.discard(spec.name)
+                return
 
     def _heartbeat_seconds(self) -> float:
         """Half of the shortest lease, so that a process that sleeps past it is cut off in about that time."""
@@ -358,7 +373,7 @@ class RabbitBroker:
                 lost.append(delivery)
         return lost
 
-    async def reclaim(self, owner: str, why: str) -> int:
+    async def reclaim(self, owner: str, why: str) -> int:  # noqa: ARG002 - the server needs no telling
         """See conveyor.broker.Broker. What a dead process held, the server has given back already."""
         self._check_open()
         return 0
@@ -405,9 +420,7 @@ class RabbitBroker:
         if not batch:
             return
         fates = await self._publisher.send(batch)
-        refused = {
-            id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)
-        }
+        refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
         unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
         if refused or unknown:
             raise PublishFailed(refused, unknown)
@@ -416,7 +429,7 @@ class RabbitBroker:
         self, held: Held, spec: Spec, due: float, now: float, deliveries: int, attempts: int, error: str
     ) -> Outgoing:
         target = spec.name if spec.passive else place(spec, due, now)
-        notes = {DELIVERIES: deliveries, ATTEMPTS: attempts, ERROR: error, DUE: due}
+        notes: dict[str, FieldValue] = {DELIVERIES: deliveries, ATTEMPTS: attempts, ERROR: error, DUE: due}
         return Outgoing("", target, held.incoming.body, copy_of(held.incoming, held.message, notes))
 
     async def _acknowledge(self, helds: Sequence[Held]) -> list[Delivery]:
@@ -483,7 +496,7 @@ class RabbitBroker:
             ready = sum((counts[name] or (0, 0))[0] for name in (spec.name, *spec.partitions))
             keyed = self._keyed.get(spec.name)
             held = sum(1 for each in self.leases.all() if each.queue == spec.name and not each.work.lost)
-            movers = [each.mover for each in self._subscriptions if each.queue == spec.name and each.mover is not None]
+            moving = sum(each.mover.waiting for each in self._subscriptions if each.queue == spec.name and each.mover)
             later = sum((counts[name] or (0, 0))[0] for name in (spec.later, *spec.ladder))
             infos.append(
                 QueueInfo(
@@ -495,7 +508,7 @@ class RabbitBroker:
                     lease_seconds=spec.lease_seconds,
                     ready=ready,
                     in_flight=held,
-                    delayed=later + sum(each.waiting for each in (*movers, *([keyed] if keyed else []))),
+                    delayed=later + moving + (keyed.waiting if keyed else 0),
                     dead=(counts[spec.dead] or (0, 0))[0],
                     oldest_seconds=None,
                     consumers=(counts[spec.later] or (0, None))[1],
@@ -634,9 +647,7 @@ def _check_conflict(asked: Spec, there: Spec | None) -> None:
 
 
 def _nature(spec: Spec) -> str:
-    return (
-        f"{'temporary' if spec.temporary else 'lasting'} and {'ordered by key' if spec.ordered else 'not ordered'}"
-    )
+    return f"{'temporary' if spec.temporary else 'lasting'} and {'ordered by key' if spec.ordered else 'not ordered'}"
 
 
 def _merged(asked: Spec, there: Spec | None) -> Spec:

@@ -86,6 +86,9 @@ MAX_CANCELLED: Final = 256
 """Consumers that are remembered after they were cancelled, for messages that were on their way to them."""
 HIGH_WATER_BYTES: Final = 256 * 1024
 """Unsent bytes above which `Channel.drain` waits."""
+ANSWER_SECONDS: Final = 15.0
+"""A server that takes longer to answer a method has lost it: RabbitMQ 3.10 answers some of those that reach a quorum queue in the
+moment of its recovery only after a minute, and holds up their channel until then."""
 CLOSE_SECONDS: Final = 5.0
 """How long an orderly close may take before the socket is simply cut."""
 NO_CODE: Final = 0
@@ -494,9 +497,7 @@ class Connection(asyncio.Protocol):
         self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
         # The third tick in a row comes between 1.5 and 2 intervals after the last sign of life.
         if self._silent_ticks >= 3:
-            what = f"the server was silent for two heartbeats of {self.heartbeat_seconds} s"
-            self._finish(ConnectionClosed(NO_CODE, what))
-            self._abort()
+            self.give_up(f"the server was silent for two heartbeats of {self.heartbeat_seconds} s")
             return
         if not self._sent and self._transport is not None and self._writable:
             self._transport.write(HEARTBEAT_FRAME)
@@ -533,6 +534,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
             self._timer = self._loop.call_later(CLOSE_SECONDS, self._abort)
+
+    def give_up(self, why: str) -> None:
+        """The other side is of no use any more: end it without a word."""
+        self._finish(ConnectionClosed(NO_CODE, why))
+        self._abort()
 
     def _abort(self) -> None:
         if self._transport is not None:
@@ -602,6 +608,7 @@ class _Publish(NamedTuple):
 
 
 _Reply = TypeVar("_Reply", bound=Frame)
+_Answer = TypeVar("_Answer")
 
 
 def _ignore(_message: Incoming) -> None:
@@ -807,7 +814,7 @@ class Channel:
         frame = encode_method(commands.Basic.Get, self.number, queue=queue, no_ack=no_ack)
         self._requests.append(_Request(replies, None, future))
         self.connection.send(frame)
-        return await future
+        return await self._answer("Basic.Get", future)
 
     def ack(self, delivery_tag: int, *, multiple: bool = False) -> None:
         """Settle a delivery as done; multiple settles all before it as well. Sent with this tick, never confirmed."""
@@ -933,13 +940,19 @@ class Channel:
             raise ChannelClosed(200, "closed by this client")
 
     async def request(self, method: type[Frame], reply: type[_Reply], **fields: Any) -> _Reply:
-        """Send a method and wait for its reply."""
+        """Send a method and wait for its reply; where none comes, the connection is given up."""
         self.check()
         future: asyncio.Future[_Reply] = self._loop.create_future()
         frame = encode_method(method, self.number, **fields)
         self._requests.append(_Request((reply,), fields.get("consumer_tag"), future))
         self.connection.send(frame)
-        return await future
+        return await self._answer(method.name, future)
+
+    async def _answer(self, name: str, future: asyncio.Future[_Answer]) -> _Answer:
+        while not (await asyncio.wait([future], timeout=ANSWER_SECONDS))[0]:
+            if self.connection.blocked is None:  # else the server has said that it does not listen now
+                self.connection.give_up(f"the server did not answer {name} within {ANSWER_SECONDS:g} s")
+        return future.result()
 
     async def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
         """Take leave of the server, which takes back what was not settled. A channel that is gone already is fine."""

@@ -102,7 +102,7 @@ class Catalog:
         connection = await self._connection()
         channel = await connection.channel()
         try:
-            there = await channel.queue_declare(self._name, arguments=self._arguments(connection))
+            there = await channel.queue_declare(self._name, arguments={"x-queue-type": self._queue_type})
         except ChannelClosed as error:
             channel = await connection.channel()
             try:
@@ -156,9 +156,6 @@ class Catalog:
         body = msgspec.json.encode(specs)
         properties = Properties(content_type="application/json", delivery_mode=PERSISTENT)
         await self._send([Outgoing("", self._name, body, properties)])
-
-    def _arguments(self, connection: Connection) -> dict[str, str | int]:
-        return {"x-queue-type": self._queue_type}
 
 
 def _specs(body: bytes) -> dict[str, Spec]:

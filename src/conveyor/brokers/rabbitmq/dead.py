@@ -107,7 +107,9 @@ def read_letter(incoming: Incoming, what: Arrived, queue: str) -> DeadLetter:
         died = moment.timestamp() if isinstance(moment, datetime) else 0.0
     if not reason:
         reason = str(death.get("reason") or "unknown")
-        error = error or (f"dead-lettered by the server from {death.get('queue')}" if death else "put there by another program")
+        error = error or (
+            f"dead-lettered by the server from {death.get('queue')}" if death else "put there by another program"
+        )
     return DeadLetter(
         position=str(headers.get(POSITION) or _position(float(died), incoming)),
         queue=queue,

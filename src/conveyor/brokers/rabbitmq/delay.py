@@ -94,6 +94,7 @@ class Mover:
 
     async def run(self) -> None:
         """The loop."""
+        self.work.channel.closed.add_done_callback(lambda _: self._news.set())
         while not self.work.lost:
             await self._news.wait()
             self._news.clear()
@@ -101,8 +102,6 @@ class Mover:
                 async with self._moving:
                     soonest = await self._move()
             except (BrokerError, AmqpError) as error:
-                if self.work.lost:
-                    return
                 log.warning("cannot move what is delayed in %s, trying on: %s", self._queue, error)
                 soonest = AGAIN_SECONDS
             if soonest is not None:

@@ -39,7 +39,14 @@ OWN: Final = frozenset(
     {TOPIC, SLOT, DELIVERIES, ATTEMPTS, ERROR, DUE, RENEWED, QUEUE, REASON, TRACEBACK, TRACEBACK_ZLIB, DIED, POSITION}
 )
 """Headers that are Conveyor's notes beside the message, and no part of it."""
-SERVERS: Final = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-stream-offset")
+SERVERS: Final = (
+    "x-death",
+    "x-first-death-",
+    "x-last-death-",
+    "x-delivery-count",
+    "x-acquired-count",
+    "x-stream-offset",
+)
 """What the server itself writes, by the beginning of the name. Never copied: x-death would make it see a cycle."""
 REROUTING: Final = frozenset({"CC", "BCC"})
 """The sender's further routing keys: in a copy they would send it there again."""

@@ -10,7 +10,7 @@ from typing import Final, Generic, TypeVar
 
 from conveyor.brokers.rabbitmq.address import Options
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, ConnectionFailed, connect
-from conveyor.errors import BrokerUnavailable
+from conveyor.errors import BrokerError, BrokerUnavailable
 
 log: Final = logging.getLogger("conveyor.rabbitmq")
 
@@ -108,12 +108,10 @@ class Link(Generic[Session]):
         while True:
             try:
                 self._session = session = await self._connect()
-            except (AmqpError, OSError, BrokerUnavailable) as error:
+            except (AmqpError, OSError, BrokerError) as error:
                 self._error = error
                 tries += 1
-                log.log(
-                    logging.WARNING if tries == 1 else logging.DEBUG, "%s; trying on", self._complaint(error)
-                )
+                log.log(logging.WARNING if tries == 1 else logging.DEBUG, "%s; trying on", self._complaint(error))
                 await asyncio.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(wait * 2, LONGEST_WAIT_SECONDS)
             else:

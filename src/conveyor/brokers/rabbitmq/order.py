@@ -107,16 +107,19 @@ class Keyed:
 
     def ready(self, early: bool) -> bool:
         """Whether there is something to hand out."""
-        now = self._broker.clock()
-        return any(True for _ in self._candidates(now, early))
+        return any(True for _ in self._candidates(self._broker.clock(), early))
+
+    @property
+    def lost(self) -> bool:
+        """Whether the partitions have to be taken anew."""
+        return self.work is None or self.work.lost
 
     async def take(self, limit: int, early: bool) -> list[Place]:
         """Hand out up to so many, once that is noted."""
-        taken: list[Place] = []
-        for place in self._candidates(self._broker.clock(), early):
-            if len(taken) == limit:
-                break
-            taken.append(place)
+        candidates = self._candidates(self._broker.clock(), early)
+        taken = sorted(candidates, key=lambda place: place.message.created)[
+            :limit
+        ]  # the partitions know no common order
         for place in taken:
             place.out = True
             place.deliveries += 1
@@ -180,7 +183,7 @@ class Keyed:
         """Return when what has arrived, or was on its way, is at its place."""
         if self.work is not None and not self.work.lost:
             await self.work.flush()
-        while self._unread and self.work is not None and not self.work.lost:
+        while self._unread and self.work is not None and not self.work.lost:  # noqa: ASYNC110 - short, and rarely at all
             await asyncio.sleep(0.002)
 
     async def close(self) -> None:
@@ -236,6 +239,7 @@ class Keyed:
 
     async def _read(self, work: Work) -> None:
         """The loop that puts what arrives at its place; before the first of a partition, its notes are read."""
+        work.channel.closed.add_done_callback(lambda _: self._arrival.set())
         while self.work is work and not work.lost:
             await self._arrival.wait()
             self._arrival.clear()
@@ -250,8 +254,8 @@ class Keyed:
                 for news in self._waiters:
                     news.set()
                 return
-            if self.work is not work:
-                return
+            if self.work is not work or work.lost:
+                break
             unread, self._unread = self._unread, []
             for number, incoming in unread:
                 if number in self._notes:
@@ -260,7 +264,8 @@ class Keyed:
                     self._unread.append((number, incoming))
                     self._arrival.set()
             self._look()
-            self._maybe_idle()
+        for news in self._waiters:  # the channel is gone, or given up: whoever waits begins anew
+            news.set()
 
     def _put(self, number: int, incoming: Incoming) -> None:
         spec = self._broker.specs[self._queue]

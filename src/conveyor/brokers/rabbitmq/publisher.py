@@ -106,6 +106,7 @@ class Publisher:
         channel = await self._channel()
         fates: list[Fate] = []
         under_way: list[tuple[int, asyncio.Future[None]]] = []
+        lost = False
         for position, each in enumerate(batch):
             try:
                 if channel.connection.congested:
@@ -117,8 +118,11 @@ class Publisher:
                 fates.append(Refused(f"AMQP cannot carry it: {error}"))
             except (ConnectionClosed, ChannelClosed) as error:
                 fates.append(Refused(f"the connection was lost before it was sent: {error}"))
+                lost = True
             except TimeoutError:
-                fates.append(Refused(f"the server takes nothing now: {self.blocked or 'its socket is full'}", full=True))
+                fates.append(
+                    Refused(f"the server takes nothing now: {self.blocked or 'its socket is full'}", full=True)
+                )
             else:
                 fates.append(None)
                 under_way.append((position, future))
@@ -126,6 +130,8 @@ class Publisher:
             await self._confirmed(fates, under_way)
         elif all(isinstance(fate, Refused) and fate.full for fate in fates):
             raise BrokerFull(str(fates[0]))
+        elif lost:
+            raise BrokerUnavailable(str(fates[0]))
         return fates
 
     async def _confirmed(self, fates: list[Fate], under_way: list[tuple[int, asyncio.Future[None]]]) -> None:
@@ -156,8 +162,8 @@ class Publisher:
         for position, future in under_way:
             if future.cancelled() or not future.done():
                 fates[position] = self._late()
-            elif (error := future.exception()) is not None:
-                fates[position] = _fate(error)
+            elif (failure := future.exception()) is not None:
+                fates[position] = _fate(failure)
 
     def _late(self) -> Unknown:
         because = f"; it blocks publishers: {self.blocked}" if self.blocked else ""
@@ -199,8 +205,3 @@ def _fate(error: BaseException) -> Fate:
             return Refused("the server refused it: a queue is full and rejects, or the server is in trouble", full=True)
         case _:
             return Unknown(str(error))
-
-
-def unavailable(error: AmqpError) -> BrokerUnavailable:
-    """A lost connection, in the caller's words."""
-    return BrokerUnavailable(f"the connection to RabbitMQ was lost: {error}")

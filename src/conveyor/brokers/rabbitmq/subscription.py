@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from conveyor.broker import Delivery
-from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, Incoming
+from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.delay import Mover, moved_copy
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, copy_of
 from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
@@ -123,6 +123,8 @@ class RabbitSubscription:
 
     async def _fetch(self, work: Work, room: int) -> list[Delivery]:
         spec = self.broker.specs[self.queue]
+        if spec.name in self.broker.absent:
+            raise BrokerUnavailable(f"the temporary queue {spec.name!r} is being declared again")
         news = asyncio.Event()
         self._news.add(news)
         try:
@@ -139,19 +141,17 @@ class RabbitSubscription:
         finally:
             self._news.discard(news)
 
-    async def _in_order(
-        self, work: Work, spec: Spec, room: int, news: asyncio.Event, keyed: Keyed
-    ) -> list[Delivery]:
+    async def _in_order(self, work: Work, spec: Spec, room: int, news: asyncio.Event, keyed: Keyed) -> list[Delivery]:
         """What has a key comes from the partitions, what has none from the queue itself."""
         drawn: list[Delivery] = []
         self._turn += 1
         if not keyed.ready(self._early) or self._turn % UNKEYED_TURN == 0:  # neither of the two starves the other
             drawn = await self._draw(
-                work, spec, room, news, lambda: self._ended is not None or keyed.ready(self._early)
+                work, spec, room, news, lambda: self._ended is not None or keyed.lost or keyed.ready(self._early)
             )
             await keyed.settle_down()
         room -= len(drawn)
-        if room <= 0 or self._ended is not None or not keyed.ready(self._early):
+        if room <= 0 or self._ended is not None or keyed.lost or not keyed.ready(self._early):
             return drawn
         helds: list[Held] = []
         for place in await keyed.take(room, self._early):
@@ -204,7 +204,9 @@ class RabbitSubscription:
         elsewhere: list[tuple[Incoming, Outgoing]] = []
         for incoming in arrived:
             what = broker.read(incoming, spec)
-            waited = self._early and not incoming.consumer_tag.endswith(".0")  # it was delayed: not delivered, but moved
+            waited = self._early and not incoming.consumer_tag.endswith(
+                ".0"
+            )  # it was delayed: not delivered, but moved
             if is_keyed(spec, what.message):  # another program put it there, who does not know of the partitions
                 copy = moved_copy(incoming, what, "")._replace(exchange=spec.keyed)
                 elsewhere.append((incoming, copy))
@@ -213,7 +215,12 @@ class RabbitSubscription:
                 elsewhere.append((incoming, moved_copy(incoming, what, target)))
             elif incoming.redelivered and not counts_itself and not waited:
                 # A classic queue does not count. So the copy says what this delivery was, and is the next one.
-                notes = {DELIVERIES: what.noted + 1, ATTEMPTS: what.attempts, ERROR: CRASHED, DUE: 0.0}
+                notes: dict[str, FieldValue] = {
+                    DELIVERIES: what.noted + 1,
+                    ATTEMPTS: what.attempts,
+                    ERROR: CRASHED,
+                    DUE: 0.0,
+                }
                 copy = Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
                 elsewhere.append((incoming, copy))
             else:

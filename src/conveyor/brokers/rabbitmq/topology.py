@@ -366,7 +366,7 @@ def notes_of(partition: str) -> str:
 
 
 def _words(arguments: Mapping[str, FieldValue]) -> str:
-    return ", ".join(f"{name.removeprefix('x-')}={value}" for name, value in sorted(arguments.items()))
+    return ", ".join(f"{name.removeprefix('x-')}={value!s}" for name, value in sorted(arguments.items()))
 
 
 def _int(text: str) -> int:
