@@ -149,7 +149,7 @@ class RabbitBroker:
     async def _give_back_all(self) -> None:
         held = [each for each in self.leases.all() if each.state is State.HELD]
         if held:
-            await self.settle([Settlement(each.delivery(), Release()) for each in held])
+            await self.settle([Settlement(each.delivery(), Release(each.due)) for each in held])
 
     async def _begin(self, connection: Connection) -> Work:
         for spec in [each for each in self.specs.values() if each.temporary]:
@@ -280,7 +280,7 @@ class RabbitBroker:
     async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         """See conveyor.broker.Broker."""
         self._check_open()
-        spec = None if queue is None else await self._spec(queue)
+        spec = None if queue is None else await self.known(queue)
         now = self.clock()
         batch = [self._outgoing(message, now, spec) for message in messages]
         fates = await self._publisher.send(batch)
@@ -309,7 +309,7 @@ class RabbitBroker:
     async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> RabbitSubscription:
         """See conveyor.broker.Broker."""
         self._check_open()
-        await self._spec(queue, fresh=True)
+        await self.known(queue, fresh=True)
         subscription = RabbitSubscription(self, queue, prefetch, early)
         self._subscriptions.add(subscription)
         await subscription.attach(await self.work())
@@ -352,7 +352,7 @@ class RabbitBroker:
                 case Release(due):
                     keyed.put_back(place, due, held.deliveries - 1, held.attempts, held.error)
                 case _:
-                    keyed.put_back(place, 0.0, held.deliveries, held.attempts, LEASE_ENDED)
+                    keyed.put_back(place, place.due, held.deliveries, held.attempts, LEASE_ENDED)
             by_keyed.setdefault(keyed, []).append(place)
             self._gone(held)
         for keyed, places in by_keyed.items():
@@ -467,7 +467,7 @@ class RabbitBroker:
         helds = [held for held in helds if held.place is None]
         now = self.clock()
         copies = [
-            self._again(held, self.specs[held.queue], 0.0, now, held.deliveries, held.attempts, LEASE_ENDED)
+            self._again(held, self.specs[held.queue], held.due, now, held.deliveries, held.attempts, LEASE_ENDED)
             for held in helds
         ]
         await self.send(copies)
@@ -519,7 +519,7 @@ class RabbitBroker:
     async def purge(self, queue: str) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
-        spec = await self._spec(queue, fresh=True)
+        spec = await self.known(queue, fresh=True)
         deleted = 0
         for subscription in [each for each in self._subscriptions if each.queue == queue and each.mover is not None]:
             assert subscription.mover is not None
@@ -542,7 +542,7 @@ class RabbitBroker:
     async def bury(self, letters: Sequence[DeadLetter]) -> None:
         """See conveyor.broker.Broker."""
         self._check_open()
-        specs = {queue: await self._spec(queue) for queue in {letter.queue for letter in letters}}
+        specs = {queue: await self.known(queue) for queue in {letter.queue for letter in letters}}
         now = self.clock()
         await self.send([dead.buried(letter, specs[letter.queue], self.positions.next(now)) for letter in letters])
 
@@ -611,7 +611,8 @@ class RabbitBroker:
         self.specs.update(catalog)
         return [self.specs[name] for name in sorted(self.specs)]
 
-    async def _spec(self, queue: str, *, fresh: bool = False) -> Spec:
+    async def known(self, queue: str, *, fresh: bool = False) -> Spec:
+        """A declared queue; fresh looks it up anew."""
         spec = self.specs.get(queue)
         if spec is None or (fresh and not spec.temporary):
             self.specs.update(await self._catalog.read())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 import zlib
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -107,6 +108,54 @@ def read(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str],
         exchanges: those in which the routing key is the topic.
         now: Unix seconds.
     """
+    return _read_plain(incoming, topics, exchanges) or _read_any(incoming, topics, exchanges, now)
+
+
+def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str]) -> Arrived | None:
+    """The short way for what is most common: Conveyor's own message, from the exchange, without headers of the application."""
+    if incoming.exchange not in exchanges or incoming.routing_key not in topics:
+        return None
+    properties = properties_or_none(incoming)
+    headers: Mapping[str, Any] | None = properties.headers
+    if not headers or not headers.keys() <= _PLAIN_HEADERS:
+        return None
+    if headers.get(_SOURCE) != SOURCE or headers.get(_TYPE) != incoming.routing_key:
+        return None
+    try:
+        get = headers.get
+        due, expires, priority = get(_DUE), get(_EXPIRES), get(_PRIORITY)
+        message = Message(
+            id=headers[_ID],
+            topic=incoming.routing_key,
+            body=incoming.body,
+            key=get(_KEY, "" if SLOT in headers else None),
+            content_type=properties.content_type or JSON,
+            correlation_id=get(_CORRELATION),
+            causation_id=get(_CAUSATION),
+            created=_unix_seconds(headers[_TIME]),
+            due=_unix_seconds(due) if due else 0.0,
+            expires=_unix_seconds(expires) if expires else None,
+            priority=int(priority) if priority else 0,
+        )
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+    return Arrived(message, headers.get("x-delivery-count", 0), 0, "", message.due, 0)
+
+
+def _unix_seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+_ID, _SOURCE, _TIME, _TYPE = (PREFIX + name for name in ("id", "source", "time", "type"))
+_KEY, _PRIORITY, _DUE, _EXPIRES = (PREFIX + name for name in ("partitionkey", "priority", "duetime", "expirytime"))
+_CORRELATION, _CAUSATION = PREFIX + "correlationid", PREFIX + "causationid"
+_PLAIN_HEADERS: Final = frozenset(
+    {PREFIX + "specversion", _TYPE, _ID, _SOURCE, _TIME, _KEY, _PRIORITY, _DUE, _EXPIRES, _CORRELATION}
+    | {_CAUSATION, SLOT, "x-delivery-count"}
+)
+
+
+def _read_any(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float) -> Arrived:
     properties = properties_or_none(incoming)
     headers: dict[str, Any] = dict(properties.headers or {})
     notes = {name: headers.pop(name) for name in OWN & headers.keys()}

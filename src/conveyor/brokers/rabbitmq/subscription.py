@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from conveyor.broker import Delivery
 from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.delay import Mover, moved_copy
@@ -14,11 +16,14 @@ from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.topology import Spec
 from conveyor.brokers.rabbitmq.work import Held, Work
+from conveyor.core.message import Message
 from conveyor.errors import BrokerError, BrokerUnavailable
 
 if TYPE_CHECKING:
     from conveyor.brokers.rabbitmq import RabbitBroker
 
+LOOK_AGAIN_SECONDS: Final = 1.0
+"""How often whoever receives early looks whether there is a delay ladder by now."""
 UNKEYED_TURN: Final = 4
 """Of so many fetches, one also looks for messages without a key where those with one are never at an end."""
 CRASHED: Final = "its process died, or lost the connection, without a word"
@@ -93,7 +98,7 @@ class RabbitSubscription:
         async with self._attaching:
             self._check()
             spec = self.broker.specs[self.queue]
-            if (self.mover is not None and self.mover.work is work) or spec.passive:
+            if (self.mover is not None and self.mover.work is work) or spec.passive or self._early:
                 return
             mover = Mover(self.broker, self.queue, work)
             starting = self.broker.spawn(mover.start(), f"beginning to move what is delayed in {self.queue}")
@@ -122,33 +127,50 @@ class RabbitSubscription:
             self._news.discard(news)
 
     async def _fetch(self, work: Work, room: int) -> list[Delivery]:
-        spec = self.broker.specs[self.queue]
+        # Whoever receives early looks into the delay ladder, too, which others may have raised meanwhile.
+        spec = await self.broker.known(self.queue, fresh=self._early)
         if spec.name in self.broker.absent:
             raise BrokerUnavailable(f"the temporary queue {spec.name!r} is being declared again")
         news = asyncio.Event()
         self._news.add(news)
+        again = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self.wake) if self._early else None
         try:
             if not spec.ordered:
-                return await self._draw(work, spec, room, news, lambda: self._ended is not None)
+                return await self._draw(work, spec, room, news, self._enough(again))
             keyed = self.broker.keyed(self.queue)
             try:
                 await keyed.begin(news)
-                return await self._in_order(work, spec, room, news, keyed)
+                return await self._in_order(work, spec, room, news, keyed, again)
             except AmqpError as error:
                 raise BrokerUnavailable(f"cannot receive from {self.queue!r}: {error}") from error
             finally:
                 keyed.end(news)
         finally:
             self._news.discard(news)
+            if again is not None:
+                again.cancel()
 
-    async def _in_order(self, work: Work, spec: Spec, room: int, news: asyncio.Event, keyed: Keyed) -> list[Delivery]:
+    def _enough(self, again: asyncio.TimerHandle | None) -> Callable[[], bool]:
+        """Whether to stop waiting though nothing came."""
+        if again is None:
+            return lambda: self._ended is not None
+        return lambda: self._ended is not None or again.when() <= asyncio.get_running_loop().time()
+
+    async def _in_order(
+        self,
+        work: Work,
+        spec: Spec,
+        room: int,
+        news: asyncio.Event,
+        keyed: Keyed,
+        again: asyncio.TimerHandle | None,
+    ) -> list[Delivery]:
         """What has a key comes from the partitions, what has none from the queue itself."""
         drawn: list[Delivery] = []
         self._turn += 1
         if not keyed.ready(self._early) or self._turn % UNKEYED_TURN == 0:  # neither of the two starves the other
-            drawn = await self._draw(
-                work, spec, room, news, lambda: self._ended is not None or keyed.lost or keyed.ready(self._early)
-            )
+            enough = self._enough(again)
+            drawn = await self._draw(work, spec, room, news, lambda: enough() or keyed.lost or keyed.ready(self._early))
             await keyed.settle_down()
         room -= len(drawn)
         if room <= 0 or self._ended is not None or keyed.lost or not keyed.ready(self._early):
@@ -159,12 +181,13 @@ class RabbitSubscription:
                 self,
                 keyed.work or work,
                 place.incoming,
-                place.message,
+                when(place.message, place.due) if self._early else place.message,
                 place.deliveries,
                 place.attempts,
                 place.error,
             )
             held.place = place
+            held.due = place.due
             helds.append(held)
         self.held += len(helds)
         self.broker.leases.begin(helds, spec.lease_seconds)
@@ -229,7 +252,10 @@ class RabbitSubscription:
                     counted -= 1
                 deliveries = counted + 1
                 error = CRASHED if counted > what.noted else what.error
-                accepted.append(Held(self, work, incoming, what.message, deliveries, what.attempts, error))
+                message = when(what.message, what.due) if self._early else what.message
+                held = Held(self, work, incoming, message, deliveries, what.attempts, error)
+                held.due = what.due
+                accepted.append(held)
         self.held += len(accepted)
         broker.leases.begin(accepted, spec.lease_seconds)
         if elsewhere:
@@ -247,3 +273,8 @@ class RabbitSubscription:
             pass  # they are still the server's, and come back when the channel goes
         finally:
             arrived.clear()
+
+
+def when(message: Message, due: float) -> Message:
+    """A message that tells when it would have been delivered."""
+    return message if due <= message.due else msgspec.structs.replace(message, due=due)

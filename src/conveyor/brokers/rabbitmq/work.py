@@ -180,6 +180,7 @@ class Held:
     __slots__ = (
         "attempts",
         "deliveries",
+        "due",
         "ends",
         "error",
         "incoming",
@@ -214,6 +215,7 @@ class Held:
         self.deliveries = deliveries
         self.attempts = attempts
         self.error = error
+        self.due = 0.0
         self.state = State.HELD
         self.seconds = 0.0
         self.ends = 0.0
