@@ -17,6 +17,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How the pipeline is set up; ``python -m examples.fetch_pipeline --help`` shows it."""
 
     rabbitmq_host: Annotated[str, setting("RabbitMQ: HOST, HOST:PORT, or several with commas")] = "localhost"
+    rabbitmq_port: Annotated[int, setting("its port, where the host names none", ge=1, le=65_535)] = 5672
     rabbitmq_user: Annotated[str, setting("who logs in there")] = "guest"
     rabbitmq_password: Annotated[str, setting("with which password; default guest", secret=True)] = "guest"  # noqa: S105 - RabbitMQ's own default
     rabbitmq_vhost: Annotated[str, setting("its virtual host")] = "/"
@@ -58,7 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def broker_url(self) -> str:
         """Where the queues are."""
         user, password = quote(self.rabbitmq_user, safe=""), quote(self.rabbitmq_password, safe="")
-        return self.broker or f"amqp://{user}:{password}@{self.rabbitmq_host}/{quote(self.rabbitmq_vhost, safe='')}"
+        hosts = [host if ":" in host else f"{host}:{self.rabbitmq_port}" for host in self.rabbitmq_host.split(",")]
+        return self.broker or f"amqp://{user}:{password}@{','.join(hosts)}/{quote(self.rabbitmq_vhost, safe='')}"
 
     @property
     def database_url(self) -> str:
