@@ -29,7 +29,7 @@ def _redis(request: pytest.FixtureRequest) -> Makers:
 
 def _rabbitmq(request: pytest.FixtureRequest, queue_type: str) -> Makers:
     server: RabbitMQ = request.getfixturevalue("rabbitmq")
-    return Makers(partial(from_url, f"{server.url()}?queue_type={queue_type}"))
+    return Makers(partial(from_url, f"{server.url()}?queue_type={queue_type}"), lease_seconds=2.0)
 
 
 # To prove another broker, or another mode of one, add one line.

@@ -39,6 +39,7 @@ from conveyor.brokers.rabbitmq.envelope import (
 from conveyor.brokers.rabbitmq.link import Link
 from conveyor.brokers.rabbitmq.order import Keyed, Place
 from conveyor.brokers.rabbitmq.publisher import Fate, Outgoing, Publisher, Refused, Unknown, Unrouted
+from conveyor.brokers.rabbitmq.renew import Renewals
 from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
 from conveyor.brokers.rabbitmq.topology import Spec, Topology, spec_of
 from conveyor.brokers.rabbitmq.work import Held, Leases, State, Work
@@ -96,6 +97,7 @@ class RabbitBroker:
         self.topology = Topology(self.connection, options.exchange)
         self._publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
         self._catalog = Catalog(self.connection, self.send, f"{options.exchange}.catalog", options.queue_type)
+        self._renewals = Renewals(self, options.consumer_timeout_seconds)
         self._exchanges = frozenset({options.exchange, self.topology.later_exchange})
 
     # Opening and closing
@@ -109,6 +111,7 @@ class RabbitBroker:
             await self._link.open()
             self._is_open = True
             await self._catalog.open()
+            self.spawn(self._renewals.run(), "renewing long deliveries")
         except BaseException:
             self._is_open = False
             await self._link.close()
@@ -436,6 +439,8 @@ class RabbitBroker:
         """Tell the server that these have ended, and wait until it knows; those whose channel went meanwhile are lost."""
         by_work: dict[Work, list[Held]] = {}
         for held in helds:
+            if held.renewing is not None:
+                await asyncio.shield(held.renewing)
             by_work.setdefault(held.work, []).append(held)
         lost: list[Delivery] = []
         for work, those in by_work.items():
@@ -472,6 +477,8 @@ class RabbitBroker:
         ]
         await self.send(copies)
         for held in helds:
+            if held.renewing is not None:
+                await asyncio.shield(held.renewing)
             if not held.work.lost:
                 held.work.ack([held.tag])
 

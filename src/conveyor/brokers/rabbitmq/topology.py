@@ -232,6 +232,18 @@ class Topology:
                 return False
         return True
 
+    async def create_held(self, spec: Spec, queue: str, seconds: float, unused_seconds: float) -> None:
+        """A queue whose messages go back to where they came from when nobody holds them for so long."""
+        arguments = self._arguments(spec) | {
+            "x-message-ttl": int(seconds * 1000),
+            "x-expires": int(unused_seconds * 1000),
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": spec.name,
+        }
+        if spec.queue_type == "quorum":
+            arguments |= {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+        await self._declare(spec, queue, arguments)
+
     async def delete(self, queue: str) -> None:
         """A queue goes, with what is in it."""
         await self.ask(lambda channel: channel.queue_delete(queue))

@@ -219,7 +219,7 @@ class Held:
         self.state = State.HELD
         self.seconds = 0.0
         self.ends = 0.0
-        self.since = 0.0
+        self.since = asyncio.get_running_loop().time()
         self.renewing: asyncio.Future[None] | None = None
         self.place: Place | None = None
 

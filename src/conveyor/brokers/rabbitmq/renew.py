@@ -1,0 +1,129 @@
+"""Deliveries that outlive the server's consumer_timeout: renewed well before, without the receiver noticing.
+
+RabbitMQ closes the channel of a consumer that keeps a delivery unsettled for too long (30 minutes unless set otherwise; AMQP does not
+tell), and gives everything on it to others. So a copy of what is still being handled goes into a queue of this object's own, comes from
+there to us, and takes the place of the original, which is acknowledged. Should this process die, the copy's time in that queue is over,
+and the server routes it back to where it came from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from conveyor.brokers.rabbitmq.amqp import AmqpError, FieldValue, Incoming
+from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, RENEWED, copy_of, properties_or_none
+from conveyor.brokers.rabbitmq.publisher import Outgoing
+from conveyor.brokers.rabbitmq.topology import Spec
+from conveyor.brokers.rabbitmq.work import Held, State, Work
+from conveyor.errors import BrokerError
+
+if TYPE_CHECKING:
+    from conveyor.brokers.rabbitmq import RabbitBroker
+
+log: Final = logging.getLogger("conveyor.rabbitmq")
+
+CHECKS_PER_TIMEOUT: Final = 8
+RENEWED_AT: Final = 0.5
+"""Share of the time-out after which a delivery is renewed."""
+RETURN_SECONDS: Final = 60.0
+"""How long a copy may take to us; and after our death, to be back in its queue at the latest."""
+UNUSED_SECONDS: Final = 3_600.0
+"""When a queue of copies without consumer is deleted: its messages are back where they belong by then."""
+DIED: Final = "its process died, or lost the connection, while it was handled for long"
+
+
+class Renewals:
+    """Renews what this broker object holds for long."""
+
+    def __init__(self, broker: RabbitBroker, timeout_seconds: float) -> None:
+        self._broker = broker
+        self._timeout_seconds = timeout_seconds
+        self._expected: dict[str, asyncio.Future[Incoming]] = {}
+        self._consuming: dict[str, Work] = {}
+
+    async def run(self) -> None:
+        """The loop."""
+        while True:
+            await asyncio.sleep(self._timeout_seconds / CHECKS_PER_TIMEOUT)
+            oldest = asyncio.get_running_loop().time() - self._timeout_seconds * RENEWED_AT
+            by_queue: dict[str, list[Held]] = {}
+            for held in self._broker.leases.all():
+                if held.since < oldest and held.state is State.HELD and not held.work.lost and held.place is None:
+                    by_queue.setdefault(held.queue, []).append(held)
+            for queue, helds in by_queue.items():
+                try:
+                    await self._renew(self._broker.specs[queue], helds)
+                except (BrokerError, AmqpError, TimeoutError) as error:
+                    log.warning("cannot renew %d long deliveries of %s, trying on: %s", len(helds), queue, error)
+
+    async def _renew(self, spec: Spec, helds: Sequence[Held]) -> None:
+        loop = asyncio.get_running_loop()
+        queue = await self._own_queue(spec)
+        names = [uuid.uuid4().hex for _ in helds]
+        arrivals = [loop.create_future() for _ in helds]
+        over = loop.create_future()
+        self._expected.update(zip(names, arrivals, strict=True))
+        for held in helds:
+            held.renewing = over
+        try:
+            await self._broker.send([self._copy(held, queue, name) for held, name in zip(helds, names, strict=True)])
+            async with asyncio.timeout(RETURN_SECONDS / 2):
+                await asyncio.wait(arrivals)
+        finally:
+            for held, name, arrival in zip(helds, names, arrivals, strict=True):
+                self._expected.pop(name, None)
+                if arrival.done() and not arrival.cancelled():
+                    self._swap(held, arrival.result())
+                held.renewing = None
+            over.set_result(None)
+
+    def _swap(self, held: Held, copy: Incoming) -> None:
+        """The copy is what is held from now on."""
+        if held.work.lost:
+            return
+        old, held.tag, held.incoming = held.tag, copy.delivery_tag, copy
+        held.since = asyncio.get_running_loop().time()
+        held.work.ack([old])
+        log.info("renewed the delivery of message %s in %s, which takes long", held.message.id, held.queue)
+
+    def _copy(self, held: Held, queue: str, name: str) -> Outgoing:
+        notes: dict[str, FieldValue] = {
+            DELIVERIES: held.deliveries,
+            ATTEMPTS: held.attempts,
+            ERROR: DIED,
+            DUE: held.due,
+            RENEWED: name,
+        }
+        return Outgoing("", queue, held.incoming.body, copy_of(held.incoming, held.message, notes))
+
+    async def _own_queue(self, spec: Spec) -> str:
+        """The queue of copies, consumed by us."""
+        queue = f"{spec.name}.held.{self._broker.owner}"
+        work = await self._broker.work()
+        if self._consuming.get(queue) is not work:
+            await self._broker.topology.create_held(spec, queue, RETURN_SECONDS, UNUSED_SECONDS)
+
+            def on_delivery(incoming: Incoming) -> None:
+                work.took(incoming.delivery_tag)
+                name = (properties_or_none(incoming).headers or {}).get(RENEWED)
+                expected = self._expected.get(name) if isinstance(name, str) else None
+                if expected is not None and not expected.done():
+                    expected.set_result(incoming)
+                elif self._consuming.get(queue) is work and not incoming.redelivered:
+                    work.ack([incoming.delivery_tag])  # too late: the original is still in our hands
+                else:
+                    self._broker.spawn(self._back(work, spec, incoming), "giving back what an earlier connection held")
+
+            await asyncio.gather(work.channel.qos(0), work.channel.consume(queue, on_delivery))
+            self._consuming[queue] = work
+        return queue
+
+    async def _back(self, work: Work, spec: Spec, incoming: Incoming) -> None:
+        what = self._broker.read(incoming, spec)
+        notes: dict[str, FieldValue] = {DELIVERIES: what.noted, ATTEMPTS: what.attempts, ERROR: DIED, DUE: what.due}
+        await self._broker.send([Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))])
+        work.ack([incoming.delivery_tag])

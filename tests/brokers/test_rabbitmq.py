@@ -1,0 +1,291 @@
+"""RabbitMQ's own ways: plain clients, queues of others, long handlers, alarms, and what its URL says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+import pika
+import pytest
+
+from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
+from conveyor.brokers import from_url
+from conveyor.brokers.rabbitmq import RabbitBroker, publisher
+from conveyor.brokers.rabbitmq.address import read_url
+from conveyor.core.message import Message
+from conveyor.core.settle import DONE, Dead, RetryAt
+from conveyor.errors import BrokerError, BrokerFull, ConfigurationError, QueueConflict
+
+if TYPE_CHECKING:
+    from pika.adapters.blocking_connection import BlockingChannel
+
+    from tests.servers.rabbitmq import RabbitMQ
+
+PATIENCE_SECONDS: Final = 30.0
+
+
+@pytest.fixture(params=["quorum", "classic"])
+def url(rabbitmq: RabbitMQ, request: pytest.FixtureRequest) -> str:
+    return f"{rabbitmq.url()}?queue_type={request.param}"
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str) -> AsyncIterator[RabbitBroker]:
+    broker = from_url(url)
+    assert isinstance(broker, RabbitBroker)
+    await broker.open()
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
+@contextlib.contextmanager
+def plain(url: str) -> Iterator[BlockingChannel]:
+    """A client that knows nothing of Conveyor."""
+    connection = pika.BlockingConnection(pika.URLParameters(url.partition("?")[0]))
+    try:
+        yield connection.channel()
+    finally:
+        if connection.is_open:
+            connection.close()
+
+
+async def plainly(url: str, act: Callable[[BlockingChannel], Any]) -> Any:
+    def run() -> Any:
+        with plain(url) as channel:
+            return act(channel)
+
+    return await asyncio.to_thread(run)
+
+
+async def one(broker: RabbitBroker, queue: str) -> Delivery:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        [delivery] = await (await broker.subscribe(queue, 10)).fetch(1)
+    return delivery
+
+
+# --- plain clients ----------------------------------------------------------------------------------------------------
+
+
+async def test_plain_json_sent_to_the_queue_by_name_is_a_message(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order_created",))])
+        await plainly(url, lambda channel: channel.basic_publish("", "orders", b'{"order_id": "A-1"}'))
+        delivery = await one(broker, "orders")
+        assert delivery.message.topic == "order_created"
+        assert delivery.message.body == b'{"order_id": "A-1"}'
+        assert delivery.message.content_type == "application/json"
+        assert delivery.message.id
+        await broker.settle([Settlement(delivery, RetryAt(0.0, "again"))])
+        again = await one(broker, "orders")
+        assert (again.message.id, again.message.topic) == (delivery.message.id, "order_created")
+
+
+async def test_a_plain_client_may_publish_to_the_exchange_with_properties_of_its_own(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order_created", "order_paid"))])
+        properties = pika.BasicProperties(
+            message_id="m-1", correlation_id="journey", content_type="text/plain", headers={"tenant": "blau", "n": 7}
+        )
+        await plainly(url, lambda channel: channel.basic_publish("conveyor", "order_paid", b"paid", properties))
+        message = (await one(broker, "orders")).message
+        assert (message.id, message.topic, message.correlation_id) == ("m-1", "order_paid", "journey")
+        assert (message.content_type, dict(message.headers)) == ("text/plain", {"tenant": "blau", "n": "7"})
+
+
+async def test_what_is_published_is_plain_json_with_cloudevents_headers(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order_created",))])
+        await broker.publish(
+            [Message("m-1", "order_created", b"{}", key="A-1", headers={"tenant": "blau"}, created=1e9)]
+        )
+        method, properties, body = await plainly(url, lambda channel: channel.basic_get("orders"))
+        assert (method.exchange, method.routing_key, body) == ("conveyor", "order_created", b"{}")
+        assert (properties.content_type, properties.message_id, properties.delivery_mode) == (
+            "application/json",
+            "m-1",
+            2,
+        )
+        told = {name: value for name, value in properties.headers.items() if name.startswith("cloudEvents:")}
+        assert told == {
+            "cloudEvents:specversion": "1.0",
+            "cloudEvents:id": "m-1",
+            "cloudEvents:source": "conveyor",
+            "cloudEvents:type": "order_created",
+            "cloudEvents:time": "2001-09-09T01:46:40Z",
+            "cloudEvents:partitionkey": "A-1",
+        }
+        assert properties.headers["tenant"] == "blau"
+
+
+async def test_a_dead_letter_is_a_plain_message_with_its_reason(url: str) -> None:
+    async with opened(url) as broker:
+        queue = Queue(name="orders", topics=("order",), native={"dead_queue": "orders-dlq"})
+        await broker.declare([queue])
+        await plainly(url, lambda channel: channel.basic_publish("", "orders", b"not json"))
+        await broker.settle([Settlement(await one(broker, "orders"), Dead("invalid", "no JSON", "a trace"))])
+        _, properties, body = await plainly(url, lambda channel: channel.basic_get("orders-dlq", auto_ack=True))
+        assert body == b"not json"
+        assert properties.headers["conveyor-reason"] == "invalid"
+        assert properties.headers["conveyor-error"] == "no JSON"
+        assert properties.headers["conveyor-traceback"] == "a trace"
+
+
+async def test_what_the_server_dead_lettered_is_listed_and_goes_back(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",))])
+
+        def expire(channel: BlockingChannel) -> None:
+            arguments = {"x-message-ttl": 1, "x-dead-letter-exchange": "", "x-dead-letter-routing-key": "orders.dead"}
+            channel.queue_declare("elsewhere", durable=True, arguments=arguments)
+            channel.basic_publish("", "elsewhere", b"late", pika.BasicProperties(message_id="m-1"))
+
+        await plainly(url, expire)
+        letters = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not letters:
+                letters = await broker.dead_letters(DeadFilter(queue="orders"), limit=10)
+        [letter] = letters
+        assert (letter.message.id, letter.message.body, letter.reason) == ("m-1", b"late", "expired")
+        assert await broker.redrive(letters) == 1
+        assert (await one(broker, "orders")).message.body == b"late"
+
+
+# --- what others own --------------------------------------------------------------------------------------------------
+
+
+async def test_an_exchange_of_others_is_used_as_it_is(url: str) -> None:
+    await plainly(url, lambda channel: channel.exchange_declare("skillupworks", "direct", durable=True))
+    async with opened(url) as broker:
+        native = {"exchange": "skillupworks", "exchange_type": "direct", "routing_key": "order"}
+        await broker.declare([Queue(name="order-processing", topics=("order_placed",), native=native)])
+        await plainly(url, lambda channel: channel.basic_publish("skillupworks", "order", b"{}"))
+        assert (await one(broker, "order-processing")).message.topic == "order_placed"
+
+
+async def test_a_queue_with_other_arguments_is_a_conflict_unless_it_is_passive(url: str) -> None:
+    await plainly(url, lambda channel: channel.queue_declare("theirs", durable=True, arguments={"x-max-length": 7}))
+    async with opened(url) as broker:
+        with pytest.raises(QueueConflict, match=r"'theirs'.*PRECONDITION_FAILED.*'passive'"):
+            await broker.declare([Queue(name="theirs", topics=("order",))])
+        await broker.declare([Queue(name="theirs", topics=("order",), native={"passive": "true"})])
+        await plainly(url, lambda channel: channel.basic_publish("", "theirs", b"{}"))
+        delivery = await one(broker, "theirs")
+        assert await broker.settle([Settlement(delivery, DONE)]) == []
+
+
+async def test_a_passive_queue_that_does_not_exist_is_an_error(url: str) -> None:
+    async with opened(url) as broker:
+        with pytest.raises(BrokerError, match="there is no queue 'nowhere'"):
+            await broker.declare([Queue(name="nowhere", native={"passive": "true"})])
+
+
+async def test_a_user_without_the_permission_to_configure_works_on_what_exists(rabbitmq: RabbitMQ, url: str) -> None:
+    queue = Queue(name="orders", topics=("order",))
+    async with opened(url) as broker:
+        await broker.declare([queue])
+    parts = urlsplit(url)
+    rabbitmq.ctl("add_user", name := f"worker{parts.path[1:]}", "secret")
+    rabbitmq.ctl("set_permissions", "--vhost", parts.path[1:], name, "^$", ".*", ".*")
+    async with opened(url.replace(parts.netloc.partition("@")[0], f"{name}:secret")) as broker:
+        await broker.declare([queue])
+        await broker.publish([Message("m-1", "order", b"{}")])
+        delivery = await one(broker, "orders")
+        assert delivery.message.id == "m-1"
+        assert await broker.settle([Settlement(delivery, DONE)]) == []
+        with pytest.raises(BrokerError, match="permission"):
+            await broker.declare([Queue(name="new", topics=("order",))])
+
+
+# --- the server's moods -----------------------------------------------------------------------------------------------
+
+
+async def test_a_queue_that_refuses_more_is_told_as_full(url: str) -> None:
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    await plainly(url, lambda channel: channel.queue_declare("small", durable=True, arguments=arguments))
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="small", native={"passive": "true"})])
+        with pytest.raises(BrokerFull, match="full"):
+            for number in range(10):
+                await broker.publish([Message(str(number), "any", b"{}")], queue="small")
+
+
+async def test_a_server_out_of_memory_is_told_and_refused_and_over(
+    rabbitmq: RabbitMQ, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "BLOCKED_SECONDS", 0.2)
+    monkeypatch.setattr(publisher, "CONFIRM_SECONDS", 1.0)
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",))])
+        assert await broker.risks() == []
+        await asyncio.to_thread(rabbitmq.ctl, "set_vm_memory_high_watermark", "0.00001")
+        try:
+            with pytest.raises(BrokerError):
+                await broker.publish([Message("unconfirmed", "order", b"{}")])
+            with pytest.raises(BrokerFull, match="takes nothing now"):
+                await broker.publish([Message("refused", "order", b"{}")])
+            [risk] = await broker.risks()
+            assert "takes no publishes now" in risk
+        finally:
+            await asyncio.to_thread(rabbitmq.ctl, "set_vm_memory_high_watermark", "0.6")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while await broker.risks():
+                await asyncio.sleep(0.05)
+        assert await broker.publish([Message("welcome", "order", b"{}")]) == frozenset()
+
+
+async def test_a_handler_that_outlives_the_consumer_timeout_is_run_once(rabbitmq: RabbitMQ, url: str) -> None:
+    rabbitmq.set("consumer_timeout", "3000")
+    try:
+        async with opened(f"{url}&consumer_timeout=3") as broker, opened(url) as other:
+            await broker.declare([Queue(name="long", topics=("long",))])
+            await broker.publish([Message("m-1", "long", b"{}"), Message("m-2", "long", b"{}")])
+            subscription = await broker.subscribe("long", 10)
+            held: list[Delivery] = []
+            while len(held) < 2:
+                held += await subscription.fetch(2)
+            waiting = asyncio.create_task((await other.subscribe("long", 10)).fetch(1))
+            for _ in range(10):
+                await asyncio.sleep(0.7)
+                assert await broker.extend(held) == []
+            assert await broker.settle([Settlement(each, DONE) for each in held]) == []
+            assert not waiting.done(), "another receiver got what was being handled"
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await waiting
+    finally:
+        rabbitmq.set("consumer_timeout", "1800000")
+
+
+# --- the URL ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_url_names_hosts_virtual_host_and_user() -> None:
+    options = read_url("amqp://me:p%40ss@one:1234,two/the%2Fhost?queue_type=classic&exchange=shop&heartbeat=3")
+    assert [(each.host, each.port) for each in options.addresses] == [("one", 1234), ("two", 5672)]
+    assert {(each.virtual_host, each.user, each.password) for each in options.addresses} == {("the/host", "me", "p@ss")}
+    assert (options.queue_type, options.exchange, options.heartbeat_seconds) == ("classic", "shop", 3.0)
+    assert "p@ss" not in repr(options)
+    assert read_url("amqps://host").addresses[0].port == 5671
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("amqp://host/a/b", "%2F"),
+        ("amqp://host?queue_type=mirrored", "quorum or classic"),
+        ("amqp://host?no_such=1", "no_such"),
+        ("amqp://host?heartbeat=soon", "seconds"),
+        ("amqp://host?exchange=amq.topic", "amq."),
+        ("amqp://host:port", "host:port"),
+        ("amqp://host?cafile=x", "amqps"),
+        ("amqps://host?cafile=/no/such/file", "TLS files"),
+    ],
+)
+def test_a_url_that_makes_no_sense_is_refused(url: str, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=why):
+        read_url(url)
