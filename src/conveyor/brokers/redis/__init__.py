@@ -219,8 +219,10 @@ class RedisBroker:
         await self._link.connect()
         return risks_of(await said_by(self._link), self.clock())
 
-    def next_claim(self) -> int:
-        """For a subscription: numbers its claims; the number is in the leases."""
+    async def next_claim(self) -> int:
+        """For a subscription: numbers its claims; the number is in the leases. What earlier ones left behind is given back before."""
+        if self._doubtful:
+            await self._link.connect()
         self._claims += 1
         return self._claims
 

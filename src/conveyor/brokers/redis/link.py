@@ -163,7 +163,13 @@ class Link:
                 await asyncio.sleep(pause)
             try:
                 async with asyncio.timeout(CONNECT_SECONDS):
-                    await self._begin()
+                    try:
+                        await self._begin()
+                    except NotNow:
+                        if self._elsewhere is None:
+                            raise
+                        self.drop("the keys are elsewhere in the cluster")
+                        await self._begin()
             except BaseException as error:
                 self._failures += 1
                 longest = min(LONGEST_PAUSE_SECONDS, 0.05 * 2 ** min(self._failures, 10))
@@ -260,6 +266,7 @@ class Link:
             await self.send("AUTH", *([here.user] if here.user is not None else []), here.password)
         if here.database:
             await self.send("SELECT", here.database)
+        await self.send("EXISTS", self._key)  # a cluster says here where our keys are
         if self._greet is not None:
             await self._greet(self)
         self._greeted = self._wire is wire
@@ -275,7 +282,11 @@ class Link:
             moved = _MOVED.search(said)
             if moved is not None and moved[1]:
                 self._elsewhere = moved[1], int(moved[2])
-            asyncio.get_running_loop().call_soon(self.drop, said)
+            asyncio.get_running_loop().call_soon(self._leave, self._wire, said)
+
+    def _leave(self, wire: _Wire | None, said: str) -> None:
+        if wire is self._wire:
+            self.drop(said)
 
     def _was_lost(self, wire: _Wire, error: Exception | None) -> None:
         if wire is self._wire:

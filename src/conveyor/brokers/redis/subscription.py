@@ -108,8 +108,9 @@ class RedisSubscription:
     async def _ask(self, room: int, wait_seconds: float) -> Any:
         """The answer to a claim, which the server looks at when there is news, or the time is over."""
         link, broker, queue = self._link, self._broker, self.queue
+        claim = await broker.next_claim()
         await link.connect()
-        self._claim = broker.next_claim()
+        self._claim = claim
         if wait_seconds:
             streams = broker.streams_of(queue)
             command = ("XREADGROUP", "GROUP", "bell", "all", "COUNT", 1, "BLOCK", math.ceil(wait_seconds * 1000))

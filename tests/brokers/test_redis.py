@@ -1,0 +1,517 @@
+"""The Redis broker beside programs that know nothing of it, on servers that refuse, forget, forbid and move, and what it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from redis import Redis as Client
+
+import conveyor.brokers.redis as module
+from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
+from conveyor.brokers import from_url
+from conveyor.brokers.redis import RedisBroker
+from conveyor.brokers.redis.health import risks_of
+from conveyor.brokers.redis.wire import fields_of, message_of
+from conveyor.core.message import Message
+from conveyor.core.settle import DONE, Dead, Done, RetryAt
+from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, PublishFailed
+from tests.servers.proxy import Proxy
+from tests.servers.redis import Redis
+
+if TYPE_CHECKING:
+    from conveyor.broker import Subscription
+
+PATIENCE_SECONDS: Final = 20.0
+ANSWER_LOST: Final = "the-answer-to-this-is-lost"
+
+
+def namespace_of(url: str) -> str:
+    """What a URL of the fixture names."""
+    return parse_qs(urlsplit(url).query)["namespace"][0]
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, *queues: Queue) -> AsyncIterator[RedisBroker]:
+    """A broker object with these queues."""
+    broker = from_url(url)
+    assert isinstance(broker, RedisBroker)
+    await broker.open()
+    try:
+        await broker.declare(queues)
+        yield broker
+    finally:
+        await broker.close()
+
+
+def plain(server: Redis) -> Any:
+    """A plain client's answers have types that depend on everything."""
+    return Client(port=server.port, decode_responses=True)
+
+
+@pytest.fixture
+def client(redis: Redis) -> Iterator[Any]:
+    """A program that knows nothing of Conveyor."""
+    redis.start()
+    with plain(redis) as client:
+        yield client
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Redis]:
+    """A server that a test may set up as it likes."""
+    binary = shutil.which("redis-server")
+    assert binary is not None
+    server = Redis(tmp_path, binary)
+    yield server
+    server.close()
+
+
+async def take(subscription: Subscription, number: int) -> list[Delivery]:
+    """So many deliveries."""
+    taken: list[Delivery] = []
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while len(taken) < number:
+            taken += await subscription.fetch(number - len(taken))
+    return taken
+
+
+def bodies(deliveries: Sequence[Delivery]) -> list[bytes]:
+    """What they say."""
+    return [each.message.body for each in deliveries]
+
+
+async def test_what_a_plain_client_adds_to_a_queue_is_consumed(redis: Redis, client: Any) -> None:
+    url = redis.url()
+    stream = f"{{{namespace_of(url)}}}:queue:shop.charge"
+    async with opened(url, Queue(name="shop.charge", topics=("order.created",))) as broker:
+        subscription = await broker.subscribe("shop.charge", 10)
+        waiting = asyncio.create_task(take(subscription, 1))
+        await asyncio.sleep(0)
+        id_ = client.xadd(stream, {"body": '{"order_id": "A-1"}', "tenant": "blau", "ce_partitionkey": "A-1"})
+        [delivery] = await waiting
+        message = delivery.message
+        assert (message.topic, message.body, message.key) == ("order.created", b'{"order_id": "A-1"}', "A-1")
+        assert (message.id, dict(message.headers)) == (f"shop.charge/{id_}", {"tenant": "blau"})
+        await broker.settle([Settlement(delivery, RetryAt(0.0, "again"))])
+        [again] = await take(subscription, 1)
+        assert (again.message.id, again.deliveries, again.attempts) == (message.id, 2, 1)
+        await broker.settle([Settlement(again, DONE)])
+        assert client.xlen(stream) == 0
+
+
+async def test_a_shell_script_can_publish_with_the_servers_own_tool(redis: Redis) -> None:
+    url = redis.url()
+    stream = f"{{{namespace_of(url)}}}:queue:shop.charge"
+    async with opened(url, Queue(name="shop.charge", topics=("order.created",))) as broker:
+        command = ["redis-cli", "-p", str(redis.port), "XADD", stream, "*", "body", '{"a": 1}', "ce_id", "from-a-shell"]
+        await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+        [delivery] = await take(await broker.subscribe("shop.charge", 10), 1)
+        assert (delivery.message.id, delivery.message.body) == ("from-a-shell", b'{"a": 1}')
+
+
+async def test_a_stream_that_was_written_before_its_queue_was_declared_is_consumed(
+    redis: Redis, client: Client
+) -> None:
+    url = redis.url()
+    client.xadd(f"{{{namespace_of(url)}}}:queue:q", {"body": "early"})
+    async with opened(url, Queue(name="q", topics=("t",))) as broker:
+        assert bodies(await take(await broker.subscribe("q", 10), 1)) == [b"early"]
+
+
+async def test_attributes_of_a_plain_client_have_their_effect(redis: Redis, client: Any) -> None:
+    url = redis.url()
+    stream = f"{{{namespace_of(url)}}}:queue:q"
+    async with opened(url, Queue(name="q", topics=("t", "u"), ordered=True)) as broker:
+        client.xadd(stream, {"body": "some day", "ce_duetime": "2999-01-01T00:00:00+02:00"})
+        client.xadd(stream, {"body": "k1", "ce_partitionkey": "k", "ce_type": "u"})
+        client.xadd(stream, {"body": "k2", "ce_partitionkey": "k", "ce_duetime": "2001-01-01T00:00:00Z"})
+        client.xadd(stream, {"body": "urgent", "ce_priority": "9"})
+        subscription = await broker.subscribe("q", 10)
+        held = await take(subscription, 2)
+        assert sorted(bodies(held)) == [b"k1", b"urgent"]
+        assert {each.message.body: each.message.topic for each in held}[b"k1"] == "u"
+        await broker.settle([Settlement(each, DONE) for each in held])
+        assert bodies(await take(subscription, 1)) == [b"k2"]
+        [info] = await broker.queues()
+        assert (info.ready, info.in_flight, info.delayed) == (0, 1, 1)
+
+
+async def test_what_conveyor_publishes_is_plain_for_any_client(redis: Redis, client: Any) -> None:
+    url = redis.url()
+    message = Message(
+        "an-id", "order.created", b'{"order_id":"A-1"}', key="A-1", headers={"tenant": "blau"}, created=1.5
+    )
+    async with opened(url, Queue(name="q", topics=("order.created",))) as broker:
+        await broker.publish([message])
+        [(_, fields)] = client.xrange(f"{{{namespace_of(url)}}}:queue:q")
+    assert fields == {
+        "body": '{"order_id":"A-1"}',
+        "tenant": "blau",
+        "content-type": "application/json",
+        "ce_specversion": "1.0",
+        "ce_id": "an-id",
+        "ce_source": "conveyor",
+        "ce_type": "order.created",
+        "ce_time": "1970-01-01T00:00:01.500000Z",
+        "ce_partitionkey": "A-1",
+    }
+
+
+async def test_dead_letters_are_read_and_deleted_by_any_client(redis: Redis, client: Any) -> None:
+    url = redis.url()
+    dead = f"{{{namespace_of(url)}}}:dead:q"
+    async with opened(url, Queue(name="q", topics=("t",))) as broker:
+        await broker.publish([Message("m", "t", b"x")])
+        [delivery] = await take(await broker.subscribe("q", 1), 1)
+        await broker.settle([Settlement(delivery, Dead("rejected", "no", "trace"))])
+        [(id_, fields)] = client.xrange(dead)
+        assert (fields["dead_reason"], fields["dead_error"], fields["body"], fields["ce_id"]) == (
+            "rejected",
+            "no",
+            "x",
+            "m",
+        )
+        client.xdel(dead, id_)
+        assert await broker.dead_letters(DeadFilter(), limit=10) == []
+
+
+async def test_all_keys_have_one_hash_tag_and_what_is_done_leaves_none_of_its_own(redis: Redis, client: Any) -> None:
+    url = redis.url()
+    tag = f"{{{namespace_of(url)}}}:"
+    queue = Queue(name="q", topics=("t",), ordered=True)
+    async with opened(url, queue) as broker:
+        others = {key for key in client.scan_iter() if not key.startswith(tag)}
+        subscription = await broker.subscribe("q", 100)
+        before = set(client.scan_iter(match=f"{tag}*"))
+        messages = [Message(str(n), "t", b"x", key=f"k{n % 3}", priority=n % 2) for n in range(9)]
+        await broker.publish(messages)
+        done = 0
+        while done < len(messages):
+            [held] = await take(subscription, 1)
+            verdict = DONE if held.attempts else RetryAt(0.0, "again")
+            assert await broker.settle([Settlement(held, verdict)]) == []
+            done += verdict is DONE
+        new = set(client.scan_iter(match=f"{tag}*")) - before
+        assert {key.removeprefix(tag).split(":")[0] for key in new} <= {"sent", "kept"}
+        assert client.xlen(f"{tag}kept:q") == client.xlen(f"{tag}queue:q") == 0
+        assert {key for key in client.scan_iter() if not key.startswith(tag)} <= others
+
+
+async def test_a_publish_whose_answer_is_lost_is_done_once(redis: Redis) -> None:
+    url = redis.url()
+    async with (
+        Proxy(redis.port) as proxy,
+        opened(url, Queue(name="q", topics=("t",))) as here,
+        opened(url.replace(f":{redis.port}/", f":{proxy.port}/")) as broker,
+    ):
+        lost = proxy.lose_answer_to(ANSWER_LOST.encode())
+        nobody = Message("nobody", "of no queue", b"")
+        assert await broker.publish([Message("one", "t", ANSWER_LOST.encode()), nobody]) == {"nobody"}
+        assert lost.is_set()
+        await broker.publish([Message("two", "t", b"behind")])
+        received = await take(await here.subscribe("q", 10), 2)
+        assert [each.message.id for each in received] == ["one", "two"]
+        assert (await here.queues())[0].ready == 0
+
+
+async def test_a_settlement_whose_answer_is_lost_is_done_once_and_not_reported_as_lost(redis: Redis) -> None:
+    url = redis.url()
+    queues = Queue(name="q", topics=("t",)), Queue(name="effects", topics=("e",))
+    async with Proxy(redis.port) as proxy, opened(url.replace(f":{redis.port}/", f":{proxy.port}/"), *queues) as broker:
+        await broker.publish([Message("cause", "t", b"")])
+        held = await take(await broker.subscribe("q", 10), 1)
+        lost = proxy.lose_answer_to(ANSWER_LOST.encode())
+        effect = Message("effect", "e", ANSWER_LOST.encode())
+        assert await broker.settle([Settlement(each, Done((effect,))) for each in held]) == []
+        assert lost.is_set()
+        assert await broker.settle([Settlement(each, DONE) for each in held]) == held
+        assert {each.name: (each.ready, each.in_flight) for each in await broker.queues()} == {
+            "effects": (1, 0),
+            "q": (0, 0),
+        }
+
+
+async def test_a_claim_whose_answer_is_lost_comes_back_uncounted(redis: Redis) -> None:
+    url = redis.url()
+    async with (
+        Proxy(redis.port) as proxy,
+        opened(url, Queue(name="q", topics=("t",))) as here,
+        opened(url.replace(f":{redis.port}/", f":{proxy.port}/")) as broker,
+    ):
+        subscription = await broker.subscribe("q", 10)
+        fetch = asyncio.create_task(subscription.fetch(10))
+        while not proxy.accepted >= 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        proxy.fall_silent()
+        await here.publish([Message("m", "t", b"x")])
+        while (await here.queues())[0].in_flight == 0:
+            await asyncio.sleep(0.01)
+        proxy.cut()
+        with pytest.raises(BrokerUnavailable):
+            await fetch
+        [delivery] = await take(subscription, 1)
+        assert (delivery.message.id, delivery.deliveries, delivery.crashes) == ("m", 1, 0)
+
+
+async def test_the_server_may_forget_the_scripts(redis: Redis, client: Any) -> None:
+    async with opened(redis.url(), Queue(name="q", topics=("t",))) as broker:
+        subscription = await broker.subscribe("q", 10)
+        for number in range(3):
+            client.script_flush()
+            await broker.publish([Message(str(number), "t", b"x")])
+            client.script_flush()
+            held = await take(subscription, 1)
+            client.script_flush()
+            assert await broker.settle([Settlement(each, DONE) for each in held]) == []
+
+
+async def test_a_server_that_comes_back_empty_gets_its_queues_again(own_server: Redis) -> None:
+    own_server.configure("appendonly", "no")
+    async with opened(own_server.url(), Queue(name="q", topics=("t",))) as broker:
+        subscription = await broker.subscribe("q", 10)
+        await asyncio.to_thread(own_server.restart)
+        with contextlib.suppress(BrokerUnavailable, PublishFailed):
+            await broker.publish([Message("lost", "t", b"")])
+        await broker.publish([Message("m", "t", b"")])
+        while True:
+            try:
+                assert (await take(subscription, 1))[0].queue == "q"
+                break
+            except BrokerUnavailable:
+                continue
+
+
+async def test_a_temporary_queue_vanishes_when_its_owner_gives_no_sign_of_life(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = redis.url()
+    async with opened(url) as watcher:
+        monkeypatch.setattr(module, "DEAD_AFTER_SECONDS", 0.2)
+        async with opened(url, Queue(name="q", topics=("t",), temporary=True)) as owner:
+            monkeypatch.undo()
+            assert [each.name for each in await watcher.queues()] == ["q"]
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while await watcher.queues():
+                    await asyncio.sleep(0.05)
+            assert owner.owner != watcher.owner
+
+
+async def test_what_conveyor_needs_of_an_acl_is_what_the_documentation_says(own_server: Redis) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text()
+    [rule] = [line.strip() for line in text.splitlines() if line.strip().startswith("ACL SETUSER shop ")]
+    url = own_server.url().split("?", maxsplit=1)[
+        0
+    ]  # the documented rule is for the namespace that is used unless said otherwise
+    with plain(own_server) as client:
+        client.execute_command(*rule.replace(">secret", ">s3cr3t").split())
+    url = url.replace("redis://", "redis://shop:s3cr3t@")
+    async with opened(
+        url, Queue(name="q", topics=("t",), ordered=True), Queue(name="p", topics=("t",), max_length=1)
+    ) as broker:
+        subscription = await broker.subscribe("q", 10)
+        await broker.publish([Message(str(n), "t", b"x", key="k", due=time.time() + n / 100) for n in range(3)])
+        await broker.settle([Settlement(each, RetryAt(0.0, "x")) for each in await take(subscription, 1)])
+        [held] = await take(subscription, 1)
+        assert await broker.extend([held]) == []
+        await broker.settle([Settlement(held, Dead("rejected", "no"))])
+        letters = await broker.dead_letters(DeadFilter(), limit=10)
+        await broker.bury(letters)
+        assert await broker.redrive(letters) == 1
+        assert await broker.discard(await broker.dead_letters(DeadFilter(), limit=10)) == 1
+        assert await broker.purge("q") == 3
+        assert await broker.reclaim("somebody", "x") == 0
+        assert len(await broker.queues()) == 2
+        assert any("forbidden" in risk for risk in await broker.risks())
+
+
+async def test_a_wrong_password_is_said_without_the_password(own_server: Redis) -> None:
+    broker = from_url(own_server.url().replace("redis://", "redis://:wr0ng@"))
+    with plain(own_server) as client:
+        client.config_set("requirepass", "right")
+    with pytest.raises(BrokerError) as refused:
+        await broker.open()
+    assert not isinstance(refused.value, BrokerUnavailable), "it would be tried for ever"
+    assert "WRONGPASS" in str(refused.value)
+    assert "wr0ng" not in str(refused.value) + repr(broker.__dict__)
+
+
+async def test_a_server_that_evicts_is_refused(own_server: Redis) -> None:
+    own_server.configure("maxmemory", "100mb")
+    own_server.configure("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(BrokerError, match="noeviction"):
+        await from_url(own_server.url()).open()
+
+
+async def test_a_server_that_is_full_refuses_messages_and_lets_work_end(own_server: Redis) -> None:
+    async with opened(own_server.url(), Queue(name="q", topics=("t",))) as broker:
+        await broker.publish([Message(str(n), "t", b"x") for n in range(2)])
+        [first, second] = await take(await broker.subscribe("q", 10), 2)
+        with plain(own_server) as client:
+            client.config_set("maxmemory", "1mb")
+        with pytest.raises(BrokerFull, match="maxmemory"):
+            await broker.publish([Message("m", "t", b"x")])
+        with pytest.raises(PublishFailed) as failed:
+            await broker.settle([Settlement(second, Done((Message("effect", "t", b"x"),)))])
+        assert set(failed.value.refused) == {"effect"}
+        assert await broker.settle([Settlement(first, DONE), Settlement(second, DONE)]) == []
+        assert any("maxmemory" in risk for risk in await broker.risks())
+
+
+async def test_a_replica_is_not_written_to(own_server: Redis, redis: Redis) -> None:
+    redis.start()
+    async with opened(own_server.url(), Queue(name="q", topics=("t",))) as broker:
+        with plain(own_server) as client:
+            client.execute_command("REPLICAOF", "127.0.0.1", str(redis.port))
+            with pytest.raises(BrokerUnavailable):
+                await broker.subscribe("q", 1)
+            client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+async def test_in_a_cluster_it_goes_where_its_keys_are(tmp_path: Path) -> None:
+    binary = shutil.which("redis-server")
+    assert binary is not None
+    nodes = []
+    for name in "ab":
+        folder = tmp_path / name
+        folder.mkdir()
+        nodes.append(Redis(folder, binary))
+        nodes[-1].configure("cluster-enabled", "yes")
+        nodes[-1].configure("cluster-require-full-coverage", "no")
+    one, other = nodes
+    try:
+        urls = [node.url() for node in nodes]
+        with plain(one) as here, plain(other) as there:
+            here.execute_command("CLUSTER", "MEET", "127.0.0.1", str(other.port))
+            there.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+            while not (_is_ready(here) and _is_ready(there)):
+                await asyncio.sleep(0.02)
+        async with opened(urls[0], Queue(name="q", topics=("t",))) as broker:
+            await broker.publish([Message("m", "t", b"x")])
+            held = await take(await broker.subscribe("q", 1), 1)
+            assert await broker.settle([Settlement(each, DONE) for each in held]) == []
+    finally:
+        for node in nodes:
+            node.close()
+
+
+def _is_ready(node: Any) -> bool:
+    slots = node.execute_command("CLUSTER", "SLOTS")
+    state = node.execute_command("CLUSTER", "INFO")
+    return bool(slots) and "cluster_state:ok" in str(state)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://localhost/0?nonsense=1", "nonsense"),
+        ("redis://localhost/zero", "database"),
+        ("redis://localhost:99999/0", "port"),
+        ("redis://localhost/0?namespace=a{b}", "namespace"),
+        ("redis://localhost/0#x", "redis://"),
+        ("unix://", "socket"),
+        ("rediss://localhost/0?ca=/does/not/exist", "TLS"),
+    ],
+)
+def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        from_url(url.replace("localhost", "shop:s3cr3t@localhost"))
+    assert "s3cr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "word"),
+    [
+        ({"aof_enabled": "0"}, "appendonly"),
+        ({"appendfsync": "no"}, "appendfsync always"),
+        ({"appendfsync": "everysec"}, "two seconds"),
+        ({"maxmemory": "100", "used_memory": "95"}, "95%"),
+        ({"maxmemory": "100", "maxmemory_policy": "allkeys-lru"}, "noeviction"),
+        ({"role": "slave"}, "replica"),
+        ({"connected_slaves": "1"}, "min-replicas-to-write"),
+        ({"min-replicas-to-write": "2", "connected_slaves": "1"}, "2 replica"),
+        ({"slave0": "ip=10.0.0.1,port=6379,state=online,offset=1,lag=99"}, "99 s behind"),
+        ({"aof_last_write_status": "err"}, "disk"),
+        ({}, "INFO is forbidden"),
+    ],
+)
+def test_each_risk_is_a_sentence_that_says_what_to_do(told: dict[str, str], word: str) -> None:
+    [risk] = risks_of(told, 0.0)
+    assert word in risk
+
+
+def test_a_server_that_is_well_set_up_has_no_risk() -> None:
+    assert risks_of({"aof_enabled": "1", "appendfsync": "always", "role": "master", "maxmemory": "0"}, 0.0) == []
+
+
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+header = st.text("abcdefghijklmnopqrstuvwxyz-", min_size=3, max_size=12).filter(
+    lambda name: name[:2] not in {"ce", "cl", "co"} and name != "body"
+)
+
+
+@given(
+    st.builds(
+        Message,
+        id=text,
+        topic=st.text("abc.", min_size=1),
+        body=st.binary(),
+        key=st.none() | text | st.just(""),
+        headers=st.dictionaries(header, text | st.just(""), max_size=4),
+        content_type=st.sampled_from(["application/json", "image/png"]),
+        correlation_id=st.none() | text,
+        causation_id=st.none() | text,
+        created=st.sampled_from([0.0, 1.5, 1_763_776_000.123]),
+        due=st.sampled_from([0.0, 1_763_776_000.5]),
+        expires=st.none() | st.just(1_763_776_000.25),
+        priority=st.integers(0, 9),
+    ),
+    st.booleans(),
+)
+def test_a_message_survives_its_way_through_a_streams_fields(message: Message, topic: bool) -> None:
+    fields = [value if isinstance(value, bytes) else str(value).encode() for value in fields_of(message, topic=topic)]
+    assert message_of(fields, where="q/1-0", topics=["x", message.topic], now=7.0) == message
+
+
+@given(st.lists(st.binary(max_size=20), max_size=12))
+def test_no_fields_make_a_message_impossible(fields: list[bytes]) -> None:
+    message = message_of(fields, where="q/1-0", topics=["t"], now=7.0)
+    assert message.id
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "ce_id",
+                "ce-id",
+                "ce_time",
+                "CE_TIME",
+                "ce_priority",
+                "ce_duetime",
+                "cloudEvents:type",
+                "ce_type",
+                "ce_topic",
+                "body",
+                "content-type",
+            ]
+        ),
+        st.binary(max_size=30),
+    )
+)
+def test_strange_attributes_are_read_by_the_rules(fields: dict[str, bytes]) -> None:
+    flat = [part for name, value in fields.items() for part in (name.encode(), value)]
+    message = message_of(flat, where="q/1-0", topics=["t"], now=7.0)
+    assert message.body == fields.get("body", b"")
+    assert 0 <= message.priority <= 9
