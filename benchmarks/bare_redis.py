@@ -15,7 +15,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from benchmarks import pings
-from benchmarks.order import BODY, ORDER, TASKS, Countdown, OrderCreated
+from benchmarks.order import BODY, ORDER, Countdown, OrderCreated, from_tasks
 from benchmarks.pings import Ping, Waits
 from benchmarks.subject import Load
 
@@ -79,14 +79,7 @@ async def _publish(url: str, load: Load) -> dict[str, float]:
     encode = msgspec.json.Encoder().encode
     async with Redis.from_url(url) as redis:
         await redis.ping()
-        countdown = Countdown(load.messages)
-
-        async def task(number: int) -> None:
-            for _ in range(number, load.messages, TASKS):
-                await redis.xadd(STREAM, {"body": encode(ORDER)})
-
-        await asyncio.gather(*(task(number) for number in range(TASKS)))
-        return countdown.figures()
+        return await from_tasks(load.messages, lambda: redis.xadd(STREAM, {"body": encode(ORDER)}))
 
 
 def publish(url: str, load: Load) -> Mapping[str, float]:

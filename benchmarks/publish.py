@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.load import classic, consumer, url
-from benchmarks.order import ORDER, TASKS, Countdown
+from benchmarks.order import ORDER, from_tasks
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.brokers.memory import MemoryBroker
@@ -16,14 +16,7 @@ from conveyor.brokers.memory import MemoryBroker
 
 async def _publish(app: Conveyor, load: Load) -> dict[str, float]:
     async with app:
-        countdown = Countdown(load.messages)
-
-        async def task(number: int) -> None:
-            for _ in range(number, load.messages, TASKS):
-                await app.publish(ORDER)
-
-        await asyncio.gather(*(task(number) for number in range(TASKS)))
-        return countdown.figures()
+        return await from_tasks(load.messages, lambda: app.publish(ORDER))
 
 
 def conveyor(folder: Path, load: Load) -> Mapping[str, float]:

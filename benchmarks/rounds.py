@@ -70,7 +70,7 @@ class Rounds:
         self._running = contextlib.ExitStack()
         self.results = [Result(m, subject) for m in measurements for subject in m.subjects]
         for result in self.results:
-            result.left_out = _absence(result.subject, peers)
+            result.left_out = absence(result.subject, peers=peers)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -148,7 +148,7 @@ def _sync(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def _absence(subject: Subject, peers: bool) -> str:
+def absence(subject: Subject, *, peers: bool) -> str:
     """Why a subject cannot run here; empty if it can."""
     if subject.environment is None:
         return ""
@@ -205,4 +205,8 @@ def beside_first(results: Sequence[Result]) -> Iterator[tuple[Result, Result]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_work(*sys.argv[1:])), flush=True)
+    to_caller = os.dup(1)
+    os.dup2(2, 1)  # what a subject prints is no figure
+    shown = _work(*sys.argv[1:])
+    with os.fdopen(to_caller, "w") as out:
+        json.dump(shown, out)

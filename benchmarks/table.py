@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from benchmarks.subject import Goal, Load, Measurement, Subject
@@ -9,10 +10,37 @@ from benchmarks.subject import Goal, Load, Measurement, Subject
 WAITING: Final = Load(100_000, ready=100_000)
 QUEUED: Final = Load(50_000, ready=50_000)
 """On a server."""
+NO_GOALS: Final[Mapping[str, Goal]] = {}
 SENT: Final = Load(50_000)
 HALF_SENT: Final = 25_000
 MILLION: Final = 1_000_000
 A_THIRD_SLOWER: Final = {"rate": Goal(share=2 / 3)}
+
+FIVE_TIMES: Final = {"rate": Goal(first_at_least=5)}
+FOUR_TIMES: Final = {"rate": Goal(first_at_least=4)}
+SENT_TO_SERVER: Final = Load(30_000)
+PINGS: Final = Load(2_000)
+DRAMATIQ: Final = "one process of 8 threads, prefetch 100, default middleware, acknowledged after the actor"
+
+
+def _waiting(messages: int) -> Load:
+    """A peer's part of the queue: enough for a rate, and only seconds of it."""
+    return Load(messages, ready=messages)
+
+
+def _peer(
+    name: str,
+    measure: str,
+    load: Load,
+    fill: str | None = None,
+    goals: Mapping[str, Goal] = NO_GOALS,
+    environment: str = "peers",
+    *,
+    packages: str,
+    settings: str,
+) -> Subject:
+    return Subject(name, measure, load, fill, goals, environment, tuple(packages.split()), settings)
+
 
 MEASUREMENTS: Final = (
     Measurement(
@@ -29,7 +57,7 @@ MEASUREMENTS: Final = (
             ),
             Subject("bare apsw", "bare_apsw:consume", WAITING, "bare_apsw:fill"),
             Subject("Conveyor in memory", "consume:in_memory", WAITING),
-            Subject("Huey", "peers.huey:consume", Load(10_000, ready=10_000), "peer_huey:fill"),
+            Subject("Huey", "peers.huey:consume", Load(10_000, ready=10_000), "peers.huey:fill"),
         ),
     ),
     Measurement(
@@ -123,8 +151,49 @@ MEASUREMENTS: Final = (
                 packages=("pika",),
                 settings="AsyncioConnection, prefetch 1,000, decodes in the callback, one ack for each",
             ),
+            _peer(
+                "FastStream",
+                "peers.faststream:consume_rabbitmq",
+                _waiting(10_000),
+                "peers.faststream:fill_rabbitmq",
+                FIVE_TIMES,
+                packages="faststream aio-pika",
+                settings="classic durable queue, prefetch 100, pydantic for the payload, acknowledged after the handler; plain asyncio",
+            ),
+            _peer(
+                "taskiq",
+                "peers.taskiq:consume_rabbitmq",
+                _waiting(6_000),
+                "peers.taskiq:fill_rabbitmq",
+                FIVE_TIMES,
+                "peers-taskiq",
+                packages="taskiq taskiq-aio-pika aio-pika uvloop",
+                settings="classic durable queue, 100 at once, prefetch 100, acknowledged after the task, no results; uvloop",
+            ),
+            _peer(
+                "Dramatiq",
+                "peers.dramatiq:consume_rabbitmq",
+                _waiting(10_000),
+                "peers.dramatiq:fill_rabbitmq",
+                FIVE_TIMES,
+                packages="dramatiq pika",
+                settings=DRAMATIQ,
+            ),
+            _peer(
+                "Celery",
+                "peers.celery:consume",
+                _waiting(5_000),
+                "peers.celery:fill",
+                FIVE_TIMES,
+                packages="celery",
+                settings="prefork with 2 children of prefetch 50, acks_late, no results, gossip, mingle or heartbeat; CPU of all three",
+            ),
             Subject(
-                "Conveyor, quorum", "consume:on_quorum", QUEUED, "load:fill_server", settings="quorum queue, defaults"
+                "Conveyor, quorum",
+                "consume:on_quorum",
+                QUEUED,
+                "load:fill_server",
+                settings="quorum queue, defaults",
             ),
             Subject(
                 "bare pika-asyncio, quorum",
@@ -132,7 +201,7 @@ MEASUREMENTS: Final = (
                 QUEUED,
                 "bare_pika:fill_quorum",
                 packages=("pika",),
-                settings="as above",
+                settings="as above, from a quorum queue",
             ),
         ),
         "rabbitmq",
@@ -141,17 +210,45 @@ MEASUREMENTS: Final = (
         "rabbitmq-publish",
         "RabbitMQ: publish persistent messages with confirms, from 100 tasks",
         (
-            Subject("Conveyor", "publish:on_classic", Load(30_000), settings="classic durable queue"),
+            Subject("Conveyor", "publish:on_classic", SENT_TO_SERVER, settings="classic durable queue"),
             Subject(
                 "bare pika-asyncio",
                 "bare_pika:publish",
-                Load(30_000),
-                None,
-                {"rate": Goal(first_at_least=0.9)},
+                SENT_TO_SERVER,
+                goals={"rate": Goal(first_at_least=0.9)},
                 packages=("pika",),
-                settings="AsyncioConnection, 100 unconfirmed at most",
+                settings="AsyncioConnection, mandatory, at most 100 unconfirmed",
             ),
-            Subject("Conveyor, quorum", "publish:on_quorum", Load(30_000), settings="quorum queue"),
+            _peer(
+                "FastStream",
+                "peers.faststream:publish_rabbitmq",
+                Load(6_000),
+                packages="faststream aio-pika",
+                settings="publish(persist=True), confirmed; plain asyncio",
+            ),
+            _peer(
+                "taskiq",
+                "peers.taskiq:publish_rabbitmq",
+                Load(6_000),
+                environment="peers-taskiq",
+                packages="taskiq taskiq-aio-pika aio-pika uvloop",
+                settings="kiq(), confirmed; uvloop",
+            ),
+            _peer(
+                "Dramatiq",
+                "peers.dramatiq:publish_rabbitmq",
+                Load(5_000),
+                packages="dramatiq pika",
+                settings="confirm_delivery, one by one, as its interface has it",
+            ),
+            _peer(
+                "Celery",
+                "peers.celery:publish",
+                Load(3_000),
+                packages="celery",
+                settings="confirm_publish, one by one, as its interface has it",
+            ),
+            Subject("Conveyor, quorum", "publish:on_quorum", SENT_TO_SERVER, settings="quorum queue"),
         ),
         "rabbitmq",
     ),
@@ -159,9 +256,13 @@ MEASUREMENTS: Final = (
         "rabbitmq-latency",
         "RabbitMQ: from publish() in one process to the handler in another, 200 messages/s",
         (
-            Subject("Conveyor", "latency:on_rabbitmq", Load(2_000), settings="classic durable queue"),
+            Subject("Conveyor", "latency:on_rabbitmq", PINGS, settings="classic durable queue"),
             Subject(
-                "bare pika-asyncio", "bare_pika:latency", Load(2_000), packages=("pika",), settings="as for consuming"
+                "bare pika-asyncio",
+                "bare_pika:latency",
+                PINGS,
+                packages=("pika",),
+                settings="basic.publish with confirms; a consumer that acknowledges each one",
             ),
         ),
         "rabbitmq",
@@ -187,6 +288,72 @@ MEASUREMENTS: Final = (
                 packages=("redis", "hiredis"),
                 settings="XREADGROUP of 100, a handler for each, one XACK for all; nothing is deleted",
             ),
+            _peer(
+                "Repid",
+                "peers.repid:consume",
+                _waiting(20_000),
+                "peers.repid:fill",
+                FOUR_TIMES,
+                packages="repid redis hiredis uvloop",
+                settings="streams, 100 read at a time, 100 at once, one XACK for each; uvloop",
+            ),
+            _peer(
+                "taskiq",
+                "peers.taskiq:consume_redis",
+                _waiting(6_000),
+                "peers.taskiq:fill_redis",
+                FOUR_TIMES,
+                "peers-taskiq",
+                packages="taskiq taskiq-redis redis hiredis uvloop",
+                settings="streams, 100 read at a time, 100 at once, 100 held, no results; uvloop",
+            ),
+            _peer(
+                "FastStream",
+                "peers.faststream:consume_redis",
+                _waiting(8_000),
+                "peers.faststream:fill_redis",
+                FOUR_TIMES,
+                packages="faststream redis hiredis uvloop",
+                settings="a stream with a group, 100 read at a time, no logger; uvloop",
+            ),
+            _peer(
+                "Dramatiq",
+                "peers.dramatiq:consume_redis",
+                _waiting(10_000),
+                "peers.dramatiq:fill_redis",
+                FOUR_TIMES,
+                packages="dramatiq redis hiredis",
+                settings=DRAMATIQ,
+            ),
+            _peer(
+                "SAQ",
+                "peers.saq:consume",
+                _waiting(5_000),
+                "peers.saq:fill",
+                FOUR_TIMES,
+                packages="saq redis hiredis",
+                settings="100 at once, ttl=-1 (no results); plain asyncio",
+            ),
+            _peer(
+                "streaq",
+                "peers.streaq:consume",
+                _waiting(3_000),
+                "peers.streaq:fill",
+                FOUR_TIMES,
+                "peers-redis5",
+                packages="streaq coredis",
+                settings="100 at once, 100 held, ttl=0 (no results); plain asyncio",
+            ),
+            _peer(
+                "arq",
+                "peers.arq:consume",
+                _waiting(3_000),
+                "peers.arq:fill",
+                FOUR_TIMES,
+                "peers-redis5",
+                packages="arq redis hiredis",
+                settings="max_jobs=100, poll_delay=0.01, keep_result=0; plain asyncio",
+            ),
         ),
         "redis",
     ),
@@ -194,11 +361,11 @@ MEASUREMENTS: Final = (
         "redis-publish",
         "Redis: publish from 100 tasks",
         (
-            Subject("Conveyor", "publish:on_redis", Load(30_000)),
+            Subject("Conveyor", "publish:on_redis", SENT_TO_SERVER),
             Subject(
                 "bare redis-py",
                 "bare_redis:publish",
-                Load(30_000),
+                SENT_TO_SERVER,
                 packages=("redis", "hiredis"),
                 settings="each task awaits its XADD",
             ),
@@ -209,13 +376,12 @@ MEASUREMENTS: Final = (
         "redis-latency",
         "Redis: from publish() in one process to the handler in another, 200 messages/s",
         (
-            Subject("Conveyor", "latency:on_redis", Load(2_000)),
+            Subject("Conveyor", "latency:on_redis", PINGS),
             Subject(
                 "bare redis-py",
                 "bare_redis:latency",
-                Load(2_000),
-                None,
-                {"median": Goal(first_at_most=1.5)},
+                PINGS,
+                goals={"median": Goal(first_at_most=1.5)},
                 packages=("redis", "hiredis"),
                 settings="XADD; XREADGROUP BLOCK, then XACK",
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any, Final
 
 import pytest
 
-from benchmarks.subject import FIGURES, Goal, Load
+from benchmarks.rounds import absence
+from benchmarks.servers import SERVERS
+from benchmarks.subject import FIGURES, Goal, Load, Subject
 from benchmarks.table import MEASUREMENTS
 
 ROOT: Final = Path(__file__).parents[2]
@@ -27,15 +30,48 @@ def run(*arguments: str) -> str:
 
 @pytest.mark.parametrize("measurement", MEASUREMENTS, ids=lambda each: each.name)
 def test_each_measurement_runs_and_has_a_figure_for_every_goal(measurement: Any, tmp_path: Path) -> None:
-    shown = json.loads(run(*LEAST, "--json", "--only", measurement.name, "--folder", str(tmp_path)))
+    shown = json.loads(run(*LEAST, "--no-peers", "--json", "--only", measurement.name, "--folder", str(tmp_path)))
     assert [each["subject"] for each in shown["results"]] == [each.name for each in measurement.subjects]
     for result, subject in zip(shown["results"], measurement.subjects, strict=True):
+        if subject.environment is not None:  # nothing that these need is installed for tests
+            assert result["left_out"] == "--no-peers"
+            continue
         assert result["samples"].keys() >= subject.goals.keys()
         assert result["samples"].keys() <= FIGURES.keys()
         assert all(len(values) == 1 and math.isfinite(values[0]) for values in result["samples"].values())
         assert all(value > 0 for values in result["samples"].values() for value in values)
     assert {"processor", "disk", "Python", "SQLite"} <= shown["machine"].keys()
+    if measurement.server is not None:
+        assert SERVERS[measurement.server].NAME in shown["machine"]
     assert not list(tmp_path.iterdir()), "what was measured on is removed"
+
+
+def test_a_peer_that_cannot_run_is_shown_with_the_reason(tmp_path: Path) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text("<!-- figures -->\n<!-- end of figures -->\n")
+    shown = run(*LEAST, "--no-peers", "--only", "redis-consume", "--write", str(document))
+    for text in (shown, document.read_text()):
+        assert re.search(r"Repid .*left out, see below", text)
+        assert "Repid: left out: --no-peers" in text
+        assert "bare redis-py: redis " in text, "versions and settings are beside the figures"
+
+
+@pytest.mark.parametrize(
+    "peer", [s for m in MEASUREMENTS for s in m.subjects if s.environment], ids=lambda each: each.measure
+)
+def test_each_peer_has_an_environment_with_locked_versions_of_what_it_shows(peer: Subject) -> None:
+    lock = (ROOT / "requirements" / "peers" / f"{peer.environment}.txt").read_text()
+    assert peer.packages
+    assert peer.settings
+    for package in peer.packages:
+        assert re.search(rf"^{package}==", lock, flags=re.MULTILINE), package
+
+
+def test_without_its_environment_a_peer_says_how_to_get_one() -> None:
+    peer = Subject("Peer", "peers.none:consume", Load(5), environment="nowhere")
+    assert "scripts/setup-peers" in absence(peer, peers=True)
+    assert absence(peer, peers=False) == "--no-peers"
+    assert not absence(Subject("Conveyor", "consume:conveyor", Load(5)), peers=False)
 
 
 def test_the_table_is_shown_and_put_into_a_document(tmp_path: Path) -> None:
@@ -64,6 +100,10 @@ def test_a_goal_is_met_or_missed() -> None:
     assert not Goal(at_most=10).met(11, 0)
     assert Goal(share=0.5).met(50, 100)
     assert not Goal(share=0.5).met(49, 100)
+    assert Goal(first_at_least=5).met(20, 100)
+    assert not Goal(first_at_least=5).met(21, 100)
+    assert Goal(first_at_most=1.5).met(2, 3)
+    assert not Goal(first_at_most=1.5).met(2, 3.1)
 
 
 def test_a_smaller_load_keeps_its_shape() -> None:
