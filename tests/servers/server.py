@@ -128,6 +128,7 @@ class Server(abc.ABC):
                 env=environment,
                 user=self.USER,
                 group=self.USER,
+                process_group=0,  # Ctrl-C is for whoever started it, and stops it in order
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
