@@ -16,9 +16,7 @@ FLAGS: Final = parser(
     Settings,
     "python -m examples.order_processor",
     "Fulfils the orders that a payment service puts on RabbitMQ.",
-    f"""Passwords are better in the environment, as everybody can see a command line.
-
-examples:
+    f"""examples:
   RABBITMQ_HOST=rabbit.example RABBITMQ_USER=orders RABBITMQ_PASS=… python -m examples.order_processor
   python -m examples.order_processor --processes 4 --prefetch 20 --http :9000
   python -m examples.order_processor.payments 3            sends three orders, as the payment service does

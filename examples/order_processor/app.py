@@ -46,6 +46,7 @@ async def desk() -> AsyncIterator[Desk]:
             recipient=settings.mail_to,
             timeout_seconds=settings.call_timeout_seconds,
         )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the address that it logs may hold a secret
     async with httpx.AsyncClient(timeout=settings.call_timeout_seconds) as http:
         yield Desk(
             records,

@@ -25,8 +25,8 @@ log = logging.getLogger("order-processor")
 
 SETUP_LOCK: Final = 0x0D_2D
 """Names, on a PostgreSQL server, the advisory lock of whoever sets up the tables."""
-SETTLING_SECONDS: Final = 5.0
-"""After its longest time a call's end may need so long to be noted."""
+SETTLING_SECONDS: Final = 1.0
+"""After its longest time a call's end may need so long to be noted, and half of its longest time on a busy machine."""
 
 
 class State(enum.StrEnum):
@@ -212,7 +212,7 @@ class Records:
 
     @property
     def _wait_seconds(self) -> float:
-        return self._longest_seconds + SETTLING_SECONDS
+        return 1.5 * self._longest_seconds + SETTLING_SECONDS
 
     async def _claim(self, order: Order, what: str, *, repeatable: bool) -> tuple[Step, int]:
         """Decide, and note it where it is to be sent: of several processes, one sends. Gives the number of the attempt, too."""

@@ -22,7 +22,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     rabbitmq_host: Annotated[str, setting("RabbitMQ: HOST, HOST:PORT, or several with commas")] = "localhost"
     rabbitmq_port: Annotated[int, setting("its port, where HOST names none", ge=1, le=65_535)] = 5672
     rabbitmq_user: Annotated[str, setting("who logs in there")] = "guest"
-    rabbitmq_pass: Annotated[str, setting("with which password")] = "guest"  # noqa: S105 - RabbitMQ's own default
+    rabbitmq_pass: Annotated[str, setting("with which password", secret=True)] = "guest"  # noqa: S105 - RabbitMQ's own default
     rabbitmq_vhost: Annotated[str, setting("its virtual host")] = "/"
     rabbitmq_tls: Annotated[bool, setting("speak TLS")] = False
     rabbitmq_exchange_type: Annotated[
@@ -47,6 +47,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         setting(
             "database URL instead of sqlite+aiosqlite:///DATA/order-processor.db; machines that share the queue share one on PostgreSQL",
             variable="CONVEYOR_DATABASE",
+            secret=True,
         ),
     ] = ""
     order_attempts: Annotated[int, setting("tries of an order before it is a dead letter", ge=1, le=1000)] = 8
@@ -61,13 +62,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float, setting("seconds that the mail server or the warehouse may take for an order", gt=0, le=600)
     ] = 10.0
     smtp_url: Annotated[
-        str, setting("mail server, such as smtp+starttls://user:password@host:587; left out, e-mails are simulated")
+        str,
+        setting("mail server, as smtp+starttls://user:password@host:587; left out, e-mails are simulated", secret=True),
     ] = ""
     mail_from: Annotated[str, setting("sender of confirmations")] = "orders@skillupworks.example"
     mail_to: Annotated[str, setting("their recipient; {userId} stands for the customer")] = (
         "{userId}@customers.skillupworks.example"
     )
-    warehouse_url: Annotated[str, setting("the warehouse's HTTP API; left out, it is simulated")] = ""
+    warehouse_url: Annotated[str, setting("the warehouse's HTTP API; left out, it is simulated", secret=True)] = ""
     warehouse_knows_keys: Annotated[
         bool, setting("it knows a repeat by its Idempotency-Key; 0: then nothing that may have arrived is sent again")
     ] = True

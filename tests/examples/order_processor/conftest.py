@@ -242,12 +242,13 @@ class Service:
         }
         self._programs: list[tuple[subprocess.Popen[bytes], Path]] = []
 
-    def start(self, *flags: str, ready: bool = True) -> subprocess.Popen[bytes]:
-        """Start a program; waits until every process of it is ready, unless told not to."""
+    def start(self, *flags: str, ready: bool = True, app: str = "") -> subprocess.Popen[bytes]:
+        """Start a program, the service's own unless an app is named; waits until a process of it is ready, unless told not to."""
         log = self.folder / f"service-{len(self._programs)}.log"
+        command = ["conveyor", "run", app] if app else ["examples.order_processor"]
         with log.open("wb") as out:
             program = subprocess.Popen(
-                [sys.executable, "-m", "examples.order_processor", *flags],
+                [sys.executable, "-m", *command, *flags],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
