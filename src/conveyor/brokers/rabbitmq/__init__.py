@@ -33,6 +33,7 @@ from conveyor.brokers.rabbitmq.envelope import (
     Arrived,
     copy_of,
     properties_of,
+    published,
     read,
     routing_key,
 )
@@ -300,7 +301,7 @@ class RabbitBroker:
         delayed = message.due > now
         if spec is None:
             exchange = self.topology.later_exchange if delayed else self.options.exchange
-            return Outgoing(exchange, routing_key(message.topic), message.body, properties_of(message), mandatory)
+            return Outgoing(exchange, routing_key(message.topic), message.body, published(message), mandatory)
         properties = properties_of(message, {TOPIC: message.topic})
         if spec.ordered and message.key is not None:
             return Outgoing(spec.keyed, "", message.body, properties, mandatory)

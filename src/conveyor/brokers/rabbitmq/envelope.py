@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from conveyor.brokers.rabbitmq import plain
 from conveyor.brokers.rabbitmq.amqp import FieldValue, Incoming, Malformed, Properties
+from conveyor.brokers.rabbitmq.amqp_frames import encode_table
+from conveyor.brokers.rabbitmq.plain import PREFIX, SLOT
 from conveyor.core.message import JSON, SOURCE, Message, from_headers, to_headers
 
-PREFIX: Final = "cloudEvents:"
-"""CloudEvents 1.0.2, AMQP protocol binding, section 3.1.3."""
 PERSISTENT: Final = 2
 LONGEST_SHORT_TEXT: Final = 255
 """Bytes of a property; AMQP's short string."""
@@ -24,7 +25,6 @@ SLOTS: Final = 16
 """The keys of ordered queues are spread over so many slots; every message with a key carries its own."""
 
 TOPIC: Final = "conveyor-topic"
-SLOT: Final = "conveyor-slot"
 DELIVERIES: Final = "conveyor-deliveries"
 ATTEMPTS: Final = "conveyor-attempts"
 ERROR: Final = "conveyor-error"
@@ -72,13 +72,25 @@ class Arrived(NamedTuple):
     noted: int
 
 
+_SLOTS: Final = tuple(encode_table({SLOT: slot})[4:] for slot in range(SLOTS))
+
+
 def slot_of(key: str) -> int:
     """Which of the slots a key falls into: the CRC-32 (as in zlib) of its UTF-8, modulo 16."""
     return zlib.crc32(key.encode()) % SLOTS
 
 
+def published(message: Message) -> Properties | bytes:
+    """What is published beside a message's body: as bytes where that is simple."""
+    slot = b"" if message.key is None else _SLOTS[slot_of(message.key)]
+    try:
+        return plain.encode(message, slot) or properties_of(message)
+    except UnicodeEncodeError:  # whoever sends it says so
+        return properties_of(message)
+
+
 def properties_of(message: Message, notes: Mapping[str, FieldValue] | None = None) -> Properties:
-    """What is published beside a message's body."""
+    """What is published beside a message's body, with Conveyor's notes."""
     headers: dict[str, FieldValue] = dict(to_headers(message, PREFIX))
     content_type = str(headers.pop("content-type", JSON))
     if message.key is not None:
@@ -115,31 +127,31 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
     """The short way for what is most common: Conveyor's own message, from the exchange, without headers of the application."""
     if incoming.exchange not in exchanges or incoming.routing_key not in topics:
         return None
-    properties = properties_or_none(incoming)
-    headers: Mapping[str, Any] | None = properties.headers
-    if not headers or not headers.keys() <= _PLAIN_HEADERS:
+    found = plain.decode(incoming, _KNOWN)
+    if found is None:
         return None
+    content_type, headers = found
     if headers.get(_SOURCE) != SOURCE or headers.get(_TYPE) != incoming.routing_key:
         return None
     try:
-        get = headers.get
+        get: Callable[..., Any] = headers.get
         due, expires, priority = get(_DUE), get(_EXPIRES), get(_PRIORITY)
         message = Message(
-            id=headers[_ID],
+            id=str(headers[_ID]),
             topic=incoming.routing_key,
             body=incoming.body,
             key=get(_KEY, "" if SLOT in headers else None),
-            content_type=properties.content_type or JSON,
+            content_type=content_type or JSON,
             correlation_id=get(_CORRELATION),
             causation_id=get(_CAUSATION),
-            created=_unix_seconds(headers[_TIME]),
+            created=_unix_seconds(get(_TIME)),
             due=_unix_seconds(due) if due else 0.0,
             expires=_unix_seconds(expires) if expires else None,
             priority=int(priority) if priority else 0,
         )
     except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    return Arrived(message, headers.get("x-delivery-count", 0), 0, "", message.due, 0)
+    return Arrived(message, _number(headers.get("x-delivery-count")), 0, "", message.due, 0)
 
 
 def _unix_seconds(text: str) -> float:
@@ -149,10 +161,11 @@ def _unix_seconds(text: str) -> float:
 _ID, _SOURCE, _TIME, _TYPE = (PREFIX + name for name in ("id", "source", "time", "type"))
 _KEY, _PRIORITY, _DUE, _EXPIRES = (PREFIX + name for name in ("partitionkey", "priority", "duetime", "expirytime"))
 _CORRELATION, _CAUSATION = PREFIX + "correlationid", PREFIX + "causationid"
-_PLAIN_HEADERS: Final = frozenset(
-    {PREFIX + "specversion", _TYPE, _ID, _SOURCE, _TIME, _KEY, _PRIORITY, _DUE, _EXPIRES, _CORRELATION}
+_KNOWN: Final = {
+    name.encode(): name
+    for name in {PREFIX + "specversion", _TYPE, _ID, _SOURCE, _TIME, _KEY, _PRIORITY, _DUE, _EXPIRES, _CORRELATION}
     | {_CAUSATION, SLOT, "x-delivery-count"}
-)
+}
 
 
 def _read_any(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float) -> Arrived:

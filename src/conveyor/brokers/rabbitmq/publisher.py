@@ -36,7 +36,7 @@ class Outgoing(NamedTuple):
     exchange: str
     routing_key: str
     body: bytes
-    properties: Properties
+    properties: Properties | bytes
     mandatory: bool = True
 
 

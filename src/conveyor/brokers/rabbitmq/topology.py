@@ -10,7 +10,8 @@ import msgspec
 
 from conveyor.broker import DEFAULT_LEASE_SECONDS, Queue
 from conveyor.brokers.rabbitmq.amqp import Channel, ChannelClosed, Connection, FieldValue, QueueOk
-from conveyor.brokers.rabbitmq.envelope import SLOT, SLOTS, routing_key
+from conveyor.brokers.rabbitmq.envelope import SLOTS, routing_key
+from conveyor.brokers.rabbitmq.plain import SLOT
 from conveyor.errors import BrokerError, ConfigurationError, QueueConflict
 
 NOT_FOUND: Final = 404

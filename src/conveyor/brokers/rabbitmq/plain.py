@@ -1,0 +1,148 @@
+"""The short way for what is most common: Conveyor's own messages without headers of the application, straight to and from bytes."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Final
+
+from conveyor.brokers.rabbitmq.amqp import Incoming
+from conveyor.core.message import JSON, SOURCE, Message
+
+PREFIX: Final = "cloudEvents:"
+"""CloudEvents 1.0.2, AMQP protocol binding, section 3.1.3."""
+LONGEST: Final = 255
+"""Bytes of a name or property; AMQP's short string."""
+SLOT: Final = "conveyor-slot"
+LATEST: Final = 253_402_300_800.0
+"""The end of the year 9999, the last that RFC 3339 can write."""
+
+_CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
+_CORRELATION_ID, _MESSAGE_ID, _TIMESTAMP, _TYPE = 1 << 10, 1 << 7, 1 << 6, 1 << 5
+_SIZE: Final = struct.Struct(">I")
+_TIME: Final = struct.Struct(">Q")
+_FLAGS: Final = struct.Struct(">H")
+_TEXT: Final = ord("S")
+_INTEGERS: Final = {ord("b"): 1, ord("s"): 2, ord("I"): 4, ord("l"): 8}
+
+
+def _name(name: str) -> bytes:
+    raw = name.encode()
+    return bytes([len(raw)]) + raw + b"S"
+
+
+def _short(raw: bytes) -> bytes:
+    return bytes([len(raw)]) + raw
+
+
+_NAMES: Final = {
+    field: _name(PREFIX + attribute)
+    for field, attribute in {
+        "id": "id",
+        "type": "type",
+        "time": "time",
+        "key": "partitionkey",
+        "correlation_id": "correlationid",
+        "causation_id": "causationid",
+    }.items()
+}
+_BEGIN: Final = b"".join(
+    _name(PREFIX + attribute) + _SIZE.pack(len(value)) + value.encode()
+    for attribute, value in (("specversion", "1.0"), ("source", SOURCE))
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def _typed(topic: str) -> tuple[bytes, bytes]:
+    raw = topic.encode()
+    return _NAMES["type"] + _SIZE.pack(len(raw)) + raw, _short(raw)
+
+
+def encode(message: Message, slot: bytes) -> bytes | None:
+    """The properties of a message that has no more than the usual, as they travel; None for any other.
+
+    Parameters:
+        slot: the header that tells the slot of its key, encoded; empty where it has no key.
+    """
+    created = message.created
+    if message.headers or message.due or message.expires is not None or not 1.0 <= created < LATEST:
+        return None
+    id_, correlation = message.id.encode(), message.correlation_id
+    if not 0 < len(id_) <= LONGEST or message.content_type != JSON or len(message.topic) > LONGEST // 4:
+        return None
+    header, kind = _typed(message.topic)
+    time = datetime.fromtimestamp(created, UTC).isoformat().replace("+00:00", "Z").encode()
+    table = [_BEGIN, _NAMES["id"], _SIZE.pack(len(id_)), id_, header, _NAMES["time"], _SIZE.pack(len(time)), time]
+    flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _MESSAGE_ID | _TIMESTAMP | _TYPE
+    between = b""
+    if message.key:
+        raw = message.key.encode()
+        table += (_NAMES["key"], _SIZE.pack(len(raw)), raw)
+    if correlation:
+        raw = correlation.encode()
+        table += (_NAMES["correlation_id"], _SIZE.pack(len(raw)), raw)
+        if len(raw) > LONGEST:
+            return None
+        flags |= _CORRELATION_ID
+        between = _short(raw)
+    if message.causation_id:
+        raw = message.causation_id.encode()
+        table += (_NAMES["causation_id"], _SIZE.pack(len(raw)), raw)
+    if message.priority:
+        return None
+    table.append(slot)
+    headers = b"".join(table)
+    return b"".join(
+        (
+            _FLAGS.pack(flags),
+            _JSON_TYPE,
+            _SIZE.pack(len(headers)),
+            headers,
+            b"\x02",
+            between,
+            _short(id_),
+            _TIME.pack(int(created)),
+            kind,
+        )
+    )
+
+
+_JSON_TYPE: Final = _short(JSON.encode())
+
+
+def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, dict[str, str | int]] | None:
+    """The media type and the headers of a message, where all of them are known ones; None where any is not.
+
+    Parameters:
+        known: the headers' names as they travel, and what they are called in the answer.
+    """
+    raw = incoming.raw_properties
+    try:
+        (flags,) = _FLAGS.unpack_from(raw)
+        if flags & (_CONTENT_TYPE | 1 << 14 | _HEADERS) != _CONTENT_TYPE | _HEADERS:
+            return None
+        position = 3 + raw[2]
+        content_type = raw[3:position].decode()
+        (size,) = _SIZE.unpack_from(raw, position)
+        position += 4
+        stop = position + size
+        found: dict[str, str | int] = {}
+        while position < stop:
+            start = position + 1
+            position = start + raw[position]
+            name = known[raw[start:position]]
+            kind = raw[position]
+            if kind == _TEXT:
+                (size,) = _SIZE.unpack_from(raw, position + 1)
+                start = position + 5
+                position = start + size
+                found[name] = raw[start:position].decode()
+            else:
+                start = position + 1
+                position = start + _INTEGERS[kind]
+                found[name] = int.from_bytes(raw[start:position], "big", signed=True)
+    except (KeyError, IndexError, struct.error, UnicodeDecodeError):
+        return None
+    return content_type, found
