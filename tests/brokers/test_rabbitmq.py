@@ -209,9 +209,13 @@ async def test_a_queue_that_refuses_more_is_told_as_full(url: str) -> None:
     await plainly(url, lambda channel: channel.queue_declare("small", durable=True, arguments=arguments))
     async with opened(url) as broker:
         await broker.declare([Queue(name="small", native={"passive": "true"})])
-        with pytest.raises(BrokerFull, match="full"):
+
+        async def fill() -> None:
             for number in range(10):
                 await broker.publish([Message(str(number), "any", b"{}")], queue="small")
+
+        with pytest.raises(BrokerFull, match="full"):
+            await fill()
 
 
 async def test_a_server_out_of_memory_is_told_and_refused_and_over(
@@ -238,12 +242,15 @@ async def test_a_server_out_of_memory_is_told_and_refused_and_over(
         assert await broker.publish([Message("welcome", "order", b"{}")]) == frozenset()
 
 
-async def test_a_handler_that_outlives_the_consumer_timeout_is_run_once(rabbitmq: RabbitMQ, url: str) -> None:
+@pytest.mark.parametrize("ordered", [False, True], ids=["plain", "ordered"])
+async def test_a_handler_that_outlives_the_consumer_timeout_is_run_once(
+    rabbitmq: RabbitMQ, url: str, ordered: bool
+) -> None:
     rabbitmq.set("consumer_timeout", "3000")
     try:
         async with opened(f"{url}&consumer_timeout=3") as broker, opened(url) as other:
-            await broker.declare([Queue(name="long", topics=("long",))])
-            await broker.publish([Message("m-1", "long", b"{}"), Message("m-2", "long", b"{}")])
+            await broker.declare([Queue(name="long", topics=("long",), ordered=ordered)])
+            await broker.publish([Message(f"m-{key}", "long", b"{}", key=key) for key in "ab"])
             subscription = await broker.subscribe("long", 10)
             held: list[Delivery] = []
             while len(held) < 2:

@@ -219,6 +219,14 @@ class RabbitBroker:
             keyed = self._keyed[queue] = Keyed(self, queue)
         return keyed
 
+    async def renew_keyed(self, oldest: float) -> None:
+        """Renew what ordered queues have had in their hands since before (the event loop's time)."""
+        for keyed in list(self._keyed.values()):
+            try:
+                await keyed.renew(oldest)
+            except (BrokerError, AmqpError) as error:
+                log.warning("cannot renew what is handled for long, trying on: %s", error)
+
     def forget(self, subscription: RabbitSubscription) -> None:
         """A subscription has closed."""
         self._subscriptions.discard(subscription)
@@ -442,6 +450,11 @@ class RabbitBroker:
         for held in helds:
             if held.renewing is not None:
                 await asyncio.shield(held.renewing)
+            if held.place is not None:
+                renewing = held.subscription.broker.keyed(held.queue).renewing
+                if renewing is not None:
+                    await asyncio.shield(renewing)
+                held.tag = held.place.incoming.delivery_tag
             by_work.setdefault(held.work, []).append(held)
         lost: list[Delivery] = []
         for work, those in by_work.items():

@@ -12,6 +12,7 @@ only then do quorum queues put everything back in its old order.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable
@@ -36,6 +37,8 @@ AHEAD: Final = 500
 """Messages of a partition that its owner has in its hands at most: those behind the oldest of their key are among them."""
 FIRST_SECONDS: Final = 0.1
 """How long to wait for the first messages of partitions that may have another owner."""
+RENEWAL_SECONDS: Final = 10.0
+"""How long what is delivered anew may take."""
 IDLE_SECONDS: Final = 0.1
 """How long nobody has to wait for messages until the partitions are free for others."""
 
@@ -85,6 +88,10 @@ class Keyed:
         self._idle: asyncio.TimerHandle | None = None
         self._due: asyncio.TimerHandle | None = None
         self._arrival = asyncio.Event()
+        self._since = 0.0
+        self._kept: dict[str, Place] = {}
+        self.renewing: asyncio.Future[None] | None = None
+        """Done when what is handed out has its new delivery tags."""
 
     # Receiving
 
@@ -183,8 +190,38 @@ class Keyed:
         """Return when what has arrived, or was on its way, is at its place."""
         if self.work is not None and not self.work.lost:
             await self.work.flush()
-        while self._unread and self.work is not None and not self.work.lost:  # noqa: ASYNC110 - short, and rarely at all
-            await asyncio.sleep(0.002)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_SECONDS * 10):
+                while self._unread and not self.lost:  # noqa: ASYNC110 - short, and rarely at all
+                    await asyncio.sleep(0.002)
+
+    async def renew(self, oldest: float) -> None:
+        """Have everything delivered anew if it was delivered before (the event loop's time): the server loses patience otherwise.
+
+        All of it, in its order, since a quorum queue puts what is given back behind what was given back before. It comes back to
+        us, the only active consumer; what is handed out stays so.
+        """
+        async with self._changing:
+            work = self.work
+            if work is None or work.lost or self._since > oldest or self.renewing is not None:
+                return
+            await self.settle_down()
+            places = [place for chain in self._chains.values() for place in chain]
+            self._since = asyncio.get_running_loop().time()
+            self._kept = {place.message.id: place for place in places if place.out}
+            renewing = self.renewing = asyncio.get_running_loop().create_future()
+            self._chains.clear()
+            if not self._kept:
+                renewing.set_result(None)
+            work.give_back(sorted(place.incoming.delivery_tag for place in places))
+            await asyncio.wait([renewing], timeout=RENEWAL_SECONDS)
+            if not renewing.done():
+                renewing.set_result(None)
+            self.renewing = None
+            if self._kept:
+                log.warning("%d long deliveries of %s did not come back to us", len(self._kept), self._queue)
+            self._kept = {}
+            self._maybe_idle()
 
     async def close(self) -> None:
         """Give everything back to the server."""
@@ -202,6 +239,7 @@ class Keyed:
         spec = self._broker.specs[self._queue]
         connection = await self._broker.connection()
         work = self.work = Work(connection, await connection.channel())
+        self._since = asyncio.get_running_loop().time()
         await work.channel.qos(AHEAD)
         self._broker.spawn(self._read(work), f"ordering {self._queue}")
         for number, partition in enumerate(spec.partitions):
@@ -272,7 +310,12 @@ class Keyed:
         what = self._broker.read(incoming, spec)
         place = Place(incoming, what.message, what.due, number)
         note = self._notes[number].get(what.message.id)
-        if note is not None:
+        if (kept := self._kept.pop(what.message.id, None)) is not None:
+            kept.incoming = incoming
+            place = kept
+            if not self._kept and self.renewing is not None and not self.renewing.done():
+                self.renewing.set_result(None)
+        elif note is not None:
             place.deliveries, place.attempts, place.error, place.due = (
                 note.deliveries,
                 note.attempts,
@@ -332,7 +375,7 @@ class Keyed:
 
     def _maybe_idle(self) -> None:
         out = any(place.out for chain in self._chains.values() for place in chain)
-        if self._fetching or out or self.work is None:
+        if self._fetching or out or self._kept or self.work is None:
             if self._idle is not None:
                 self._idle.cancel()
                 self._idle = None

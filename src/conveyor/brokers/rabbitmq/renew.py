@@ -50,6 +50,7 @@ class Renewals:
         while True:
             await asyncio.sleep(self._timeout_seconds / CHECKS_PER_TIMEOUT)
             oldest = asyncio.get_running_loop().time() - self._timeout_seconds * RENEWED_AT
+            await self._broker.renew_keyed(oldest)
             by_queue: dict[str, list[Held]] = {}
             for held in self._broker.leases.all():
                 if held.since < oldest and held.state is State.HELD and not held.work.lost and held.place is None:
