@@ -452,8 +452,7 @@ class Supervisor:
             if os.getpid() == 1:
                 reap_orphans({child.process.pid for child in self._children.values()})
             if not said_ready and self.health().ready:
-                said_ready = True
-                _notify("READY=1")
+                said_ready = _notify("READY=1")
             if "WATCHDOG_USEC" in os.environ:
                 _notify("WATCHDOG=1")
 
@@ -545,10 +544,15 @@ def _describe_end(code: int, rss: int) -> str:
     return f"killed by {name}{hint}{held}"
 
 
-def _notify(state: str) -> None:
-    """Tell systemd, where it listens (sd_notify(3))."""
+def _notify(state: str) -> bool:
+    """Tell systemd, where it listens (sd_notify(3)); False where it has to be told again, because it is behind with reading."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
-        return
+        return True
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+        line.setblocking(False)
+        try:
+            line.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+        except BlockingIOError:
+            return False
+    return True

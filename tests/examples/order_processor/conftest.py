@@ -193,7 +193,9 @@ class PaymentService:
             channel.confirm_delivery()
             for order in orders:
                 body = order if isinstance(order, bytes) else json.dumps(order).encode()
-                channel.basic_publish("skillupworks", "order-processing", body, mandatory=True)
+                channel.basic_publish(
+                    "skillupworks", "order-processing", body, pika.BasicProperties(delivery_mode=2), mandatory=True
+                )
 
     def count(self, queue: str) -> tuple[int, int]:
         """How many messages are ready, and how many consumers there are."""
