@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from conveyor.brokers.redis.link import Link, NoConnection, NotNow
+from conveyor.brokers.redis.link import ForgottenScript, Link, NoConnection, NotNow
 from conveyor.brokers.redis.scripts import Script
 from conveyor.errors import BrokerUnavailable
 
@@ -27,6 +28,18 @@ class _Waiting(Generic[Item]):
     item: Item
     cost: int
     answer: asyncio.Future[Any]
+
+
+@dataclass(eq=False, slots=True)
+class _Batch(Generic[Item]):
+    """What is on its way, or could not be packed."""
+
+    waiting: list[_Waiting[Item]]
+    number: int
+    arguments: list[Any] = field(default_factory=list)
+    known: Any = None
+    posted: asyncio.Future[Any] | None = None
+    failed: Exception | None = None
 
 
 class Unknown(BrokerUnavailable):
@@ -70,7 +83,8 @@ class Lane(Generic[Item]):
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(item, max(arguments, size * MOST_ARGUMENTS // MOST_BYTES), answer))
         if self._sender is None:
-            self._sender = asyncio.create_task(self._send(), name="redis lane")
+            # The lane is free: the batch leaves at once, and not when a task has its turn.
+            self._sender = asyncio.create_task(self._send(self._start(self._next())), name="redis lane")
         return await answer
 
     async def close(self) -> None:
@@ -78,10 +92,11 @@ class Lane(Generic[Item]):
         if self._sender is not None:
             await asyncio.wait([self._sender])
 
-    async def _send(self) -> None:
+    async def _send(self, batch: _Batch[Item]) -> None:
         try:
+            await self._finish(batch)
             while self._waiting:
-                await self._send_one(self._next())
+                await self._finish(self._start(self._next()))
         finally:
             self._sender = None
 
@@ -95,33 +110,52 @@ class Lane(Generic[Item]):
         del self._waiting[: len(batch)]
         return batch
 
-    async def _send_one(self, batch: list[_Waiting[Item]]) -> None:
-        items = [each.item for each in batch]
+    def _start(self, waiting: list[_Waiting[Item]]) -> _Batch[Item]:
+        """Number and send a batch, if there is a connection."""
+        self._number += 1
+        batch = _Batch(waiting, self._number)
         try:
-            arguments, known = self._pack(items)
-            answers = self._unpack(items, known, await self._ask(arguments))
+            batch.arguments, batch.known = self._pack([each.item for each in waiting])
+            if self._link.is_ready:
+                batch.posted = self._link.post(self._script, self._owner, batch.number, *batch.arguments)
+        except BrokerUnavailable:
+            pass  # it was lost in this moment, and nothing was sent
+        except Exception as error:
+            batch.failed = error
+        return batch
+
+    async def _finish(self, batch: _Batch[Item]) -> None:
+        """Hear the answer to a batch, and give it to who waits."""
+        try:
+            if batch.failed is not None:
+                raise batch.failed
+            items = [each.item for each in batch.waiting]
+            answers = self._unpack(items, batch.known, await self._ask(batch))
         except BaseException as error:
-            for each in batch:
+            for each in batch.waiting:
                 if not each.answer.done():
                     each.answer.set_exception(_copy(error))
                     each.answer.exception()  # its caller may be gone
             if not isinstance(error, Exception):
                 raise
             return
-        for each, answer in zip(batch, answers, strict=True):
+        for each, answer in zip(batch.waiting, answers, strict=True):
             if not each.answer.done():
                 each.answer.set_result(answer)
 
-    async def _ask(self, arguments: list[Any]) -> Any:
-        """Send a batch until its answer is there."""
-        self._number += 1
+    async def _ask(self, batch: _Batch[Item]) -> Any:
+        """The answer to a batch, which is sent again until it is there."""
         loop = asyncio.get_running_loop()
         until = loop.time() + AGAIN_SECONDS
         lost = False
         while True:
             try:
+                posted, batch.posted = batch.posted, None
+                if posted is not None:
+                    with contextlib.suppress(ForgottenScript):
+                        return await posted
                 await self._link.connect()
-                return await self._link.run_now(self._script, self._owner, self._number, *arguments)
+                return await self._link.run_now(self._script, self._owner, batch.number, *batch.arguments)
             except NotNow as error:  # the server did nothing
                 if loop.time() >= until:
                     raise (Unknown(str(error)) if lost else error) from error

@@ -65,13 +65,17 @@ class Refused(BrokerError):
     """The server's own answer to one command: an error."""
 
 
+class ForgottenScript(Refused):
+    """The server does not know a script (any more): it has to be sent whole."""
+
+
 def translate(said: str) -> BrokerError:
     """What the server said, as Conveyor's callers know it."""
     if _NOT_NOW.search(said):
         return NotNow(f"Redis cannot do it now: {said}")
     if re.search(r"\bOOM\b", said):
         return BrokerFull(f"Redis has no memory left (maxmemory): {said}")
-    return Refused(said)
+    return ForgottenScript(said) if said.startswith("NOSCRIPT") else Refused(said)
 
 
 class _Wire(asyncio.Protocol):
@@ -147,6 +151,11 @@ class Link:
         self._elsewhere: tuple[str, int] | None = None
         self._closed = False
 
+    @property
+    def is_ready(self) -> bool:
+        """There is a connection, as far as we know."""
+        return self._greeted
+
     async def connect(self) -> None:
         """Make sure that there is a connection.
 
@@ -154,8 +163,10 @@ class Link:
             BrokerUnavailable: there is none now.
             BrokerError: the server refuses us.
         """
+        if self._greeted:
+            return
         async with self._connecting:
-            if self._greeted:
+            if self.is_ready:
                 return
             loop = asyncio.get_running_loop()
             if (pause := self._not_before - loop.time()) > 0:
@@ -208,9 +219,7 @@ class Link:
         """As run(), on the connection that there is, also while it is being greeted."""
         try:
             return await self.send("EVALSHA", script.digest, 1, self._key, *arguments)
-        except Refused as error:
-            if not is_unknown_script(error):
-                raise
+        except ForgottenScript:
             return await self.send("EVAL", script.text, 1, self._key, *arguments)
 
     def post(self, script: Script, *arguments: Any) -> asyncio.Future[Any]:
@@ -302,11 +311,6 @@ class Link:
             self._watch = loop.call_later(left, self._look)
         else:
             self.drop(f"{self._address} has not answered for {ANSWER_SECONDS:g} s")
-
-
-def is_unknown_script(error: Refused) -> bool:
-    """The server does not know a script (any more): it has to be sent whole."""
-    return str(error).startswith("NOSCRIPT")
 
 
 def text(value: bytes) -> str:

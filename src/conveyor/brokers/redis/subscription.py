@@ -13,7 +13,7 @@ import msgspec
 
 from conveyor.broker import Delivery
 from conveyor.brokers.redis import scripts
-from conveyor.brokers.redis.link import Link, Refused, is_unknown_script, text
+from conveyor.brokers.redis.link import ForgottenScript, Link, Refused, text
 from conveyor.brokers.redis.wire import message_of
 from conveyor.errors import BrokerError, BrokerUnavailable
 
@@ -121,9 +121,10 @@ class RedisSubscription:
                 await news
         try:
             return await claimed
+        except ForgottenScript:
+            pass
         except Refused as error:
-            if not is_unknown_script(error):
-                raise broker.explain(error, queue) from None
+            raise broker.explain(error, queue) from None
         return await link.run(scripts.CLAIM, queue, room, self._claim, broker.owner, int(self._early))
 
     def _let_claim_go(self) -> None:
