@@ -1,6 +1,6 @@
 # Everything that a developer does. CI calls the same targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test kill-test check fmt bench lock clean setup
+.PHONY: help demo order-processor test kill-test check fmt bench lock clean setup
 SHELL := /bin/bash
 
 PORT ?= 8000
@@ -10,11 +10,16 @@ MINUTES ?= 5
 RUN := .venv/bin/python -m
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## Serve the shop on http://127.0.0.1:8000 (PORT=… for another port); sets up what it needs
 	@scripts/setup demo
 	@PORT=$(PORT) $(RUN) examples.orders
+
+order-processor: ## Run the order processor on a RabbitMQ of its own (RABBITMQ_HOST=… for one that is there); sets up what it needs
+	@[ -n "$(RABBITMQ_HOST)" ] || scripts/install-servers rabbitmq-server
+	@scripts/setup demo
+	@.venv/bin/python scripts/with-rabbitmq .venv/bin/python -m examples.order_processor
 
 test: setup ## Run every test (TESTS=tests/core for some, WORKERS=1 for one at a time); sets up what it needs
 	@scripts/install-servers
