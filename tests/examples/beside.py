@@ -91,10 +91,15 @@ class Program:
 
 
 class Foreigner:
-    """A program that knows nothing of Conveyor, and speaks to RabbitMQ with pika."""
+    """A program that knows nothing of Conveyor, and speaks to RabbitMQ with pika.
 
-    def __init__(self, url: str) -> None:
+    Parameters:
+        declares: it declares queues before it sends to them, durable and nothing else, as such programs do.
+    """
+
+    def __init__(self, url: str, *, declares: bool = True) -> None:
         self._parameters: Final = pika.URLParameters(url)
+        self._declares: Final = declares
 
     @contextlib.contextmanager
     def channel(self) -> Iterator[BlockingChannel]:
@@ -103,10 +108,12 @@ class Foreigner:
             yield channel
 
     def send(self, queue: str, body: object, **properties: Any) -> None:
-        """Send JSON (or bytes) to a queue by its name, declared as such programs do, and see it confirmed."""
+        """Send JSON (or bytes) to a queue by its name, and see it confirmed."""
+        properties.setdefault("delivery_mode", 2)  # without it, RabbitMQ may forget the message when it restarts
         text = body if isinstance(body, bytes) else json.dumps(body).encode()
         with self.channel() as channel:
-            channel.queue_declare(queue, durable=True)
+            if self._declares:
+                channel.queue_declare(queue, durable=True)
             channel.confirm_delivery()
             channel.basic_publish("", queue, text, pika.BasicProperties(**properties), mandatory=True)
 

@@ -29,7 +29,7 @@ class Media:
         self.folder: Final = folder
         self.root: Final = folder / "media"
         self.root.mkdir(exist_ok=True)
-        self.foreigner: Final = Foreigner(url)
+        self.foreigner: Final = Foreigner(url, declares=settings.get("MEDIA_QUEUE_TYPE") != "quorum")
         self.port: Final = find_free_port()
         self.programs: Final[list[Program]] = []
         self.environment: Final = {
