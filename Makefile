@@ -1,6 +1,6 @@
 # Everything that a developer does. CI calls the same targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo order-processor test kill-test check fmt bench lock clean setup
+.PHONY: help demo order-processor fetch-pipeline media-worker test kill-test check fmt bench lock clean setup
 SHELL := /bin/bash
 
 PORT ?= 8000
@@ -20,6 +20,16 @@ order-processor: ## Run the order processor on a RabbitMQ of its own (RABBITMQ_H
 	@[ -n "$(RABBITMQ_HOST)" ] || scripts/install-servers rabbitmq-server
 	@scripts/setup demo
 	@.venv/bin/python scripts/with-rabbitmq .venv/bin/python -m examples.order_processor
+
+fetch-pipeline: ## Run the fetch pipeline on a RabbitMQ of its own (RABBITMQ_HOST=… for one that is there); sets up what it needs
+	@[ -n "$(RABBITMQ_HOST)" ] || scripts/install-servers rabbitmq-server
+	@scripts/setup demo
+	@API_PORT=$(PORT) .venv/bin/python scripts/with-rabbitmq $(RUN) examples.fetch_pipeline
+
+media-worker: ## Run the media worker on a RabbitMQ of its own (CONVEYOR_BROKER=… for one that is there); sets up what it needs
+	@[ -n "$(CONVEYOR_BROKER)" ] || scripts/install-servers rabbitmq-server
+	@scripts/setup demo
+	@.venv/bin/python scripts/with-rabbitmq $(RUN) examples.media_worker
 
 test: setup ## Run every test (TESTS=tests/core for some, WORKERS=1 for one at a time); sets up what it needs
 	@scripts/install-servers
