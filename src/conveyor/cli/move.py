@@ -25,8 +25,9 @@ BATCH: Final = 500
 """Messages per step, and what a kill repeats at most: many enough that commits cost little, few enough that the bar moves."""
 LOOK_SECONDS: Final = 1.0
 """A queue that gives nothing for so long is looked at, whether it is empty."""
-FRUITLESS_LOOKS: Final = 10
-"""So often a queue that is not empty may give nothing before it is left as it is."""
+FRUITLESS_LOOKS: Final = 5
+"""So often a queue that is not empty may give nothing before it is left as it is: a broker needs a moment to see that whoever held
+something is dead."""
 PLAIN = Output()
 
 command = App(
@@ -135,7 +136,7 @@ class _Mover:
                 except TimeoutError:
                     info = await _info(self._source, name)
                     moved.left = info.ready + info.delayed + info.in_flight
-                    if not info.ready + info.delayed:
+                    if not moved.left:
                         break
                     fruitless += 1
                     continue
