@@ -44,7 +44,7 @@ class Pipeline:
             "API_PORT": str(self.api_port),
             "SOURCE_PORT": str(self.source_port),
             "SOURCE_URL": f"http://127.0.0.1:{self.source_port}",
-            "FETCH_TIMEOUT": "1",
+            "FETCH_TIMEOUT": "20",
             "FETCH_BACKOFF": "0.1",
             "LEASE_SECONDS": "5",
             **settings,
@@ -129,3 +129,15 @@ def start_pipeline(tmp_path: Path, rabbitmq: RabbitMQ) -> Iterator[StartPipeline
     yield start
     for pipeline in made:
         pipeline.close()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory, rabbitmq: RabbitMQ) -> Iterator[Pipeline]:
+    """A whole pipeline that the tests of one file share: each asks for a station of its own."""
+    found = Pipeline(tmp_path_factory.mktemp("pipeline"), rabbitmq.url(), {})
+    try:
+        for part in ("source", "workers", "api"):
+            found.start(part)
+        yield found
+    finally:
+        found.close()
