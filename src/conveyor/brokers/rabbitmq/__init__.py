@@ -39,10 +39,11 @@ from conveyor.brokers.rabbitmq.envelope import (
 )
 from conveyor.brokers.rabbitmq.link import Link
 from conveyor.brokers.rabbitmq.order import Keyed, Place
-from conveyor.brokers.rabbitmq.publisher import Fate, Outgoing, Publisher, Refused, Unknown, Unrouted
+from conveyor.brokers.rabbitmq.publisher import Outgoing, Publisher, Refused, Unknown, Unrouted, told
 from conveyor.brokers.rabbitmq.renew import Renewals
+from conveyor.brokers.rabbitmq.spec import Spec, check_conflict, merged, spec_of
 from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
-from conveyor.brokers.rabbitmq.topology import Spec, Topology, spec_of
+from conveyor.brokers.rabbitmq.topology import Topology
 from conveyor.brokers.rabbitmq.work import Held, Leases, State, Work
 from conveyor.core.message import Message, redriven
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
@@ -270,22 +271,22 @@ class RabbitBroker:
             return
         async with self._catalog.changing() as catalog:
             for spec in lasting:
-                _check_conflict(spec, catalog.get(spec.name) or self.specs.get(spec.name))
+                check_conflict(spec, catalog.get(spec.name) or self.specs.get(spec.name))
             for spec in lasting:
                 there = catalog.get(spec.name)
-                merged = _merged(spec, there)
-                if merged != there or spec.name not in self.specs:
+                combined = merged(spec, there)
+                if combined != there or spec.name not in self.specs:
                     await self.topology.create(spec, there)
                 self.specs[spec.name] = catalog[spec.name] = (
-                    merged if merged == there else msgspec.structs.replace(merged, version=merged.version + 1)
+                    combined if combined == there else msgspec.structs.replace(combined, version=combined.version + 1)
                 )
 
     async def _declare_temporary(self, spec: Spec) -> None:
         there = self.specs.get(spec.name)
-        _check_conflict(spec, there)
-        merged = _merged(spec, there)
-        await self.topology.create(merged, there)
-        self.specs[spec.name] = merged
+        check_conflict(spec, there)
+        combined = merged(spec, there)
+        await self.topology.create(combined, there)
+        self.specs[spec.name] = combined
 
     # Publishing
 
@@ -296,7 +297,7 @@ class RabbitBroker:
         now = self.clock()
         batch = [self._outgoing(message, now, spec) for message in messages]
         fates = await self._publisher.send(batch)
-        unrouted, refused, unknown, full = _told(messages, fates)
+        unrouted, refused, unknown, full = told(messages, fates)
         if len(full) == len(messages) > 0:
             raise BrokerFull(full[0])
         if refused or unknown:
@@ -659,47 +660,3 @@ def _missing(queue_type: str) -> Mapping[Feature, str]:
     if queue_type == "quorum":
         missing[Feature.PRIORITY] = "quorum queues have no strict priorities; classic ones do (?queue_type=classic)"
     return missing
-
-
-def _check_conflict(asked: Spec, there: Spec | None) -> None:
-    if there is not None and (there.ordered, there.temporary) != (asked.ordered, asked.temporary):
-        raise QueueConflict(
-            f"the queue {asked.name!r} exists as {_nature(there)}, and is declared as {_nature(asked)}; rename it, or change one of the two"
-        )
-
-
-def _nature(spec: Spec) -> str:
-    return f"{'temporary' if spec.temporary else 'lasting'} and {'ordered by key' if spec.ordered else 'not ordered'}"
-
-
-def _merged(asked: Spec, there: Spec | None) -> Spec:
-    """Topics are only ever added; what was found out about the queue stays."""
-    if there is None:
-        return asked
-    topics = (*there.topics, *(topic for topic in asked.topics if topic not in there.topics))
-    return msgspec.structs.replace(
-        asked, topics=topics, rungs=there.rungs, version=there.version, queue_type=asked.queue_type
-    )
-
-
-def _told(
-    messages: Sequence[Message], fates: Sequence[Fate]
-) -> tuple[frozenset[str], dict[str, str], dict[str, str], list[str]]:
-    """Which went nowhere, which are refused and why, which are unknown and why, and why there was no room."""
-    if not any(fates):
-        return frozenset(), {}, {}, []
-    unrouted: set[str] = set()
-    refused: dict[str, str] = {}
-    unknown: dict[str, str] = {}
-    full: list[str] = []
-    for message, fate in zip(messages, fates, strict=True):
-        match fate:
-            case Unrouted():
-                unrouted.add(message.id)
-            case Refused():
-                refused[message.id] = str(fate)
-                if fate.full:
-                    full.append(str(fate))
-            case Unknown():
-                unknown[message.id] = str(fate)
-    return frozenset(unrouted), refused, unknown, full

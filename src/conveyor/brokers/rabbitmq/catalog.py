@@ -13,7 +13,8 @@ import msgspec
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Channel, ChannelClosed, Connection, Incoming, Properties
 from conveyor.brokers.rabbitmq.envelope import PERSISTENT
 from conveyor.brokers.rabbitmq.publisher import Outgoing
-from conveyor.brokers.rabbitmq.topology import ACCESS_REFUSED, RESOURCE_LOCKED, Spec
+from conveyor.brokers.rabbitmq.spec import Spec
+from conveyor.brokers.rabbitmq.topology import ACCESS_REFUSED, RESOURCE_LOCKED
 from conveyor.errors import BrokerError, BrokerUnavailable
 
 log: Final = logging.getLogger("conveyor.rabbitmq")

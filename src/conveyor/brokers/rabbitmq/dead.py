@@ -34,7 +34,8 @@ from conveyor.brokers.rabbitmq.envelope import (
     trace_note,
 )
 from conveyor.brokers.rabbitmq.publisher import Outgoing
-from conveyor.brokers.rabbitmq.topology import NOT_FOUND, Spec
+from conveyor.brokers.rabbitmq.spec import Spec
+from conveyor.brokers.rabbitmq.topology import NOT_FOUND
 from conveyor.brokers.rabbitmq.work import Held, Work
 from conveyor.core.settle import Dead
 from conveyor.errors import BrokerError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from conveyor.brokers.rabbitmq.amqp import AmqpError, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, Arrived, copy_of
 from conveyor.brokers.rabbitmq.publisher import Outgoing
-from conveyor.brokers.rabbitmq.topology import RUNGS, Spec
+from conveyor.brokers.rabbitmq.spec import RUNGS, Spec
 from conveyor.brokers.rabbitmq.work import Work
 from conveyor.errors import BrokerError
 

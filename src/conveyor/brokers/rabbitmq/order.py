@@ -23,7 +23,7 @@ import msgspec
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Incoming, Properties
 from conveyor.brokers.rabbitmq.envelope import PERSISTENT
 from conveyor.brokers.rabbitmq.publisher import Outgoing
-from conveyor.brokers.rabbitmq.topology import Spec, notes_of
+from conveyor.brokers.rabbitmq.spec import Spec, notes_of
 from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError

@@ -19,6 +19,7 @@ from conveyor.brokers.rabbitmq.amqp import (
     Returned,
 )
 from conveyor.brokers.rabbitmq.link import Link
+from conveyor.core.message import Message
 from conveyor.errors import BrokerFull, BrokerUnavailable
 
 log: Final = logging.getLogger("conveyor.rabbitmq")
@@ -205,3 +206,26 @@ def _fate(error: BaseException) -> Fate:
             return Refused("the server refused it: a queue is full and rejects, or the server is in trouble", full=True)
         case _:
             return Unknown(str(error))
+
+
+def told(
+    messages: Sequence[Message], fates: Sequence[Fate]
+) -> tuple[frozenset[str], dict[str, str], dict[str, str], list[str]]:
+    """Which went nowhere, which are refused and why, which are unknown and why, and why there was no room."""
+    if not any(fates):
+        return frozenset(), {}, {}, []
+    unrouted: set[str] = set()
+    refused: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    full: list[str] = []
+    for message, fate in zip(messages, fates, strict=True):
+        match fate:
+            case Unrouted():
+                unrouted.add(message.id)
+            case Refused():
+                refused[message.id] = str(fate)
+                if fate.full:
+                    full.append(str(fate))
+            case Unknown():
+                unknown[message.id] = str(fate)
+    return frozenset(unrouted), refused, unknown, full

@@ -14,7 +14,7 @@ from conveyor.brokers.rabbitmq.delay import Mover, moved_copy
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, copy_of
 from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing
-from conveyor.brokers.rabbitmq.topology import Spec
+from conveyor.brokers.rabbitmq.spec import Spec
 from conveyor.brokers.rabbitmq.work import Held, Work
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError, BrokerUnavailable
