@@ -9,6 +9,7 @@ from typing import Final
 
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
+from conveyor.errors import BrokerUnavailable, LedgerUnavailable
 
 log = logging.getLogger("conveyor.loop")
 
@@ -60,9 +61,9 @@ class Loops:
                 failures = 1 if loop.time() - started > CALM_SECONDS else failures + 1
                 self.problems[name] = describe(error)
                 wait = RESTARTS.wait_seconds(failures, 0.0)
-                log.warning(
-                    "%s failed, starting again in %.2f s: %s", name, wait, describe(error), exc_info=failures == 1
-                )
+                # That somebody else is away is no riddle: its words are enough.
+                riddle = failures == 1 and not isinstance(error, (BrokerUnavailable, LedgerUnavailable))
+                log.warning("%s failed, starting again in %.2f s: %s", name, wait, describe(error), exc_info=riddle)
             finally:
                 calm.cancel()
             await asyncio.sleep(wait)

@@ -22,6 +22,9 @@ from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.server import find_free_port
 
 
+BEFORE = "was fulfilled before; nothing is done again"
+
+
 def test_a_plain_message_is_fulfilled_and_told_in_the_log(make_service: StartService) -> None:
     service = make_service()
     service.start()
@@ -50,10 +53,9 @@ def test_the_mail_server_and_the_warehouse_are_asked_once_though_the_order_comes
     service = make_service(SMTP_URL=mail.url, WAREHOUSE_URL=warehouse.url)
     service.start("--processes", "2")
     service.payments.send(*[GIVEN] * 5, paid("ORD-2"))
-    service.fulfilled(2)
-    service.says("was fulfilled before; nothing is done again", times=3)
+    wait_for(lambda: service.said().count(" is fulfilled") + service.said().count(BEFORE) == 6, "all six are done")
     service.payments.send(GIVEN)
-    wait_for(lambda: service.payments.count("order-processing")[0] == 0, "all is fetched")
+    service.says(BEFORE, times=service.said().count(BEFORE) + 1)
     assert service.end() == 0
     assert sorted(mail.accepted) == sorted(warehouse.requests) == ["ORD-1702554000123", "ORD-2"]
     letter = mail.envelopes[0]
