@@ -246,9 +246,9 @@ def test_importing_conveyor_loads_no_driver_and_no_framework() -> None:
 OFFERED: Final = frozenset(conveyor.__all__)
 PROMISED: Final = frozenset(
     """
-    Conveyor Task event Message Context Transaction Retry Reject RetryPolicy NO_RETRY Call Middleware Next Watch
+    Conveyor Task event Message Context Transaction Retry Reject RetryPolicy NO_RETRY Call Middleware Next carried Watch
     ConveyorError ConfigurationError HandlerError PayloadError NoSubscriber BrokerError BrokerUnavailable
-    BrokerFull PublishFailed
+    BrokerFull PublishFailed carried
     """.split()
 )
 
