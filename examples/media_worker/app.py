@@ -18,7 +18,7 @@ from conveyor import Context, Conveyor, Message, Reject, RetryPolicy
 from examples.media_worker import files
 from examples.media_worker.data_service import REQUEST_ID, DataService, add_request_id
 from examples.media_worker.files import Facts, Limits, Refused
-from examples.media_worker.messages import MEDIA_PROCESS, FileInfo, MediaProcessed, ProcessMedia
+from examples.media_worker.messages import MEDIA_PROCESS, FileInfo, FileProcessed, ProcessMedia
 from examples.media_worker.settings import Settings
 from examples.settings import from_environment
 
@@ -72,7 +72,7 @@ async def data_service() -> AsyncIterator[DataService]:
     lease=settings.lease,
     queue_type=settings.queue_type,
 )
-async def process(media: ProcessMedia, context: Context, threads: Threads, data_service: DataService) -> MediaProcessed:
+async def process(media: ProcessMedia, context: Context, threads: Threads, data_service: DataService) -> FileProcessed:
     """Process a file, tell the data service, and then whoever listens."""
     try:
         done = await threads.run(work_on, media.user_id, media.file_info)
@@ -91,7 +91,7 @@ async def process(media: ProcessMedia, context: Context, threads: Threads, data_
     return done
 
 
-def work_on(user_id: int, info: FileInfo) -> MediaProcessed:
+def work_on(user_id: int, info: FileInfo) -> FileProcessed:
     """Look at a file, and make its thumbnails. Doing it again makes the same.
 
     Raises:
@@ -109,10 +109,10 @@ def work_on(user_id: int, info: FileInfo) -> MediaProcessed:
         made = files.thumbnails(file, folder, settings.sizes, LIMITS)
     paths = {str(side): _shown(path) for side, path in made.items()}
     path = paths[str(max(made))] if made else info.path
-    return MediaProcessed(user_id, path, facts.media_type, facts.size, facts.sha256, paths)
+    return FileProcessed(user_id, path, facts.media_type, facts.size, facts.sha256, paths)
 
 
-def idempotency_key(message: Message, user_id: int, done: MediaProcessed) -> str:
+def idempotency_key(message: Message, user_id: int, done: FileProcessed) -> str:
     """The same for a repeat of a message, also for one of those that carry no id of their own: it names what is to be done.
 
     What the sender calls another request is another one.

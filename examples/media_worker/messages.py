@@ -32,8 +32,8 @@ class ProcessMedia(Struct, frozen=True):
     file_info: FileInfo
 
 
-@event("media.processed")
-class MediaProcessed(Struct, frozen=True):
+@event("file.processed")
+class FileProcessed(Struct, frozen=True):
     """A file was processed, and the data service knows.
 
     Parameters:

@@ -35,7 +35,7 @@ def test_an_image_gets_thumbnails_and_the_data_service_is_told(media: Media, use
 
 
 def test_another_file_is_examined_and_the_news_goes_on_as_plain_json(media: Media, user: int) -> None:
-    heard = media.foreigner.listen("media.processed")
+    heard = media.foreigner.listen("file.processed")
     (media.root / "report.pdf").write_bytes(b"%PDF-1.7 report")
     media.send("report.pdf", user, headers={"X-Request-ID": "req-42"})
     assert media.known(1, user) == ["report.pdf"]
