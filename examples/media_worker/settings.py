@@ -37,10 +37,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     largest_image_megapixels: Annotated[
         int,
         setting(
-            "larger images are refused: they could be decompression bombs",
+            "larger images are refused: they could be decompression bombs; Pillow itself refuses those above 178",
             variable="MEDIA_LARGEST_IMAGE_MEGAPIXELS",
             ge=1,
-            le=1000,
+            le=170,
         ),
     ] = 50
     service_url: Annotated[
