@@ -31,6 +31,7 @@ class Pipeline:
     def __init__(self, folder: Path, url: str, settings: dict[str, str]) -> None:
         parts = urlsplit(url)
         self.folder: Final = folder
+        self.virtual_host: Final = unquote(parts.path[1:])
         self.foreigner: Final = Foreigner(url)
         self.api_port: Final = find_free_port()
         self.source_port: Final = find_free_port()
@@ -39,7 +40,7 @@ class Pipeline:
             "RABBITMQ_HOST": f"{parts.hostname}:{parts.port}",
             "RABBITMQ_USER": str(parts.username),
             "RABBITMQ_PASSWORD": str(parts.password),
-            "RABBITMQ_VHOST": unquote(parts.path[1:]),
+            "RABBITMQ_VHOST": self.virtual_host,
             "PIPELINE_DATA": str(folder),
             "API_PORT": str(self.api_port),
             "SOURCE_PORT": str(self.source_port),

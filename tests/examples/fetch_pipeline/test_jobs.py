@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from tests.examples.beside import wait_for
 
 if TYPE_CHECKING:
     from tests.examples.fetch_pipeline.conftest import Pipeline, StartPipeline
+    from tests.servers.rabbitmq import RabbitMQ
 
 HOPS = ("start_fetch", "data_processing", "data_storage")
 
@@ -60,6 +62,15 @@ def test_any_client_can_start_a_job_without_any_id(pipeline: Pipeline) -> None:
     assert job["station"] == "paris"
     assert [hop["attempts"] for hop in job["hops"]] == [1, 1, 1]
     assert asked(pipeline, "paris") == [1]
+
+
+def test_a_bare_message_from_the_servers_own_tools_starts_a_job(pipeline: Pipeline, rabbitmq: RabbitMQ) -> None:
+    body = json.dumps({"station": "bare", "days": 1}).replace('"', '\\"')
+    rabbitmq.evaluate(
+        f'rabbit_basic:publish(rabbit_misc:r(<<"{pipeline.virtual_host}">>, exchange, <<"">>), '
+        f'<<"start_fetch">>, [], <<"{body}">>)'
+    )
+    pipeline.when(jobs_of(pipeline, "bare")[0]["id"], "completed")
 
 
 def test_a_client_may_give_the_job_its_id_and_a_repeat_is_no_second_job(pipeline: Pipeline) -> None:
