@@ -156,7 +156,7 @@ def publish(url: str, load: Load) -> Mapping[str, float]:
 async def _latency(url: str, load: Load) -> dict[str, float]:
     encode = msgspec.json.Encoder().encode
     bare = _Bare()
-    await bare.open(url)
+    await bare.open(url, "quorum")
     await bare.ask(bare.channel.confirm_delivery, lambda _: None)
 
     async def publish(ping: Ping) -> None:
@@ -179,7 +179,7 @@ async def _receive(url: str) -> None:
     decode = msgspec.json.Decoder(Ping).decode
     waits = Waits()
     bare = _Bare()
-    await bare.open(url)
+    await bare.open(url, "quorum")
 
     def on_message(channel: Any, method: Any, _: Any, body: bytes) -> None:
         waits.note(decode(body))

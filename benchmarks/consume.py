@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
-from benchmarks.load import classic, fill_app, url
+from benchmarks.load import CLASSIC, fill_app, url, with_priorities
 from benchmarks.order import Countdown, OrderCreated
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.broker import Broker
 from conveyor.brokers.memory import MemoryBroker
+from conveyor.runtime.worker import Native
 
 
-async def _consume(broker: str | Broker, load: Load, prefetch: int | None, *, fill: bool = False) -> dict[str, float]:
+async def _consume(
+    broker: str | Broker, load: Load, prefetch: int | None, *, fill: bool = False, **native: Unpack[Native]
+) -> dict[str, float]:
     app = Conveyor("orders", broker=broker)
     countdown: Countdown
 
-    @app.worker(prefetch=prefetch)
+    @app.worker(prefetch=prefetch, **native)
     async def handle(_: OrderCreated) -> None:
         countdown.one()
 
@@ -56,7 +60,12 @@ def in_memory(_: Path, load: Load) -> Mapping[str, float]:
 
 def on_classic(server: str, load: Load) -> Mapping[str, float]:
     """From a classic durable queue of RabbitMQ."""
-    return asyncio.run(_consume(classic(server), load, None))
+    return asyncio.run(_consume(server, load, None, **CLASSIC))
+
+
+def on_priorities(server: str, load: Load) -> Mapping[str, float]:
+    """From a classic queue that has priorities."""
+    return asyncio.run(_consume(with_priorities(server), load, None))
 
 
 def on_quorum(server: str, load: Load) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import pings
-from benchmarks.load import classic, url
+from benchmarks.load import url
 from benchmarks.pings import Ping, Waits
 from benchmarks.subject import Load
 from conveyor import Conveyor
@@ -51,13 +51,8 @@ def latency(folder: Path, load: Load) -> Mapping[str, float]:
     return asyncio.run(_latency(url(folder), load))
 
 
-def on_rabbitmq(server: str, load: Load) -> Mapping[str, float]:
-    """The same over a classic durable queue."""
-    return asyncio.run(_latency(classic(server), load))
-
-
-def on_redis(server: str, load: Load) -> Mapping[str, float]:
-    """The same over a stream."""
+def on_server(server: str, load: Load) -> Mapping[str, float]:
+    """The same over a quorum queue, or a stream."""
     return asyncio.run(_latency(server, load))
 
 

@@ -140,7 +140,7 @@ MEASUREMENTS: Final = (
                 QUEUED,
                 "load:fill_classic",
                 {"rate": Goal(at_least=20_000)},
-                settings="classic durable queue, defaults (100 at once, 200 held)",
+                settings="queue_type=classic of the worker: a classic durable queue without priorities; 100 at once, 200 held",
             ),
             Subject(
                 "bare pika-asyncio",
@@ -189,11 +189,18 @@ MEASUREMENTS: Final = (
                 settings="prefork with 2 children of prefetch 50, acks_late, no results, gossip, mingle or heartbeat; CPU of all three",
             ),
             Subject(
+                "Conveyor, priorities",
+                "consume:on_priorities",
+                QUEUED,
+                "load:fill_with_priorities",
+                settings="classic durable queue with x-max-priority, as ?queue_type=classic declares it",
+            ),
+            Subject(
                 "Conveyor, quorum",
                 "consume:on_quorum",
                 QUEUED,
                 "load:fill_server",
-                settings="quorum queue, defaults",
+                settings="quorum queue, as is the default; 100 at once, 200 held",
             ),
             Subject(
                 "bare pika-asyncio, quorum",
@@ -210,7 +217,7 @@ MEASUREMENTS: Final = (
         "rabbitmq-publish",
         "RabbitMQ: publish persistent messages with confirms, from 100 tasks",
         (
-            Subject("Conveyor", "publish:on_classic", SENT_TO_SERVER, settings="classic durable queue"),
+            Subject("Conveyor", "publish:on_classic", SENT_TO_SERVER, settings="queue_type=classic of the worker"),
             Subject(
                 "bare pika-asyncio",
                 "bare_pika:publish",
@@ -256,13 +263,13 @@ MEASUREMENTS: Final = (
         "rabbitmq-latency",
         "RabbitMQ: from publish() in one process to the handler in another, 200 messages/s",
         (
-            Subject("Conveyor", "latency:on_rabbitmq", PINGS, settings="classic durable queue"),
+            Subject("Conveyor", "latency:on_server", PINGS, settings="quorum queue"),
             Subject(
                 "bare pika-asyncio",
                 "bare_pika:latency",
                 PINGS,
                 packages=("pika",),
-                settings="basic.publish with confirms; a consumer that acknowledges each one",
+                settings="quorum queue; basic.publish with confirms; a consumer that acknowledges each one",
             ),
         ),
         "rabbitmq",
@@ -277,7 +284,7 @@ MEASUREMENTS: Final = (
                 QUEUED,
                 "load:fill_server",
                 {"rate": Goal(at_least=20_000)},
-                settings="defaults (100 at once, 200 held)",
+                settings="100 at once, 200 held",
             ),
             Subject(
                 "bare redis-py",
@@ -376,7 +383,7 @@ MEASUREMENTS: Final = (
         "redis-latency",
         "Redis: from publish() in one process to the handler in another, 200 messages/s",
         (
-            Subject("Conveyor", "latency:on_redis", PINGS),
+            Subject("Conveyor", "latency:on_server", PINGS),
             Subject(
                 "bare redis-py",
                 "bare_redis:latency",
