@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import httpx
 
 from conveyor import Conveyor, PayloadError, Reject, Retry, RetryPolicy
-from examples.order_processor.calls import NotDone, Refused, Unclear
+from examples.order_processor.calls import AtWork, NotDone, Refused, Unclear
 from examples.order_processor.mail import Mailer, SimulatedMailer, SmtpMailer
 from examples.order_processor.order import Order, described, problems
 from examples.order_processor.records import Known, Records
@@ -103,6 +103,8 @@ async def _send_all(order: Order, desk: Desk) -> None:
     ):
         try:
             await desk.records.send_once(order, what, send, repeatable=repeatable)
+        except AtWork as error:  # the rest is left to it, too, or each would wait for the other
+            raise Retry(str(error), after=error.after_seconds) from error
         except NotDone as error:
             later.append(error)
         except (Refused, Unclear) as error:

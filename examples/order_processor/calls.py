@@ -25,3 +25,7 @@ class Refused(CallFailed):
 
 class Unclear(CallFailed):
     """Nobody can tell whether the other side did it: its answer never came, or says nothing."""
+
+
+class AtWork(CallFailed):
+    """Another attempt at the same order is making this very call now."""

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from conveyor import Conveyor
-from examples.order_processor.calls import NotDone, Refused, Unclear
+from examples.order_processor.calls import AtWork, NotDone, Refused, Unclear
 from examples.order_processor.order import Order
 
 log = logging.getLogger("order-processor")
@@ -162,6 +162,7 @@ class Records:
             repeatable: the other side knows a repeat, so that what may have been sent is sent again.
 
         Raises:
+            AtWork: another attempt is sending it.
             NotDone: it was not sent, and may be tried again later.
             Refused: it was not sent, and cannot be.
             Unclear: it may have been sent: by this attempt, or by one whose process died.
@@ -170,7 +171,7 @@ class Records:
         if step is Step.SKIP:
             log.info("order %s: the %s was sent before; not again", order.order_id, what)
         if step is Step.WAIT:
-            raise NotDone(f"the {what} is being sent by another process", after_seconds=self._wait_seconds)
+            raise AtWork(f"the {what} is being sent for another copy of it", after_seconds=self._wait_seconds)
         if step is Step.GIVE_UP:
             raise _unclear(order, what, "the process that sent it died, or lost the answer")
         if step is Step.SEND:

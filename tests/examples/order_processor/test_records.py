@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conveyor import Conveyor
-from examples.order_processor.calls import NotDone, Refused, Unclear
+from examples.order_processor.calls import AtWork, NotDone, Refused, Unclear
 from examples.order_processor.order import Order
 from examples.order_processor.records import Known, Records, State, Step, decide
 from tests.examples.order_processor.conftest import GIVEN
@@ -114,7 +114,7 @@ async def test_of_many_at_once_one_sends_and_the_others_wait(app: Conveyor) -> N
     tries = [records.send_once(ORDER, "e-mail", calls, repeatable=False) for _ in range(20)]
     ends = await asyncio.gather(*tries, return_exceptions=True)
     assert calls.count == 1
-    assert {type(end) for end in ends} <= {type(None), NotDone}
+    assert {type(end) for end in ends} <= {type(None), AtWork}
 
 
 @pytest.mark.parametrize("repeatable", [False, True])
@@ -130,7 +130,7 @@ async def test_what_a_dead_process_was_sending_is_repeated_only_where_that_is_ha
 
     dying = asyncio.create_task(records.send_once(ORDER, "notice", die, repeatable=repeatable))
     await entered.wait()
-    with pytest.raises(NotDone, match="being sent by another process"):
+    with pytest.raises(AtWork, match="being sent for another copy"):
         await records.send_once(ORDER, "notice", calls, repeatable=repeatable)
     later = await opened(app, longest_seconds=-10)  # as if a long time had passed
     if repeatable:

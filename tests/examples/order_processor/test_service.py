@@ -21,7 +21,6 @@ from tests.examples.order_processor.conftest import (
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.server import find_free_port
 
-
 BEFORE = "was fulfilled before; nothing is done again"
 
 
@@ -61,6 +60,21 @@ def test_the_mail_server_and_the_warehouse_are_asked_once_though_the_order_comes
     letter = mail.envelopes[0]
     assert letter.rcpt_tos == ["507f1f77bcf86cd799439011@customers.skillupworks.example"]
     assert warehouse.bodies[0]["items"] == [{"sku": "Linux", "name": "Linux Administration", "quantity": 1}]
+
+
+def test_a_copy_that_comes_at_the_same_time_holds_up_nothing(
+    make_service: StartService, mail: MailServer, warehouse: WarehouseServer
+) -> None:
+    mail.hold.clear()
+    service = make_service(SMTP_URL=mail.url, WAREHOUSE_URL=warehouse.url, CALL_TIMEOUT_SECONDS="60")
+    service.start()
+    service.payments.send(GIVEN, GIVEN)
+    service.says("the e-mail is being sent for another copy of it")
+    assert warehouse.requests == []
+    mail.hold.set()
+    service.fulfilled(1)
+    assert service.end() == 0
+    assert len(mail.accepted) == len(warehouse.requests) == 1
 
 
 INVALID = {
