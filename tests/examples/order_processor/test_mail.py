@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from email import message_from_bytes
 from email.policy import default
+from pathlib import Path
 
 import msgspec
 import pytest
-from aiosmtpd.smtp import Envelope
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from examples.order_processor.calls import CallFailed, NotDone, Refused, Unclear
 from examples.order_processor.mail import SmtpMailer
@@ -148,3 +152,63 @@ async def test_an_id_cannot_add_a_recipient_or_a_header(mail: MailServer) -> Non
     (envelope,) = mail.envelopes
     assert len(envelope.rcpt_tos) == 1
     assert envelope.rcpt_tos[0].endswith("@customers.example")
+
+
+class Guard:
+    """Lets one user in, and notes who asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def __call__(
+        self, server: SMTP, session: Session, envelope: Envelope, mechanism: str, auth_data: LoginPassword
+    ) -> AuthResult:
+        self.asked.append(auth_data == LoginPassword(b"orders", b"s3:cret"))
+        return AuthResult(success=self.asked[-1], handled=False)
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path) -> Iterator[tuple[Guard, str, Path]]:
+    """A mail server that speaks TLS from the first byte; its guard, where it is, and its certificate."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    request += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(request, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    guard, port = Guard(), find_free_port()
+    controller = Controller(
+        MailServer(),
+        hostname="127.0.0.1",
+        port=port,
+        ssl_context=context,
+        authenticator=guard,
+        auth_require_tls=False,  # it is below the protocol here, so the protocol does not know
+    )
+    controller.start()
+    yield guard, f"127.0.0.1:{port}", certificate
+    controller.stop()
+
+
+async def test_it_logs_in_over_tls(encrypted: tuple[Guard, str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, place, certificate = encrypted
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    await mailer(f"smtps://orders:s3%3Acret@{place}").confirm(ORDER)
+    assert guard.asked == [True]
+
+
+async def test_a_wrong_password_is_no_fault_of_the_order(
+    encrypted: tuple[Guard, str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place, certificate = encrypted
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with pytest.raises(NotDone, match="535") as refused:
+        await mailer(f"smtps://orders:wrong@{place}").confirm(ORDER)
+    assert "wrong" not in str(refused.value)
+
+
+async def test_a_server_that_nobody_vouches_for_is_told_nothing(encrypted: tuple[Guard, str, Path]) -> None:
+    guard, place, _ = encrypted
+    with pytest.raises(NotDone, match="certificate"):
+        await mailer(f"smtps://orders:s3%3Acret@{place}").confirm(ORDER)
+    assert guard.asked == []
