@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -65,6 +66,31 @@ Fate = Unrouted | Refused | Unknown | None
 """What became of a message; None is that the server durably has it."""
 
 
+class _Patience:
+    """Cancels confirms that do not come in time: one timer for all of them, where one for each would cost more than the publish."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, confirm: asyncio.Future[None]) -> None:
+        """This one has CONFIRM_SECONDS from now on."""
+        waiting = self._waiting
+        while waiting and waiting[0][1].done():
+            waiting.popleft()
+        loop = asyncio.get_running_loop()
+        waiting.append((loop.time() + CONFIRM_SECONDS, confirm))
+        if self._timer is None:
+            self._timer = loop.call_at(waiting[0][0], self._tick)
+
+    def _tick(self) -> None:
+        waiting, loop = self._waiting, asyncio.get_running_loop()
+        now = loop.time()
+        while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
+            waiting.popleft()[1].cancel()
+        self._timer = loop.call_at(waiting[0][0], self._tick) if waiting else None
+
+
 class Publisher:
     """The publishing side of a broker object: a connection of its own, so that an alarm stops no consumer.
 
@@ -80,6 +106,7 @@ class Publisher:
         heartbeat_seconds: Callable[[], float],
     ) -> None:
         self._prepare = prepare
+        self._patience = _Patience()
         self._link: Link[Channel] = Link(options, name, self._begin, heartbeat_seconds)
         self.open = self._link.open
         self.close = self._link.close
@@ -138,7 +165,7 @@ class Publisher:
     async def _confirmed(self, fates: list[Fate], under_way: list[tuple[int, asyncio.Future[None]]]) -> None:
         if len(under_way) == 1:
             [(position, only)] = under_way
-            timer = asyncio.get_running_loop().call_later(CONFIRM_SECONDS, only.cancel)
+            self._patience.watch(only)
             try:
                 await only
             except AmqpError as error:
@@ -148,8 +175,6 @@ class Publisher:
                 if not only.cancelled() or (task is not None and task.cancelling()):
                     raise
                 fates[position] = self._late()
-            finally:
-                timer.cancel()
             return
         futures = [future for _, future in under_way]
         try:
