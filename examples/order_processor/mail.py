@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 from datetime import UTC, datetime
@@ -74,8 +75,6 @@ class SmtpMailer:
         server = aiosmtplib.SMTP(
             hostname=self._host,
             port=self._port,
-            username=self._user,
-            password=self._password,
             use_tls=self._scheme == "smtps",
             start_tls=self._scheme == "smtp+starttls",
             timeout=self._timeout_seconds,
@@ -83,11 +82,16 @@ class SmtpMailer:
         try:
             await self._hand_over(server, message, to.addr_spec)
         finally:
-            server.close()  # nothing more has to be said, and a QUIT could fail
+            # Nothing more has to be said. A QUIT could fail, and TLS may wait long for the other side's goodbye.
+            if isinstance(server.transport, asyncio.WriteTransport):
+                server.transport.abort()
+            server.close()
 
     async def _hand_over(self, server: aiosmtplib.SMTP, message: EmailMessage, to: str) -> None:
         try:
             await server.connect()
+            if self._user is not None:
+                await server.login(self._user, self._password or "")
             await server.mail(self._sender)
             await server.rcpt(to)
         except (aiosmtplib.SMTPException, OSError) as error:

@@ -190,10 +190,19 @@ def encrypted(tmp_path: Path) -> Iterator[tuple[Guard, str, Path]]:
     controller.stop()
 
 
+async def hung_up(place: str) -> None:
+    """Wait until no connection to the server is left."""
+    there = f":{int(place.split(':')[1]):04X} 01"  # a peer's port, and ESTABLISHED (proc_net_tcp)
+    async with asyncio.timeout(30):
+        while there in await asyncio.to_thread(Path("/proc/net/tcp").read_text):
+            await asyncio.sleep(0.01)
+
+
 async def test_it_logs_in_over_tls(encrypted: tuple[Guard, str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     guard, place, certificate = encrypted
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     await mailer(f"smtps://orders:s3%3Acret@{place}").confirm(ORDER)
+    await hung_up(place)
     assert guard.asked == [True]
 
 
@@ -204,6 +213,7 @@ async def test_a_wrong_password_is_no_fault_of_the_order(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     with pytest.raises(NotDone, match="535") as refused:
         await mailer(f"smtps://orders:wrong@{place}").confirm(ORDER)
+    await hung_up(place)
     assert "wrong" not in str(refused.value)
 
 
@@ -211,4 +221,5 @@ async def test_a_server_that_nobody_vouches_for_is_told_nothing(encrypted: tuple
     guard, place, _ = encrypted
     with pytest.raises(NotDone, match="certificate"):
         await mailer(f"smtps://orders:s3%3Acret@{place}").confirm(ORDER)
+    await hung_up(place)
     assert guard.asked == []
