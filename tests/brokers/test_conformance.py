@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
 
 import pytest
 
-from conveyor.brokers import from_url
-from conveyor.brokers.memory import MemoryBroker, MemoryStore
-from conveyor.testing.clock import turned_memory
 from conveyor.testing.promises import PROMISES, Ended, Makers, Promise, prove
-
-if TYPE_CHECKING:
-    from tests.servers.rabbitmq import RabbitMQ
-    from tests.servers.redis import Redis
-
-
-def _sqlite(request: pytest.FixtureRequest, durability: str) -> Makers:
-    return Makers(partial(from_url, f"sqlite:///{request.getfixturevalue('tmp_path')}/x.queue?durability={durability}"))
-
-
-def _redis(request: pytest.FixtureRequest) -> Makers:
-    server: Redis = request.getfixturevalue("redis")
-    return Makers(partial(from_url, server.url()))
-
-
-def _rabbitmq(request: pytest.FixtureRequest, queue_type: str) -> Makers:
-    server: RabbitMQ = request.getfixturevalue("rabbitmq")
-    return Makers(partial(from_url, f"{server.url()}?queue_type={queue_type}"), lease_seconds=2.0)
-
-
-# To prove another broker, or another mode of one, add one line.
-MODES: Final[Mapping[str, Callable[[pytest.FixtureRequest], Makers]]] = {
-    "memory": lambda _: Makers(partial(MemoryBroker, store=MemoryStore())),
-    "memory, clock turned": lambda _: turned_memory(),
-    "sqlite, full": partial(_sqlite, durability="full"),
-    "sqlite, normal": partial(_sqlite, durability="normal"),
-    "redis": _redis,
-    "rabbitmq, quorum": partial(_rabbitmq, queue_type="quorum"),
-    "rabbitmq, classic": partial(_rabbitmq, queue_type="classic"),
-}
+from tests.brokers.modes import MODES
 
 
 @pytest.mark.parametrize("promise", PROMISES.values(), ids=PROMISES)

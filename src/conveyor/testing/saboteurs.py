@@ -307,28 +307,29 @@ class ShortensTracebacks(Honest):
         return verdict
 
 
-class SettlesById(Honest):
-    """Looks at the message's id and not at the receipt: whoever held it once settles it."""
+class _Remembers(Honest):
+    """Knows what was given out last, of every message."""
 
     async def fetch(self, subscription: Subscription, limit: int) -> list[Delivery]:
         deliveries = await subscription.fetch(limit)
         self.plot.latest |= {(each.queue, each.message.id): each for each in deliveries}
         return deliveries
 
+    def _current(self, delivery: Delivery) -> Delivery:
+        return self.plot.latest.get((delivery.queue, delivery.message.id), delivery)
+
+
+class SettlesById(_Remembers):
+    """Looks at the message's id and not at the receipt: whoever held it once settles it."""
+
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         return await self.broker.settle(
             [Settlement(self._current(each.delivery), each.verdict) for each in settlements]
         )
 
-    def _current(self, delivery: Delivery) -> Delivery:
-        return self.plot.latest.get((delivery.queue, delivery.message.id), delivery)
 
-
-class ExtendsById(SettlesById):
+class ExtendsById(_Remembers):
     """A late heartbeat renews whatever lease the message has by now."""
-
-    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
-        return await self.broker.settle(settlements)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         return await self.broker.extend([self._current(each) for each in deliveries])
@@ -483,14 +484,13 @@ class ForgetsThePage(Honest):
         return [] if after is not None else await self.broker.dead_letters(which, limit=limit)
 
 
-class PurgesTheHeld(Honest):
+class PurgesTheHeld(_Remembers):
     """Deletes with a purge what receivers hold, too."""
 
     async def purge(self, queue: str) -> int:
         purged = await self.broker.purge(queue)
-        for owner in self.plot.owners:
-            await self.broker.reclaim(owner, "purged")
-        return purged + await self.broker.purge(queue)
+        held = [Settlement(each, DONE) for each in self.plot.latest.values() if each.queue == queue]
+        return purged + len(held) - len(await self.broker.settle(held))
 
 
 class LosesTheHeldOnClose(Honest):
@@ -547,8 +547,13 @@ class ForgetsDueTimes(Honest):
 class HurriesWhatIsReleased(Honest):
     """What is given back is ready at once, whatever its time."""
 
-    def twist(self, verdict: Verdict) -> Verdict:
-        return Release() if isinstance(verdict, Release) else verdict
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+        return await self.broker.settle([Settlement(each.delivery, self._hurried(each)) for each in settlements])
+
+    def _hurried(self, each: Settlement) -> Verdict:
+        # A release alone would not do: some brokers know from the lease itself when it may come again.
+        message = msgspec.structs.replace(each.delivery.message, due=0.0)
+        return Done((message,)) if isinstance(each.verdict, Release) else each.verdict
 
 
 class ReversesFetches(Honest):
