@@ -52,8 +52,8 @@ end
 
 local function take_fresh()
   local read = call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', room, 'NOACK', 'STREAMS', queue.fresh, '>')
-  if not read then return 0 end
-  local found = read[1][2]
+  if not read then return 0, false end
+  local found, aside = read[1][2], false
   for i = 1, #found do
     local entry = found[i]
     local fields, plain = entry[2], true
@@ -64,6 +64,7 @@ local function take_fresh()
       local at, priority, key = way_of(fields)
       if at > now or priority > 0 or (queue.ordered and key) then
         give(queue, reference(entry[1], 'm', priority), at, hash_of(key))
+        aside = true
       else
         plain = true
       end
@@ -75,7 +76,7 @@ local function take_fresh()
       room = room - 1
     end
   end
-  return #found
+  return #found, aside
 end
 
 -- Also what is not due, and what is behind: a key's oldest is in ready, later or somebody's hands, and comes before.
@@ -96,11 +97,17 @@ local function take_early()
   return #refs + #members
 end
 
+-- Whoever gives less than was asked of it has no more; but what was put aside may be ready now.
 repeat
-  local got = take_ready()
-  if room > 0 then got = got + take_fresh() end
-  if room > 0 and early then got = got + take_early() end
-until room <= 0 or got == 0
+  local asked = room
+  local more = take_ready() == asked
+  if room > 0 then
+    asked = room
+    local got, aside = take_fresh()
+    more = more or got == asked or aside
+  end
+  if room > 0 and early then more = take_early() > 0 or more end
+until room <= 0 or not more
 
 if #leases > 0 then
   call('ZADD', queue.leases, unpack(leases))
