@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, cast
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from pamqp import body, commands, decode, encode, frame, header
 from pamqp.base import Frame
 
+from conveyor.brokers.rabbitmq import amqp
 from conveyor.brokers.rabbitmq.amqp import (
     Address,
     AmqpError,
@@ -30,6 +32,7 @@ from conveyor.brokers.rabbitmq.amqp import (
     Properties,
     Returned,
     Table,
+    connect,
 )
 from conveyor.brokers.rabbitmq.amqp_frames import NO_PROPERTIES, decode_table, encode_method, encode_table
 
@@ -822,3 +825,106 @@ def test_a_request_that_nobody_waits_for_any_more_does_not_confuse_the_next() ->
         assert await asked == 2
 
     in_a_world(test)
+
+
+# A server that stops answering --------------------------------------------------------------------------------------
+
+
+class Peer:
+    """A server on a socket that lets a client in, opens a channel, and answers nothing after that."""
+
+    def __init__(self) -> None:
+        self.writer: asyncio.StreamWriter
+        self.heard = asyncio.Event()
+        """Something was asked that gets no answer."""
+        self.left = asyncio.Event()
+        """The client has cut the connection."""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        try:
+            await reader.readexactly(8)
+            writer.write(START)
+            await self._method(reader, commands.Connection.StartOk)
+            writer.write(TUNE)
+            await self._method(reader, commands.Connection.Open)
+            writer.write(OPEN_OK)
+            await self._method(reader, commands.Channel.Open)
+            writer.write(CHANNEL_OPEN_OK)
+            while await reader.read(4096):
+                self.heard.set()
+        except ConnectionError:
+            pass  # an aborted socket says so
+        finally:
+            self.left.set()
+            writer.close()
+
+    def say(self, method: Frame) -> None:
+        self.writer.write(frame.marshal(method, 0))
+
+    async def _method(self, reader: asyncio.StreamReader, until: type[Frame]) -> None:
+        while True:
+            head = await reader.readexactly(7)
+            rest = await reader.readexactly(int.from_bytes(head[3:7], "big") + 1)
+            if isinstance(frame.unmarshal(head + rest)[2], until):
+                return
+
+
+@asynccontextmanager
+async def facing_a_peer(monkeypatch: pytest.MonkeyPatch, answer_seconds: float) -> AsyncIterator[tuple[Peer, Channel]]:
+    """A channel of a client that waits so long for answers."""
+    monkeypatch.setattr(amqp, "ANSWER_SECONDS", answer_seconds)
+    peer = Peer()
+    async with asyncio.timeout(30), await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+        connection = await connect([Address("127.0.0.1", server.sockets[0].getsockname()[1])], heartbeat_seconds=0)
+        try:
+            yield peer, await connection.channel()
+        finally:
+            await connection.close(timeout_seconds=0.0)  # nobody would answer
+            await peer.left.wait()
+
+
+async def test_a_server_that_does_not_answer_a_request_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with facing_a_peer(monkeypatch, 0.2) as (peer, channel):
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(outcome_of(channel.queue_declare(name))) for name in "ab"]
+        for each in asked:
+            error = each.result()
+            assert isinstance(error, ConnectionClosed)
+            assert "the server did not answer Queue.Declare within 0.2 s" in str(error)
+        assert channel.connection.closed.done()
+        await peer.left.wait()
+
+
+async def test_a_server_that_said_that_it_is_blocked_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with facing_a_peer(monkeypatch, 0.05) as (peer, channel):
+        told: asyncio.Queue[str | None] = asyncio.Queue()
+        channel.connection.on_blocked = told.put_nowait
+        peer.say(commands.Connection.Blocked("low on memory"))
+        assert await told.get() == "low on memory"
+        asking = asyncio.create_task(outcome_of(channel.queue_declare("a")))
+        await peer.heard.wait()
+        # Ten times the limit: a client that counted on would have left by now, and a slow machine lets it stay longer, not shorter.
+        await asyncio.wait([asking], timeout=0.5)
+        assert not asking.done()
+        assert not channel.connection.closed.done()
+        peer.say(commands.Connection.Unblocked())
+        assert await told.get() is None
+        assert isinstance(await asking, ConnectionClosed)
+
+
+async def test_an_answer_that_comes_in_time_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with facing_a_peer(monkeypatch, 30.0) as (peer, channel):
+        asking = asyncio.create_task(channel.queue_declare("a"))
+        await peer.heard.wait()
+        peer.writer.write(frame.marshal(commands.Queue.DeclareOk("a", 7, 1), 1))
+        assert (await asking).messages == 7
+        assert not channel.connection.closed.done()
+
+
+async def outcome_of(asked: Coroutine[Any, Any, object]) -> object:
+    """What comes of a request: its answer, or the error."""
+    try:
+        return await asked
+    except AmqpError as error:
+        return error

@@ -16,7 +16,7 @@ import pytest
 
 from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
-from conveyor.brokers.memory import MemoryBroker, MemoryStore
+from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscription
 from conveyor.core.message import Message as Envelope
 from conveyor.errors import BrokerUnavailable
 from conveyor.runtime.worker import room_for
@@ -630,6 +630,42 @@ class FlakyBroker(MemoryBroker):
             self.tried.set()
             raise BrokerUnavailable("the cable is out")
         return await super().settle(settlements)
+
+
+class DeafBroker(MemoryBroker):
+    """Its first fetches fail: twice in a row, with nothing at work that could ask again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 0
+
+    async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> MemorySubscription:
+        subscription = await super().subscribe(queue, prefetch, early=early)
+        fetch = subscription.fetch
+
+        async def failing(limit: int) -> list[Delivery]:
+            if self.failures < 2:
+                self.failures += 1
+                raise BrokerUnavailable("the cable is out")
+            return await fetch(limit)
+
+        subscription.fetch = failing  # type: ignore[method-assign]
+        return subscription
+
+
+async def test_a_worker_at_rest_receives_again_after_its_broker_failed_twice_in_a_row() -> None:
+    app = Conveyor("t", broker=(broker := DeafBroker()))
+    handled = asyncio.Event()
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        handled.set()
+
+    async with opened(broker), app.running():
+        await app.publish(Order(1))
+        async with asyncio.timeout(30):
+            await handled.wait()
+    assert broker.failures == 2
 
 
 async def test_settlements_wait_for_a_broker_that_is_away_and_the_runner_says_so() -> None:
