@@ -44,6 +44,26 @@ def new(request: pytest.FixtureRequest, conveyor: Program) -> str:
     return url
 
 
+ROUTES: Final = [
+    ("sqlite", "sqlite"),
+    ("sqlite", "redis"),
+    ("sqlite", "rabbitmq"),
+    ("redis", "sqlite"),
+    ("rabbitmq", "sqlite"),
+]
+
+
+@pytest.fixture(params=ROUTES, ids=" to ".join)
+def route(request: pytest.FixtureRequest, conveyor: Program) -> tuple[str, str]:
+    """Where from, and where to."""
+    files = {"old": f"sqlite:///{conveyor.folder}/old.queue", "new": f"sqlite:///{conveyor.folder}/new.queue"}
+    old, new = (
+        files[end] if kind == "sqlite" else request.getfixturevalue(kind).url()
+        for end, kind in zip(files, request.param, strict=True)
+    )
+    return old, new
+
+
 @contextlib.asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Broker]:
     broker = brokers.from_url(url)
@@ -104,7 +124,9 @@ async def contents(broker: Broker, queue: Queue) -> tuple[QueueInfo, list[Messag
     return info, [each.message for each in held], await broker.dead_letters(DeadFilter(queue=queue.name), limit=100)
 
 
-def test_everything_arrives_as_it_was(conveyor: Program, old: str, new: str) -> None:
+def test_everything_arrives_as_it_was(conveyor: Program, route: tuple[str, str]) -> None:
+    old, new = route
+
     async def before() -> float:
         async with opened(old) as broker:
             return await fill(broker)
