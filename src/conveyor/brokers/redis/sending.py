@@ -13,7 +13,7 @@ from conveyor.brokers.redis.link import Link
 from conveyor.brokers.redis.wire import arguments_of, milliseconds
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Done, RetryAt
-from conveyor.errors import BrokerError, BrokerFull, PublishFailed
+from conveyor.errors import BrokerError, PublishFailed
 
 MOST_AT_ONCE: Final = 2_000
 """Leases of one command in a script: Lua hands no more than some 8,000 values to one."""
@@ -157,12 +157,7 @@ class Settling:
                 refused[message.id] = str(error)
         if refused:
             raise PublishFailed(refused=refused)
-        try:
-            lost = await self._lane.put(settlements, arguments=arguments, size=size)
-        except BrokerFull as error:
-            if not emitted:
-                raise
-            raise PublishFailed(refused={message.id: str(error) for message in emitted}) from error
+        lost = await self._lane.put(settlements, arguments=arguments, size=size)
         return [settlements[position].delivery for position in lost]
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:

@@ -7,6 +7,7 @@ if call('EXISTS', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then retu
 local queue = queue_of(name)
 if not queue then return redis.error_reply('NOQUEUE ' .. name) end
 
+begin()
 for _, lease in ipairs(call('ZRANGEBYSCORE', queue.leases, '-inf', number(now), 'LIMIT', 0, 1000)) do
   come_back(queue, lease, true, 'its lease ended without a sign of life')
 end

@@ -11,6 +11,7 @@ for i = 2, #ARGV, 6 do
     end
   end
 end
+begin()
 for i = 2, #ARGV, 6 do
   local name, settings = ARGV[i], prefix .. 'settings:' .. ARGV[i]
   local temporary = ARGV[i + 4] == '1'

@@ -1,4 +1,5 @@
 -- Start leases anew. ARGV: groups of queue, number, leases. Gives the positions of those that are lost.
+begin()
 local lost, position, i = {}, 0, 1
 while i <= #ARGV do
   local queue, first, last = queue_of(ARGV[i]), i + 2, i + 1 + ARGV[i + 1]

@@ -11,6 +11,7 @@ if before then
   local last, lost = match(before, '^(%d+) (.*)$')
   if tonumber(last) >= tonumber(ARGV[2]) then return cjson.decode(lost) end
 end
+begin()
 local lost, position, i = {}, 0, 3
 
 local function is_lost()
@@ -57,7 +58,6 @@ while i <= #ARGV do
       local emits = tonumber(ARGV[i + 4])
       i = i + 5
       for _ = 1, emits do
-        -- The emitted come first: where the server has no memory left, it refuses the first of them, and nothing is done.
         if held then i = publish(i) else i = i + 6 + ARGV[i + 5] end
       end
       if held then

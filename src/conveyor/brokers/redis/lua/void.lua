@@ -1,6 +1,7 @@
 -- A claim whose answer nobody hears: it takes nothing if it is still on its way, and what it took is given back, uncounted.
 -- ARGV: owner, number of the claim, queue.
 local owner, claim, queue = ARGV[1], ARGV[2], queue_of(ARGV[3])
+begin()
 call('SET', prefix .. 'void:' .. owner .. ':' .. claim, '1', 'EX', 3600)
 if not queue then return 0 end
 local back = {}
