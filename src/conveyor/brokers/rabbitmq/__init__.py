@@ -21,39 +21,35 @@ import msgspec
 from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
 from conveyor.brokers.rabbitmq import dead
 from conveyor.brokers.rabbitmq.address import Options, read_url
-from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, FieldValue, Incoming
+from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, Incoming
 from conveyor.brokers.rabbitmq.catalog import Catalog
 from conveyor.brokers.rabbitmq.delay import place
 from conveyor.brokers.rabbitmq.envelope import (
-    ATTEMPTS,
-    DELIVERIES,
-    DUE,
-    ERROR,
     TOPIC,
     Arrived,
-    copy_of,
     properties_of,
     published,
     read,
     routing_key,
 )
+from conveyor.brokers.rabbitmq.held import Leases, State
 from conveyor.brokers.rabbitmq.link import Link
-from conveyor.brokers.rabbitmq.order import Keyed, Place
+from conveyor.brokers.rabbitmq.order import Keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing, Publisher, Refused, Unknown, Unrouted, told
 from conveyor.brokers.rabbitmq.renew import Renewals
+from conveyor.brokers.rabbitmq.settle import Settling
 from conveyor.brokers.rabbitmq.spec import Spec, check_conflict, merged, spec_of
 from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
 from conveyor.brokers.rabbitmq.topology import Topology
-from conveyor.brokers.rabbitmq.work import Held, Leases, State, Work
+from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message, redriven
-from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
+from conveyor.core.settle import Release
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed, QueueConflict
 
 __all__ = ["RabbitBroker", "RabbitSubscription", "from_url"]
 
 log: Final = logging.getLogger("conveyor.rabbitmq")
 
-LEASE_ENDED: Final = "its lease ended without a sign of life"
 CLOSE_SECONDS: Final = 10.0
 """How long closing may take to give back what is held; the server gives back the rest, counted."""
 TEMPORARY_AGAIN_SECONDS: Final = 1.0
@@ -87,7 +83,8 @@ class RabbitBroker:
         """Every queue that this object has heard of."""
         self.absent: set[str] = set()
         """Temporary queues that went with a connection, and are not there again yet."""
-        self.leases = Leases(self._leases_ended)
+        self._settling = Settling(self)
+        self.leases = Leases(self._settling.leases_ended)
         self._subscriptions: set[RabbitSubscription] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._keyed: dict[str, Keyed] = {}
@@ -246,6 +243,21 @@ class RabbitBroker:
             if fate is not None:
                 raise BrokerFull(str(fate)) if fate.full else BrokerError(str(fate))
 
+    async def send_named(self, ids: Sequence[str], batch: Sequence[Outgoing]) -> None:
+        """Publish what has to be there.
+
+        Parameters:
+            ids: of the messages, as the error names them.
+
+        Raises:
+            PublishFailed: not all of them are confirmed; names which.
+        """
+        fates = await self._publisher.send(batch)
+        refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
+        unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
+        if refused or unknown:
+            raise PublishFailed(refused, unknown)
+
     async def raise_ladder(self, spec: Spec) -> Spec:
         """Create the queues that hold what is delayed, and tell everybody."""
         if not await self.topology.raise_ladder(spec):
@@ -295,7 +307,7 @@ class RabbitBroker:
         self._check_open()
         spec = None if queue is None else await self.known(queue)
         now = self.clock()
-        batch = [self._outgoing(message, now, spec) for message in messages]
+        batch = [self.outgoing(message, now, spec) for message in messages]
         fates = await self._publisher.send(batch)
         unrouted, refused, unknown, full = told(messages, fates)
         if len(full) == len(messages) > 0:
@@ -306,7 +318,8 @@ class RabbitBroker:
             raise BrokerError(f"the queue {spec.name!r} is gone")
         return unrouted
 
-    def _outgoing(self, message: Message, now: float, spec: Spec | None, *, mandatory: bool = True) -> Outgoing:
+    def outgoing(self, message: Message, now: float, spec: Spec | None, *, mandatory: bool = True) -> Outgoing:
+        """A message on its way to the queues of its topic, or to one queue alone."""
         delayed = message.due > now
         if spec is None:
             exchange = self.topology.later_exchange if delayed else self.options.exchange
@@ -331,171 +344,17 @@ class RabbitBroker:
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
         self._check_open()
-        self.leases.turn()
-        lost: list[Delivery] = []
-        taken: list[tuple[Held, Verdict]] = []
-        for settlement in settlements:
-            held = self._held(settlement.delivery)
-            if held is None:
-                lost.append(settlement.delivery)
-            else:
-                held.state = State.SETTLING
-                held.subscription.broker.leases.end(held)
-                taken.append((held, settlement.verdict))
-        try:
-            await self._publish_ends(taken)
-        except BaseException:
-            for held, _ in taken:
-                held.state = State.HELD
-                held.subscription.broker.leases.begin([held], held.seconds)
-            raise
-        lost += await self._acknowledge([held for held, verdict in taken if not _in_place(held, verdict)])
-        lost += await self._put_back([(held, verdict) for held, verdict in taken if _in_place(held, verdict)])
-        return lost
-
-    async def _put_back(self, taken: Sequence[tuple[Held, Verdict]]) -> list[Delivery]:
-        """Let what has its place in an order wait there again."""
-        by_keyed: dict[Keyed, list[Place]] = {}
-        for held, verdict in taken:
-            place, keyed = held.place, held.subscription.broker.keyed(held.queue)
-            assert place is not None
-            match verdict:
-                case RetryAt(due, error):
-                    keyed.put_back(place, due, held.deliveries, held.attempts + 1, error)
-                case Release(due):
-                    keyed.put_back(place, due, held.deliveries - 1, held.attempts, held.error)
-                case _:
-                    keyed.put_back(place, place.due, held.deliveries, held.attempts, LEASE_ENDED)
-            by_keyed.setdefault(keyed, []).append(place)
-            self._gone(held)
-        for keyed, places in by_keyed.items():
-            await keyed.note(places)
-        return []
+        return await self._settling.settle(settlements)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
         self._check_open()
-        self.leases.turn()
-        lost: list[Delivery] = []
-        for delivery in deliveries:
-            held = delivery.receipt
-            if self._held(delivery) is not None and isinstance(held, Held):
-                owner = held.subscription.broker
-                owner.leases.begin([held], owner.specs[held.queue].lease_seconds)
-            elif not (isinstance(held, Held) and held.state is State.SETTLING):
-                lost.append(delivery)
-        return lost
+        return self._settling.extend(deliveries)
 
     async def reclaim(self, owner: str, why: str) -> int:  # noqa: ARG002 - the server needs no telling
         """See conveyor.broker.Broker. What a dead process held, the server has given back already."""
         self._check_open()
         return 0
-
-    def _held(self, delivery: Delivery) -> Held | None:
-        """What a receipt stands for, if it still holds; it may be another object's of this process."""
-        held = delivery.receipt
-        if not isinstance(held, Held) or held.state is not State.HELD:
-            return None
-        if held.work.lost:
-            self._gone(held)
-            return None
-        return held
-
-    @staticmethod
-    def _gone(held: Held) -> None:
-        held.state = State.GONE
-        held.subscription.broker.leases.end(held)
-        held.subscription.let_go()
-
-    async def _publish_ends(self, taken: Sequence[tuple[Held, Verdict]]) -> None:
-        """Publish what the verdicts ask for; return when all of it is confirmed."""
-        now = self.clock()
-        batch: list[Outgoing] = []
-        ids: list[str] = []
-        for held, verdict in taken:
-            if held.place is not None and isinstance(verdict, RetryAt | Release):
-                continue
-            spec = held.subscription.broker.specs[held.queue]
-            match verdict:
-                case Done(emits):
-                    for message in emits:
-                        batch.append(self._outgoing(message, now, None, mandatory=False))
-                        ids.append(message.id)
-                    continue
-                case RetryAt(due, error):
-                    copy = self._again(held, spec, due, now, held.deliveries, held.attempts + 1, error)
-                case Release(due):
-                    copy = self._again(held, spec, due, now, held.deliveries - 1, held.attempts, held.error)
-                case Dead():
-                    copy = dead.letter_of(held, spec, verdict, self.positions.next(now), now)
-            batch.append(copy)
-            ids.append(held.message.id)
-        if not batch:
-            return
-        fates = await self._publisher.send(batch)
-        refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
-        unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
-        if refused or unknown:
-            raise PublishFailed(refused, unknown)
-
-    def _again(
-        self, held: Held, spec: Spec, due: float, now: float, deliveries: int, attempts: int, error: str
-    ) -> Outgoing:
-        target = spec.name if spec.passive else place(spec, due, now)
-        notes: dict[str, FieldValue] = {DELIVERIES: deliveries, ATTEMPTS: attempts, ERROR: error, DUE: due}
-        return Outgoing("", target, held.incoming.body, copy_of(held.incoming, held.message, notes))
-
-    async def _acknowledge(self, helds: Sequence[Held]) -> list[Delivery]:
-        """Tell the server that these have ended, and wait until it knows; those whose channel went meanwhile are lost."""
-        by_work: dict[Work, list[Held]] = {}
-        for held in helds:
-            if held.renewing is not None:
-                await asyncio.shield(held.renewing)
-            if held.place is not None:
-                renewing = held.subscription.broker.keyed(held.queue).renewing
-                if renewing is not None:
-                    await asyncio.shield(renewing)
-                held.tag = held.place.incoming.delivery_tag
-            by_work.setdefault(held.work, []).append(held)
-        lost: list[Delivery] = []
-        for work, those in by_work.items():
-            try:
-                work.ack([held.tag for held in those])
-                await work.flush()
-            except AmqpError:
-                lost += [held.delivery() for held in those]
-        by_keyed: dict[Keyed, list[Place]] = {}
-        for held in helds:
-            self._gone(held)
-            if held.place is not None:
-                by_keyed.setdefault(held.subscription.broker.keyed(held.queue), []).append(held.place)
-        for keyed, places in by_keyed.items():
-            keyed.finish(places)
-        return lost
-
-    def _leases_ended(self, ended: list[Held]) -> None:
-        """Nobody extended these: give them back, counted."""
-        there = [held for held in ended if held.state is State.HELD]
-        for held in there:
-            self._gone(held)
-        there = [held for held in there if not held.work.lost]
-        if there:
-            self.spawn(self._give_back(there), "giving back what was not extended")
-
-    async def _give_back(self, helds: Sequence[Held]) -> None:
-        await self._put_back([(held, DONE) for held in helds if held.place is not None])
-        helds = [held for held in helds if held.place is None]
-        now = self.clock()
-        copies = [
-            self._again(held, self.specs[held.queue], held.due, now, held.deliveries, held.attempts, LEASE_ENDED)
-            for held in helds
-        ]
-        await self.send(copies)
-        for held in helds:
-            if held.renewing is not None:
-                await asyncio.shield(held.renewing)
-            if not held.work.lost:
-                held.work.ack([held.tag])
 
     # What operators need
 
@@ -506,8 +365,7 @@ class RabbitBroker:
         """
         self._check_open()
         for subscription in list(self._subscriptions):
-            if subscription.mover is not None:
-                await subscription.mover.quiet()
+            await subscription.quiet()
         specs = await self._all()
         names = [name for spec in specs for name in (spec.name, spec.later, spec.dead, *spec.ladder, *spec.partitions)]
         counts = await self.topology.counts(names)
@@ -517,6 +375,7 @@ class RabbitBroker:
                 continue  # somebody deleted it
             ready = sum((counts[name] or (0, 0))[0] for name in (spec.name, *spec.partitions))
             keyed = self._keyed.get(spec.name)
+            ready += sum(each.stream.waiting for each in self._subscriptions if each.queue == spec.name)
             held = sum(1 for each in self.leases.all() if each.queue == spec.name and not each.work.lost)
             moving = sum(each.mover.waiting for each in self._subscriptions if each.queue == spec.name and each.mover)
             later = sum((counts[name] or (0, 0))[0] for name in (spec.later, *spec.ladder))
@@ -543,9 +402,8 @@ class RabbitBroker:
         self._check_open()
         spec = await self.known(queue, fresh=True)
         deleted = 0
-        for subscription in [each for each in self._subscriptions if each.queue == queue and each.mover is not None]:
-            assert subscription.mover is not None
-            deleted += await subscription.mover.purge()
+        for subscription in [each for each in self._subscriptions if each.queue == queue]:
+            deleted += await subscription.purge()
         if queue in self._keyed:
             deleted += await self._keyed[queue].purge()
         for name in (spec.name, spec.later, *spec.ladder, *spec.partitions):
@@ -574,7 +432,7 @@ class RabbitBroker:
 
         async def put_back(taken: list[DeadLetter], spec: Spec) -> None:
             now = self.clock()
-            await self.send([self._outgoing(redriven(letter.message), now, spec) for letter in taken])
+            await self.send([self.outgoing(redriven(letter.message), now, spec) for letter in taken])
 
         return await self._take(letters, put_back)
 
@@ -599,6 +457,13 @@ class RabbitBroker:
                 f"The server takes no publishes now ({self._publisher.blocked}): free memory or disk on it, "
                 "or raise vm_memory_high_watermark or disk_free_limit."
             )
+        movers = [(each.queue, each.mover.problem) for each in self._subscriptions if each.mover is not None]
+        found += [
+            f"What is delayed in {queue} stays there for now: {problem}. After a crash, a single node may leave a quorum queue without "
+            "a leader (rabbitmq-server#10070); have it elect one, or restart it."
+            for queue, problem in movers
+            if problem is not None
+        ]
         if self.options.queue_type == "classic" and len(self.options.addresses) > 1:
             found.append(
                 "Classic queues live on one node of the cluster: when it is down they cannot be used, and what it loses is lost. "
@@ -646,10 +511,6 @@ class RabbitBroker:
     def _check_open(self) -> None:
         if not self._is_open:
             raise BrokerUnavailable("the RabbitMQ broker is not open")
-
-
-def _in_place(held: Held, verdict: Verdict) -> bool:
-    return held.place is not None and isinstance(verdict, RetryAt | Release)
 
 
 def _missing(queue_type: str) -> Mapping[Feature, str]:

@@ -289,8 +289,11 @@ class Connection(asyncio.Protocol):
             await self._cut(ConnectionClosed(NO_CODE, "the connection was never opened"))
             raise
 
-    async def channel(self) -> Channel:
+    async def channel(self, *, patient: bool = False) -> Channel:
         """A new channel.
+
+        Parameters:
+            patient: its requests wait for their answers for as long as the connection lives.
 
         Raises:
             ConnectionClosed: the connection is gone.
@@ -301,7 +304,7 @@ class Connection(asyncio.Protocol):
         if number > self._max_channels:
             self._next_numbers = itertools.count(number)
             raise AmqpError(f"the server allows {self._max_channels} channels on a connection")
-        channel = self._channels[number] = Channel(self, number)
+        channel = self._channels[number] = Channel(self, number, patient=patient)
         try:
             await channel.request(commands.Channel.Open, commands.Channel.OpenOk)
         except asyncio.CancelledError:
@@ -627,8 +630,9 @@ class Channel:
         closed: done when the channel is gone; its result is the reason.
     """
 
-    def __init__(self, connection: Connection, number: int) -> None:
+    def __init__(self, connection: Connection, number: int, *, patient: bool = False) -> None:
         loop = asyncio.get_running_loop()
+        self._answer_seconds = None if patient else ANSWER_SECONDS
         self.number = number
         self.connection = connection
         self.closed: asyncio.Future[AmqpError] = loop.create_future()
@@ -949,7 +953,7 @@ class Channel:
         return await self._answer(method.name, future)
 
     async def _answer(self, name: str, future: asyncio.Future[_Answer]) -> _Answer:
-        while not (await asyncio.wait([future], timeout=ANSWER_SECONDS))[0]:
+        while not (await asyncio.wait([future], timeout=self._answer_seconds))[0]:
             if self.connection.blocked is None:  # else the server has said that it does not listen now
                 self.connection.give_up(f"the server did not answer {name} within {ANSWER_SECONDS:g} s")
         return future.result()

@@ -33,10 +33,12 @@ from conveyor.brokers.rabbitmq.envelope import (
     trace_in,
     trace_note,
 )
+from conveyor.brokers.rabbitmq.held import Held
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec
+from conveyor.brokers.rabbitmq.tap import Tap, draw
 from conveyor.brokers.rabbitmq.topology import NOT_FOUND
-from conveyor.brokers.rabbitmq.work import Held, Work
+from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.settle import Dead
 from conveyor.errors import BrokerError
 
@@ -213,13 +215,12 @@ class Cemetery:
         enough = False
         try:
             while left > 0 and not enough:
-                arrived: list[Incoming] = []
                 news = asyncio.Event()
-                wanted = min(left, READ_AT_ONCE)
+                tap = Tap(work, [self._spec.dead], min(left, READ_AT_ONCE), news)
                 async with asyncio.timeout(ARRIVAL_SECONDS):
-                    await work.draw([self._spec.dead], wanted, arrived=arrived, news=news, whole=wanted)
-                left -= len(arrived)
-                for incoming in arrived:
+                    await draw(tap, news, whole=tap.bound)
+                left -= len(tap.arrived)
+                for incoming in tap.arrived:
                     tags.append(incoming.delivery_tag)
                     enough = enough or look(incoming)
         except TimeoutError:

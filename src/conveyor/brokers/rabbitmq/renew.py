@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Final
 
 from conveyor.brokers.rabbitmq.amqp import AmqpError, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, RENEWED, copy_of, properties_or_none
+from conveyor.brokers.rabbitmq.held import Held, State
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec
-from conveyor.brokers.rabbitmq.work import Held, State, Work
+from conveyor.brokers.rabbitmq.work import Work
 from conveyor.errors import BrokerError
 
 if TYPE_CHECKING:

@@ -1,8 +1,9 @@
-"""One receiver of one queue: it consumes only while somebody waits for messages, so that nothing lies about unhandled."""
+"""One receiver of one queue: it waits for messages, and counts and leases what has come before anybody sees it."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -10,17 +11,22 @@ import msgspec
 
 from conveyor.broker import Delivery
 from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, FieldValue, Incoming
-from conveyor.brokers.rabbitmq.delay import Mover, moved_copy
-from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, copy_of
+from conveyor.brokers.rabbitmq.delay import AGAIN_SECONDS, Mover, moved_copy
+from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, Arrived, copy_of
+from conveyor.brokers.rabbitmq.held import Held
 from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec
-from conveyor.brokers.rabbitmq.work import Held, Work
+from conveyor.brokers.rabbitmq.stream import Stream
+from conveyor.brokers.rabbitmq.tap import FIRST, Tap, draw
+from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError, BrokerUnavailable
 
 if TYPE_CHECKING:
     from conveyor.brokers.rabbitmq import RabbitBroker
+
+log: Final = logging.getLogger("conveyor.rabbitmq")
 
 LOOK_AGAIN_SECONDS: Final = 1.0
 """How often whoever receives early looks whether there is a delay ladder by now."""
@@ -43,7 +49,8 @@ class RabbitSubscription:
         self._ended: BrokerError | None = None
         self._news: set[asyncio.Event] = set()
         self.mover: Mover | None = None
-        self._attaching = asyncio.Lock()
+        """Moves what is delayed in the queue, where this object may."""
+        self.stream = Stream(queue, prefetch, lambda: self._ended is not None, self._untouched, broker.spawn)
 
     async def fetch(self, limit: int) -> list[Delivery]:
         """See conveyor.broker.Subscription. Waits, too, while prefetch deliveries are unsettled."""
@@ -66,14 +73,25 @@ class RabbitSubscription:
     async def close(self) -> None:
         """See conveyor.broker.Subscription."""
         self.end(BrokerUnavailable(f"this subscription of {self.queue!r} is closed"))
-        async with self._attaching:
-            mover, self.mover = self.mover, None
+        mover, self.mover = self.mover, None
+        try:
+            await self.stream.close()
             if mover is not None:
-                try:
-                    await mover.stop()
-                except AmqpError:
-                    pass  # the server has taken back what it had
+                await mover.stop()
+        except AmqpError:
+            pass  # the server has taken back what it had
         self.broker.forget(self)
+
+    async def quiet(self) -> None:
+        """Return when nothing is on its way, neither to here nor from one queue to another."""
+        await self.stream.quiet()
+        if self.mover is not None:
+            await self.mover.quiet()
+
+    async def purge(self) -> int:
+        """Delete what is in its hands and was not fetched; how many."""
+        moving = 0 if self.mover is None else await self.mover.purge()
+        return moving + await self.stream.purge()
 
     def end(self, why: BrokerError) -> None:
         """Take part no more; a fetch that waits raises why."""
@@ -82,37 +100,28 @@ class RabbitSubscription:
 
     def wake(self) -> None:
         """Let the fetches that wait look again."""
+        self.stream.wake()
         for news in self._news:
             news.set()
 
-    def let_go(self) -> None:
+    def let_go(self, held: Held) -> None:
         """One of its deliveries is no longer in its hands."""
+        self.broker.leases.end(held)
         self.held -= 1
         if self._news and self.held + self._asked == self._prefetch - 1:
             self.wake()
 
     async def attach(self, work: Work) -> None:
-        """Have a mover on this channel; its consumer is what counts this subscription, too."""
-        if self.mover is not None and self.mover.work is work:
-            return
-        async with self._attaching:
+        """Have a mover on this connection; its consumer is what counts this subscription, too."""
+        mover, connection = self.mover, work.connection
+        if mover is None or mover.connection is not connection:
             self._check()
-            spec = self.broker.specs[self.queue]
-            if (self.mover is not None and self.mover.work is work) or spec.passive or self._early:
+            if self._early or self.broker.specs[self.queue].passive:
                 return
-            mover = Mover(self.broker, self.queue, work)
-            starting = self.broker.spawn(mover.start(), f"beginning to move what is delayed in {self.queue}")
-            starting.add_done_callback(lambda started: self._attached(mover, started))
-            try:
-                await asyncio.shield(starting)
-            except AmqpError as error:
-                raise BrokerUnavailable(f"cannot receive from {spec.later!r}: {error}") from error
-
-    def _attached(self, mover: Mover, started: asyncio.Task[None]) -> None:
-        if started.cancelled() or started.exception() is not None:
-            return
-        self.mover = mover
-        self.broker.spawn(mover.run(), f"moving what is delayed in {self.queue}")
+            mover = self.mover = Mover(self.broker, self.queue, connection)
+            self.broker.spawn(mover.run(), f"moving what is delayed in {self.queue}")
+        if not mover.patience_over:
+            await mover.begun()
 
     def _check(self) -> None:
         if self._ended is not None:
@@ -131,6 +140,8 @@ class RabbitSubscription:
         spec = await self.broker.known(self.queue, fresh=self._early)
         if spec.name in self.broker.absent:
             raise BrokerUnavailable(f"the temporary queue {spec.name!r} is being declared again")
+        if not spec.ordered and not self._early:
+            return await self._received(work, spec, room)
         news = asyncio.Event()
         self._news.add(news)
         again = asyncio.get_running_loop().call_later(LOOK_AGAIN_SECONDS, self.wake) if self._early else None
@@ -176,7 +187,9 @@ class RabbitSubscription:
         if room <= 0 or self._ended is not None or keyed.lost or not keyed.ready(self._early):
             return drawn
         helds: list[Held] = []
-        for place in await keyed.take(room, self._early):
+        places = await keyed.take(room, self._early)
+        since = asyncio.get_running_loop().time()
+        for place in places:
             held = Held(
                 self,
                 keyed.work or work,
@@ -185,94 +198,134 @@ class RabbitSubscription:
                 place.deliveries,
                 place.attempts,
                 place.error,
+                place.due,
+                since,
             )
             held.place = place
-            held.due = place.due
             helds.append(held)
         self.held += len(helds)
         self.broker.leases.begin(helds, spec.lease_seconds)
         return [*drawn, *(held.delivery() for held in helds)]
 
+    async def _received(self, work: Work, spec: Spec, room: int) -> list[Delivery]:
+        """From a queue without order."""
+        try:
+            arrived = await self.stream.fetch(work, room, self.held + self._asked)
+        except AmqpError as error:
+            self._explain(work, error)
+            return []
+        return await self._accept(work, spec, arrived) if arrived else []
+
     async def _draw(
         self, work: Work, spec: Spec, room: int, news: asyncio.Event, until: Callable[[], bool]
     ) -> list[Delivery]:
+        """From the queue itself, and where this receives early, from where delayed messages wait."""
         queues = [spec.name, spec.later, *spec.ladder] if self._early and not spec.passive else [spec.name]
-        arrived: list[Incoming] = []
 
         def late(incoming: Incoming) -> None:
-            self.broker.spawn(self._untouched(work, spec, [incoming]), "giving back what came late")
+            self.broker.spawn(self._untouched(work, [incoming]), "giving back what came late")
 
+        tap = Tap(work, queues, room, news, late)
         try:
-            await work.draw(queues, room, until=until, arrived=arrived, news=news, late=late)
-            if self._ended is None:
-                return await self._accept(work, spec, arrived)
+            await draw(tap, news, until=until)
         except asyncio.CancelledError:
-            if arrived:
-                await asyncio.shield(self.broker.spawn(self._untouched(work, spec, arrived), "release"))
+            if tap.arrived:
+                await asyncio.shield(self.broker.spawn(self._untouched(work, tap.arrived), "release"))
             raise
         except AmqpError as error:
-            self._check()
-            if isinstance(error, ChannelClosed) and not work.connection.closed.done():
-                raise BrokerError(f"cannot receive from {self.queue!r}: {error}") from error
+            self._explain(work, error)
             return []
-        if arrived:
-            await self._untouched(work, spec, arrived)
-        return []
+        if self._ended is not None:
+            await self._untouched(work, tap.arrived)
+            return []
+        return await self._accept(work, spec, tap.arrived)
+
+    def _explain(self, work: Work, error: AmqpError) -> None:
+        """Consuming failed: raise what makes it useless to try again at once."""
+        self._check()
+        if isinstance(error, ChannelClosed) and not work.connection.closed.done():
+            raise BrokerError(f"cannot receive from {self.queue!r}: {error}") from error
 
     async def _accept(self, work: Work, spec: Spec, arrived: list[Incoming]) -> list[Delivery]:
-        """Count and lease what has come; what may not be delivered now goes elsewhere."""
-        broker, now = self.broker, self.broker.clock()
+        """Count and lease what has come; what may not be delivered now goes elsewhere first."""
+        read, now = self.broker.read, self.broker.clock()
+        come = [(incoming, read(incoming, spec)) for incoming in arrived]
+        elsewhere = [
+            (each, copy) for each, what in come if (copy := self._elsewhere(spec, each, what, now)) is not None
+        ]
+        if elsewhere:
+            away = {incoming.delivery_tag for incoming, _ in elsewhere}
+            come = [(each, what) for each, what in come if each.delivery_tag not in away]
+            try:
+                await self._send(work, elsewhere)
+            except asyncio.CancelledError:
+                if come:
+                    staying = [incoming for incoming, _ in come]
+                    await asyncio.shield(self.broker.spawn(self._untouched(work, staying), "release"))
+                raise
         counts_itself = spec.queue_type == "quorum"
-        accepted: list[Held] = []
-        elsewhere: list[tuple[Incoming, Outgoing]] = []
-        for incoming in arrived:
-            what = broker.read(incoming, spec)
-            waited = self._early and not incoming.consumer_tag.endswith(
-                ".0"
-            )  # it was delayed: not delivered, but moved
-            if is_keyed(spec, what.message):  # another program put it there, who does not know of the partitions
-                copy = moved_copy(incoming, what, "")._replace(exchange=spec.keyed)
-                elsewhere.append((incoming, copy))
-            elif what.due > now and not self._early:
-                target = spec.later if not spec.passive else spec.name
-                elsewhere.append((incoming, moved_copy(incoming, what, target)))
-            elif incoming.redelivered and not counts_itself and not waited:
-                # A classic queue does not count. So the copy says what this delivery was, and is the next one.
-                notes: dict[str, FieldValue] = {
-                    DELIVERIES: what.noted + 1,
-                    ATTEMPTS: what.attempts,
-                    ERROR: CRASHED,
-                    DUE: 0.0,
-                }
-                copy = Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
-                elsewhere.append((incoming, copy))
-            else:
-                counted = what.noted if waited else what.deliveries
+        since = asyncio.get_running_loop().time()
+        helds: list[Held] = []
+        for incoming, what in come:
+            message, counted, error = what.message, what.deliveries, what.error
+            if counted > what.noted or self._early:
+                if self._early:
+                    message = when(message, what.due)
+                    if not incoming.consumer_tag.endswith(FIRST):  # it was delayed: not delivered, but moved
+                        counted = what.noted
                 while counts_itself and counted > what.noted and work.doubt(self.queue):
                     counted -= 1
-                deliveries = counted + 1
-                error = CRASHED if counted > what.noted else what.error
-                message = when(what.message, what.due) if self._early else what.message
-                held = Held(self, work, incoming, message, deliveries, what.attempts, error)
-                held.due = what.due
-                accepted.append(held)
-        self.held += len(accepted)
-        broker.leases.begin(accepted, spec.lease_seconds)
-        if elsewhere:
-            await broker.send([copy for _, copy in elsewhere])
-            work.ack(incoming.delivery_tag for incoming, _ in elsewhere)
-        return [held.delivery() for held in accepted]
+                if counted > what.noted:
+                    error = CRASHED
+            helds.append(Held(self, work, incoming, message, counted + 1, what.attempts, error, what.due, since))
+        self.held += len(helds)
+        self.broker.leases.begin(helds, spec.lease_seconds)
+        return [held.delivery() for held in helds]
 
-    async def _untouched(self, work: Work, spec: Spec, arrived: list[Incoming]) -> None:
+    def _elsewhere(self, spec: Spec, incoming: Incoming, what: Arrived, now: float) -> Outgoing | None:
+        """The copy of a message that may not be delivered from here now; None of one that may."""
+        waited = self._early and not incoming.consumer_tag.endswith(FIRST)
+        if is_keyed(spec, what.message):  # another program put it there, who does not know of the partitions
+            return moved_copy(incoming, what, "")._replace(exchange=spec.keyed)
+        if what.due > now and not self._early:
+            return moved_copy(incoming, what, spec.name if spec.passive else spec.later)
+        if incoming.redelivered and spec.queue_type != "quorum" and not waited:
+            # A classic queue does not count. So the copy says what this delivery was, and is the next one.
+            notes: dict[str, FieldValue] = {
+                DELIVERIES: what.noted + 1,
+                ATTEMPTS: what.attempts,
+                ERROR: CRASHED,
+                DUE: 0.0,
+            }
+            return Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
+        return None
+
+    async def _send(self, work: Work, elsewhere: list[tuple[Incoming, Outgoing]]) -> None:
+        """Send copies, and acknowledge what they stand for; to its end, even where the caller is cancelled."""
+
+        async def send() -> None:
+            while not work.lost:
+                try:
+                    await self.broker.send([copy for _, copy in elsewhere])
+                except BrokerError as error:
+                    log.warning("cannot move what came in %s, trying on: %s", self.queue, error)
+                    await asyncio.sleep(AGAIN_SECONDS)
+                else:
+                    work.ack([incoming.delivery_tag for incoming, _ in elsewhere])
+                    return
+
+        await asyncio.shield(self.broker.spawn(send(), f"moving what came in {self.queue}"))
+
+    async def _untouched(self, work: Work, arrived: list[Incoming]) -> None:
         """What came for a fetch that is no more goes back as if it had never come."""
+        spec = self.broker.specs[self.queue]
         try:
             copies = [moved_copy(each, self.broker.read(each, spec), spec.name) for each in arrived]
             await self.broker.send(copies)
-            work.ack(each.delivery_tag for each in arrived)
+            work.ack([each.delivery_tag for each in arrived])
         except (BrokerError, AmqpError):
-            pass  # they are still the server's, and come back when the channel goes
-        finally:
-            arrived.clear()
+            if not work.lost:  # else the server has them back already
+                work.give_back([each.delivery_tag for each in arrived])
 
 
 def when(message: Message, due: float) -> Message:

@@ -1,0 +1,122 @@
+"""Messages out of a queue: a consumer that is opened, sends what it may, and is closed again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from conveyor.brokers.rabbitmq.amqp import Incoming
+from conveyor.brokers.rabbitmq.work import LARGEST_PREFETCH, Work
+
+FIRST: Final = ".0"
+"""How the consumer tag of a tap's first queue ends."""
+
+
+class Tap:
+    """A consumer of some queues, from open() to close(); what has arrived waits in it until somebody takes it.
+
+    Parameters:
+        queues: where from; each may have so many unsettled as the bound says.
+        news: set when a message arrives, and when nothing more will.
+        late: called with what arrives after the end: a quorum queue may have sent it before it saw the end.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        queues: Sequence[str],
+        bound: int,
+        news: asyncio.Event,
+        late: Callable[[Incoming], None] | None = None,
+    ) -> None:
+        self.work = work
+        self.bound = min(bound, LARGEST_PREFETCH)
+        self.arrived: list[Incoming] = []
+        self.over = False
+        """Nothing more is to be expected."""
+        self._queues = queues
+        self._news = news
+        self._late = late
+        self._received = 0
+        name = work.new_name()
+        self._tags = [f"{name}.{number}" for number in range(len(queues))]
+        self._opening: asyncio.Future[list[str | None]] | None = None
+        self._closing: asyncio.Future[None] | None = None
+        self._closed = False
+
+    async def open(self) -> None:
+        """Begin to receive.
+
+        Raises:
+            AmqpError: the server refuses it, or is gone.
+        """
+        channel = self.work.channel
+        channel.closed.add_done_callback(self._end)
+        self._opening = asyncio.gather(
+            channel.qos(self.bound),
+            *(
+                channel.consume(queue, self._on_delivery, tag=tag, on_cancel=self._end)
+                for queue, tag in zip(self._queues, self._tags, strict=True)
+            ),
+        )
+        await asyncio.shield(self._opening)
+
+    async def close(self) -> None:
+        """Receive no more; returns when the server has seen it, even where the caller is cancelled."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        try:
+            await asyncio.shield(self._closing)
+        except asyncio.CancelledError:
+            await asyncio.wait([self._closing])
+            raise
+
+    def take(self, limit: int) -> list[Incoming]:
+        """Up to limit of what has arrived, in its order."""
+        taken, self.arrived = self.arrived[:limit], self.arrived[limit:]
+        return taken
+
+    async def _close(self) -> None:
+        self._end()
+        self.work.channel.closed.remove_done_callback(self._end)
+        # A cancel that overtakes the answer to its consume crashes the server's channel: so that answer is waited for, always.
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+            if self._opening.exception() is None and not self.work.lost:
+                if self._received != self.bound:  # else it had all that it was allowed
+                    for queue in self._queues:
+                        self.work.cancelled(queue)
+                cancelling = (self.work.channel.cancel(tag) for tag in self._tags)
+                await asyncio.gather(*cancelling, return_exceptions=True)
+        self._closed = True
+
+    def _end(self, _: object = None) -> None:
+        self.over = True
+        self._news.set()
+
+    def _on_delivery(self, incoming: Incoming) -> None:
+        self.work.took(incoming.delivery_tag)
+        self._received += 1
+        if self._closed and self._late is not None:
+            self._late(incoming)
+        else:
+            self.arrived.append(incoming)
+            self._news.set()
+
+
+async def draw(tap: Tap, news: asyncio.Event, *, until: Callable[[], bool] = lambda: False, whole: int = 1) -> None:
+    """Consume until the first messages are there, then stop: what has arrived is in the tap, and none stays in between.
+
+    Parameters:
+        news: the tap's; whoever changes what until sees sets it, too.
+        until: looked at when there is news: stop now.
+        whole: wait for so many.
+    """
+    try:
+        await tap.open()
+        while len(tap.arrived) < whole and not tap.over and not until():
+            news.clear()
+            await news.wait()
+    finally:
+        await tap.close()
