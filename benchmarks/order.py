@@ -97,9 +97,17 @@ class Handled:
         self._over.wait()
         return self._figures
 
-    async def over(self) -> dict[str, float]:
-        """The same, in an event loop."""
-        return await asyncio.to_thread(self.wait)
+    async def over(self, work: Awaitable[object] | None = None) -> dict[str, float]:
+        """The same, in an event loop, while the worker works."""
+        over = asyncio.ensure_future(asyncio.to_thread(self.wait))
+        if work is None:
+            return await over
+        working = asyncio.ensure_future(work)
+        await asyncio.wait({over, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not over.done():
+            await working
+            raise RuntimeError("the worker ended before its last message")
+        return over.result()
 
 
 def figures(messages: int, wall: float, cpu: float) -> dict[str, float]:

@@ -210,3 +210,4 @@ if __name__ == "__main__":
     shown = _work(*sys.argv[1:])
     with os.fdopen(to_caller, "w") as out:
         json.dump(shown, out)
+    os._exit(0)  # what a peer does when it ends is not measured, and may take for ever

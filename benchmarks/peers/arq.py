@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ from arq import Worker, create_pool, func
 from arq.connections import RedisSettings
 
 from benchmarks.order import FIELDS, TASKS, Handled, OrderCreated, from_tasks
+from benchmarks.peers import run
 from benchmarks.subject import Load
 
 POLL_SECONDS: Final = 0.01
@@ -42,14 +42,9 @@ async def _consume(url: str, load: Load) -> dict[str, float]:
         handle_signals=False,
         log_results=False,
     )
-    running = asyncio.create_task(worker.async_run())
-    figures = await handled.over()
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    return figures
+    return await handled.over(worker.async_run())
 
 
 def consume(url: str, load: Load) -> Mapping[str, float]:
     """In plain asyncio."""
-    return asyncio.run(_consume(url, load))
+    return run(_consume(url, load))

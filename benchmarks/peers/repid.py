@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,6 +9,7 @@ import uvloop
 from repid import RedisServer, Repid, Router
 
 from benchmarks.order import FIELDS, TASKS, Handled, OrderCreated, from_tasks
+from benchmarks.peers import run
 from benchmarks.subject import Load
 
 CHANNEL: Final = "orders"
@@ -45,14 +44,9 @@ async def _consume(url: str, load: Load) -> dict[str, float]:
     router.actor(handle, channel=CHANNEL)
     app.include_router(router)
     async with app.servers.default.connection():
-        worker = asyncio.create_task(app.run_worker(tasks_limit=TASKS, graceful_shutdown_time=1.0))
-        figures = await handled.over()
-        worker.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await worker
-    return figures
+        return await handled.over(app.run_worker(tasks_limit=TASKS, graceful_shutdown_time=1.0))
 
 
 def consume(url: str, load: Load) -> Mapping[str, float]:
     """100 at once, read 100 at a time."""
-    return uvloop.run(_consume(url, load))
+    return run(_consume(url, load), uvloop.new_event_loop)

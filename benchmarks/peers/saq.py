@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from saq import Queue, Worker
 
 from benchmarks.order import FIELDS, TASKS, Handled, OrderCreated, from_tasks
+from benchmarks.peers import run
 from benchmarks.subject import Load
 
 
@@ -33,14 +33,9 @@ async def _consume(url: str, load: Load) -> dict[str, float]:
         handled.one()
 
     worker = Worker(Queue.from_url(url), functions=[("handle", handle)], concurrency=TASKS)
-    running = asyncio.create_task(worker.start())
-    figures = await handled.over()
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    return figures
+    return await handled.over(worker.start())
 
 
 def consume(url: str, load: Load) -> Mapping[str, float]:
     """In plain asyncio: uvloop gains nothing here."""
-    return asyncio.run(_consume(url, load))
+    return run(_consume(url, load))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from streaq import Worker
 
 from benchmarks.order import FIELDS, TASKS, Handled, OrderCreated
+from benchmarks.peers import run
 from benchmarks.subject import Load
 
 FILL_BATCH = 100
@@ -40,14 +40,9 @@ def fill(url: str, load: Load) -> None:
 async def _consume(url: str, load: Load) -> dict[str, float]:
     handled = Handled(load.messages)
     worker, _ = _worker(url, handled)
-    running = asyncio.create_task(worker.run_async())
-    figures = await handled.over()
-    running.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await running
-    return figures
+    return await handled.over(worker.run_async())
 
 
 def consume(url: str, load: Load) -> Mapping[str, float]:
     """In plain asyncio: uvloop gains nothing here."""
-    return asyncio.run(_consume(url, load))
+    return run(_consume(url, load))

@@ -5,8 +5,6 @@ The receiver is the one that `taskiq worker -w 1 --max-async-tasks 100 --max-pre
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -17,6 +15,7 @@ from taskiq_aio_pika.queue import Queue, QueueType
 from taskiq_redis import RedisStreamBroker
 
 from benchmarks.order import ORDER, TASKS, Handled, OrderCreated, from_tasks
+from benchmarks.peers import run
 from benchmarks.subject import Load
 
 DEAD: Final = "orders.dead"
@@ -53,14 +52,7 @@ async def _publish(make: Callable[[str], Any], url: str, messages: int) -> dict[
 async def _consume(make: Callable[[str], Any], url: str, load: Load) -> dict[str, float]:
     broker, handled = make(url), Handled(load.messages)
     _task(broker, handled)
-    receiver = asyncio.create_task(
-        run_receiver_task(broker, max_async_tasks=TASKS, max_prefetch=TASKS, run_startup=True)
-    )
-    figures = await handled.over()
-    receiver.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await receiver
-    return figures
+    return await handled.over(run_receiver_task(broker, max_async_tasks=TASKS, max_prefetch=TASKS, run_startup=True))
 
 
 def fill_rabbitmq(url: str, load: Load) -> None:
@@ -75,7 +67,7 @@ def publish_rabbitmq(url: str, load: Load) -> Mapping[str, float]:
 
 def consume_rabbitmq(url: str, load: Load) -> Mapping[str, float]:
     """Acknowledged when saved, as is its default: after the handler."""
-    return uvloop.run(_consume(_rabbitmq, url, load))
+    return run(_consume(_rabbitmq, url, load), uvloop.new_event_loop)
 
 
 def fill_redis(url: str, load: Load) -> None:
@@ -85,4 +77,4 @@ def fill_redis(url: str, load: Load) -> None:
 
 def consume_redis(url: str, load: Load) -> Mapping[str, float]:
     """From a consumer group, 100 at a time."""
-    return uvloop.run(_consume(_redis, url, load))
+    return run(_consume(_redis, url, load), uvloop.new_event_loop)
