@@ -185,6 +185,20 @@ def test_each_event_loop_has_a_connection_of_its_own(tmp_path: Path) -> None:
     assert asyncio.run(ready()) == 4
 
 
+async def test_a_process_has_one_identity_and_its_other_event_loops_have_others(tmp_path: Path) -> None:
+    app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue")
+    app.owner = "known-to-the-supervisor"
+
+    async def owner() -> str:
+        async with app:
+            return app.broker.owner
+
+    async with app:
+        beside = [await asyncio.to_thread(asyncio.run, owner()) for _ in range(2)]
+        assert len({app.broker.owner, *beside}) == 3
+        assert app.broker.owner == "known-to-the-supervisor"
+
+
 def test_many_threads_may_publish_at_once_for_the_first_time(tmp_path: Path) -> None:
     app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue")
     app.worker(charge)

@@ -544,7 +544,8 @@ class Conveyor:
             return connection
         async with self._connecting.setdefault(loop, asyncio.Lock()):
             if loop not in self._connections:
-                broker = self.new_broker()
+                # What a supervisor knows is the first loop's: one identity is one broker object's, and no other one's.
+                broker = self.new_broker(self.owner if next(iter(self._connecting), loop) is loop else None)
                 self._connections[loop] = await Connection.open(
                     self.name,
                     broker,
@@ -648,7 +649,7 @@ class Conveyor:
         """Let go of what cannot be used any more: connections of event loops that have ended, and of the process before a fork."""
         if self._process != os.getpid():
             self._process, self._background = os.getpid(), None
-            self._connections, self._connecting = {}, {}
+            self._connections, self._connecting, self.owner = {}, {}, None
         for loop in [loop for loop in self._connections if loop.is_closed()]:
             del self._connections[loop]
             self._connecting.pop(loop, None)
@@ -720,8 +721,12 @@ class Conveyor:
             self._unrouted.add(message.topic)
             log.info("no queue receives %r: such events go nowhere (said once)", message.topic)
 
-    def new_broker(self) -> Broker:
-        """The broker that this application is on, not opened here; for tools that look at it from outside."""
+    def new_broker(self, owner: str | None = None) -> Broker:
+        """The broker that this application is on, not opened here; for tools that look at it from outside.
+
+        Parameters:
+            owner: the identity under which it holds leases; made up where None.
+        """
         if self._given_broker is not None:
             return self._given_broker
         from conveyor import config
@@ -729,7 +734,7 @@ class Conveyor:
         url, database = config.broker_url(self.name, self.broker_url), config.database_url(self.database_url)
         tables = f"; its database is {config.place(database)}" if database else ""
         log.info("the messages of %s are in %s%s", self.name, config.place(url), tables)
-        return brokers.from_url(url, owner=self.owner, clock=self._clock)
+        return brokers.from_url(url, owner=owner, clock=self._clock)
 
     def new_ledger(self, owner: str) -> Ledger | None:
         """The ledger in the application's database, not opened; None where it has no database."""

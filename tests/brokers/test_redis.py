@@ -347,6 +347,24 @@ async def test_a_wrong_password_is_said_without_the_password(own_server: Redis) 
     assert "wr0ng" not in str(refused.value) + repr(broker.__dict__)
 
 
+async def test_objects_of_one_owner_are_not_taken_for_repeats_of_each_other(redis: Redis) -> None:
+    url, queue = redis.url(), Queue(name="q", topics=("t",))
+    async with opened(url, queue) as first:
+        for number in range(3):
+            await first.publish([Message(str(number), "t", b"first")])
+        second = from_url(url, owner=first.owner)
+        await second.open()
+        try:
+            await second.publish([Message("3", "t", b"second")])
+            deliveries = await take(await first.subscribe("q", 10), 4)
+            assert await first.settle([Settlement(each, DONE) for each in deliveries[:3]]) == []
+            assert await second.settle([Settlement(deliveries[3], DONE)]) == []
+            [info] = await first.queues()
+            assert (info.ready, info.in_flight) == (0, 0)
+        finally:
+            await second.close()
+
+
 async def test_a_server_that_evicts_is_refused(own_server: Redis) -> None:
     own_server.configure("maxmemory", "100mb")
     own_server.configure("maxmemory-policy", "allkeys-lru")

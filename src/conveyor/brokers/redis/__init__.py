@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import random
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,10 +76,13 @@ class RedisBroker:
         self._prefix = f"{{{namespace}}}:"
         self._address = address
         self._link = Link(address, self._prefix + "queues", self._greet)
-        self._publishing = Publishing(self._link, self.owner)
-        self._settling = Settling(self._link, self.owner)
+        sender = (
+            uuid.uuid4().hex
+        )  # names this object's batches, also where an owner has several objects, or had another one before
+        self._publishing = Publishing(self._link, sender)
+        self._settling = Settling(self._link, sender)
         self._graveyard = Graveyard(self._link, self._prefix)
-        self._claims = 0
+        self._claims = random.getrandbits(40)  # its claims are no other object's, either
         self._doubtful: dict[int, str] = {}
         self._posted: set[asyncio.Future[Any]] = set()
         self._declared: dict[str, Queue] = {}

@@ -60,13 +60,13 @@ class Lane(Generic[Item]):
         self,
         link: Link,
         script: Script,
-        owner: str,
+        sender: str,
         pack: Callable[[Sequence[Item]], tuple[list[Any], Any]],
         unpack: Callable[[Sequence[Item], Any, Any], list[Any]],
     ) -> None:
         self._link = link
         self._script = script
-        self._owner = owner
+        self._sender_name = sender
         self._pack = pack
         self._unpack = unpack
         self._waiting: list[_Waiting[Item]] = []
@@ -117,7 +117,7 @@ class Lane(Generic[Item]):
         try:
             batch.arguments, batch.known = self._pack([each.item for each in waiting])
             if self._link.is_ready:
-                batch.posted = self._link.post(self._script, self._owner, batch.number, *batch.arguments)
+                batch.posted = self._link.post(self._script, self._sender_name, batch.number, *batch.arguments)
         except BrokerUnavailable:
             pass  # it was lost in this moment, and nothing was sent
         except Exception as error:
@@ -155,7 +155,7 @@ class Lane(Generic[Item]):
                     with contextlib.suppress(ForgottenScript):
                         return await posted
                 await self._link.connect()
-                return await self._link.run_now(self._script, self._owner, batch.number, *batch.arguments)
+                return await self._link.run_now(self._script, self._sender_name, batch.number, *batch.arguments)
             except NotNow as error:  # the server did nothing
                 if loop.time() >= until:
                     raise (Unknown(str(error)) if lost else error) from error

@@ -29,8 +29,8 @@ class _Chunk(NamedTuple):
 class Publishing:
     """Publishes."""
 
-    def __init__(self, link: Link, owner: str) -> None:
-        self._lane = Lane[_Chunk](link, scripts.PUBLISH, owner, _pack_messages, _unpack_messages)
+    def __init__(self, link: Link, sender: str) -> None:
+        self._lane = Lane[_Chunk](link, scripts.PUBLISH, sender, _pack_messages, _unpack_messages)
         self.close = self._lane.close
 
     async def publish(self, messages: Sequence[Message], queue: str | None) -> frozenset[str]:
@@ -129,9 +129,9 @@ def _unpack_messages(chunks: Sequence[_Chunk], _: Any, answer: Any) -> list[Any]
 class Settling:
     """Settles and extends."""
 
-    def __init__(self, link: Link, owner: str) -> None:
+    def __init__(self, link: Link, sender: str) -> None:
         self._link = link
-        self._lane = Lane[Sequence[Settlement]](link, scripts.SETTLE, owner, self._pack, _unpack_lost)
+        self._lane = Lane[Sequence[Settlement]](link, scripts.SETTLE, sender, self._pack, _unpack_lost)
         self._unordered: set[str] = set()
         self.close = self._lane.close
 

@@ -1,4 +1,4 @@
--- Publish a batch. ARGV: owner, number of this batch, then the messages (see publish() in queue.lua).
+-- Publish a batch. ARGV: sender, number of this batch, then the messages (see publish() in queue.lua).
 -- Gives the positions of those whose topic no queue has, and of those whose queue is not there.
 -- A batch that comes again, because its answer was lost, does nothing.
 local mine = prefix .. 'sent:' .. ARGV[1] .. ':publish'

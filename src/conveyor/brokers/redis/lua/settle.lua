@@ -1,4 +1,4 @@
--- End deliveries. ARGV: owner, number of this batch, then settlements, each: queue, verdict, and
+-- End deliveries. ARGV: sender, number of this batch, then settlements, each: queue, verdict, and
 --   F  number, leases                       done, nothing to emit, not ordered: many at once
 --   D  lease, key, number of emits, emits   done (see publish() in queue.lua)
 --   R  lease, key, due, error               again, counted
