@@ -13,7 +13,7 @@ import pytest
 
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
-from conveyor.brokers.rabbitmq import RabbitBroker, publisher
+from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher
 from conveyor.brokers.rabbitmq.address import read_url
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
@@ -266,6 +266,48 @@ async def test_a_handler_that_outlives_the_consumer_timeout_is_run_once(
                 await waiting
     finally:
         rabbitmq.set("consumer_timeout", "1800000")
+
+
+# --- receiving --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_came_for_a_receiver_that_fetches_no_more_goes_to_others_uncounted(url: str) -> None:
+    async with opened(url) as busy, opened(url) as other:
+        await busy.declare([Queue(name="orders", topics=("order",))])
+        await busy.publish([Message(f"m-{number}", "order", b"{}") for number in range(20)])
+        subscription = await busy.subscribe("orders", 100)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            held = [*await subscription.fetch(2), *await subscription.fetch(2), *await subscription.fetch(2)]
+            [info] = await busy.queues()
+            assert (info.ready, info.in_flight) == (20 - len(held), len(held)), "what waits in the process is ready"
+            theirs = await other.subscribe("orders", 100)
+            rest: list[Delivery] = []
+            while len(held) + len(rest) < 20:
+                rest += await theirs.fetch(20)
+        assert {each.deliveries for each in held + rest} == {1}
+        assert len({each.message.id for each in held + rest}) == 20
+        assert await busy.settle([Settlement(each, DONE) for each in held]) == []
+
+
+async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(
+    rabbitmq: RabbitMQ, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delay, "PATIENCE_SECONDS", 0.5)
+    url = rabbitmq.url()
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",))])
+        member = f"'{urlsplit(url).path[1:]}_orders.later'"
+        rabbitmq.evaluate(f"sys:suspend({member})")  # as one without a leader, which answers nobody
+        try:
+            await broker.publish([Message("now", "order", b"{}")])
+            assert (await one(broker, "orders")).message.id == "now"
+            [risk] = await broker.risks()
+            assert "orders.later" in risk
+        finally:
+            rabbitmq.evaluate(f"sys:resume({member})")
+        await broker.publish([Message("soon", "order", b"{}", due=broker.clock() + 0.2)])
+        assert (await one(broker, "orders")).message.id == "soon"
+        assert await broker.risks() == []
 
 
 # --- the URL ----------------------------------------------------------------------------------------------------------
