@@ -33,7 +33,6 @@ WORDS = {Ended.PASSED: "kept", Ended.FAILED: "BROKEN", Ended.SKIPPED: "not asked
 RISKS = {
     Feature.DURABLE: "what it holds is lost with its process",
     Feature.FENCE: "a process that slept past its lease can settle what another one has by now",
-    Feature.RECLAIM: "what a dead process held comes back only when its leases end",
 }
 """What it means for every app that a broker lacks one of these; the others only matter to those who ask for them."""
 

@@ -83,12 +83,21 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         async with self.patience("the broker to close"):
-            with contextlib.suppress(Exception):  # a courtesy to a broker in use: the names are never used again
-                for queue in self._declared:
-                    await self.broker.purge(queue)
-                    await self.broker.discard(await self.broker.dead_letters(DeadFilter(queue=queue), limit=1_000))
             for broker in self._brokers:
                 await broker.close()
+            with contextlib.suppress(Exception):  # a courtesy to a broker in use: the names are never used again
+                await self._tidy()
+
+    async def _tidy(self) -> None:
+        """Delete what is left, now that nobody holds anything of it any more."""
+        broker = self.makers.broker()
+        await broker.open()
+        try:
+            for queue in self._declared:
+                await broker.purge(queue)
+                await broker.discard(await broker.dead_letters(DeadFilter(queue=queue), limit=1_000))
+        finally:
+            await broker.close()
 
     def now(self) -> float:
         """Unix seconds on the broker's clock."""
