@@ -147,10 +147,10 @@ class Publisher:
             except (ConnectionClosed, ChannelClosed) as error:
                 fates.append(Refused(f"the connection was lost before it was sent: {error}"))
                 lost = True
-            except TimeoutError:
-                fates.append(
-                    Refused(f"the server takes nothing now: {self.blocked or 'its socket is full'}", full=True)
-                )
+            except TimeoutError:  # what comes behind would overtake this one, or wait as long in vain
+                why = f"the server takes nothing now: {self.blocked or 'its socket is full'}"
+                fates += [Refused(why, full=True) for _ in batch[position:]]
+                break
             else:
                 fates.append(None)
                 under_way.append((position, future))
