@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
 from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher
 from conveyor.brokers.rabbitmq.address import read_url
+from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBACK_ZLIB, trace_in, trace_note
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
 from conveyor.errors import BrokerError, BrokerFull, ConfigurationError, QueueConflict
@@ -309,6 +311,14 @@ async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(
         await broker.publish([Message("soon", "order", b"{}", due=broker.clock() + 0.2)])
         assert (await one(broker, "orders")).message.id == "soon"
         assert await broker.risks() == []
+
+
+def test_a_compressed_traceback_is_read_and_one_that_is_a_bomb_is_cut() -> None:
+    traceback = "".join(f"line {number}: Grüße\n" for number in range(5_000))
+    assert trace_in(trace_note(traceback)) == traceback
+    bomb = {TRACEBACK_ZLIB: zlib.compress(bytes(50 * LONGEST_TRACEBACK_BYTES))}
+    assert len(trace_in(bomb)) == LONGEST_TRACEBACK_BYTES
+    assert trace_in({TRACEBACK_ZLIB: b"no zlib"}) == "(its traceback cannot be read)"
 
 
 # --- the URL ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ LONGEST_SHORT_TEXT: Final = 255
 """Bytes of a property; AMQP's short string."""
 PLAIN_TRACEBACK_BYTES: Final = 16_384
 """A longer traceback is compressed: all headers of a message share one frame of 128 KiB."""
+LONGEST_TRACEBACK_BYTES: Final = 1024 * 1024
+"""What is unpacked of a compressed one, whoever wrote it: a few kilobytes may stand for gigabytes."""
 SLOTS: Final = 16
 """The keys of ordered queues are spread over so many slots; every message with a key carries its own."""
 
@@ -131,7 +133,7 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
     if found is None:
         return None
     content_type, headers = found
-    if headers.get(_SOURCE) != SOURCE or headers.get(_TYPE) != incoming.routing_key:
+    if headers.get(_TYPE) != incoming.routing_key:
         return None
     try:
         get: Callable[..., Any] = headers.get
@@ -158,13 +160,15 @@ def _unix_seconds(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-_ID, _SOURCE, _TIME, _TYPE = (PREFIX + name for name in ("id", "source", "time", "type"))
+_ID, _TIME, _TYPE = (PREFIX + name for name in ("id", "time", "type"))
 _KEY, _PRIORITY, _DUE, _EXPIRES = (PREFIX + name for name in ("partitionkey", "priority", "duetime", "expirytime"))
 _CORRELATION, _CAUSATION = PREFIX + "correlationid", PREFIX + "causationid"
 _KNOWN: Final = {
     name.encode(): name
-    for name in {PREFIX + "specversion", _TYPE, _ID, _SOURCE, _TIME, _KEY, _PRIORITY, _DUE, _EXPIRES, _CORRELATION}
-    | {_CAUSATION, SLOT, "x-delivery-count"}
+    for name in (
+        *(_TYPE, _ID, _TIME, _KEY, _PRIORITY, _DUE, _EXPIRES, _CORRELATION, _CAUSATION),
+        *(SLOT, "x-delivery-count"),
+    )
 }
 
 
@@ -243,7 +247,8 @@ def trace_in(headers: Mapping[str, Any]) -> str:
     if packed is None:
         return str(headers.get(TRACEBACK) or "")
     try:
-        return zlib.decompress(packed.encode("latin-1") if isinstance(packed, str) else packed).decode()
+        raw = packed.encode("latin-1") if isinstance(packed, str) else packed
+        return zlib.decompressobj().decompress(raw, LONGEST_TRACEBACK_BYTES).decode(errors="replace")
     except (zlib.error, ValueError, TypeError):
         return "(its traceback cannot be read)"
 
