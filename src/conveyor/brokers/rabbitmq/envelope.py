@@ -126,7 +126,7 @@ def read(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str],
 
 
 def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str]) -> Arrived | None:
-    """The short way for what is most common: Conveyor's own message, from the exchange, without headers of the application."""
+    """The short way for what is most common: what plain.encode() made, from the exchange."""
     if incoming.exchange not in exchanges or incoming.routing_key not in topics:
         return None
     found = plain.decode(incoming, _KNOWN)
@@ -137,7 +137,6 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
         return None
     try:
         get: Callable[..., Any] = headers.get
-        due, expires, priority = get(_DUE), get(_EXPIRES), get(_PRIORITY)
         message = Message(
             id=str(headers[_ID]),
             topic=incoming.routing_key,
@@ -146,29 +145,17 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
             content_type=content_type or JSON,
             correlation_id=get(_CORRELATION),
             causation_id=get(_CAUSATION),
-            created=_unix_seconds(get(_TIME)),
-            due=_unix_seconds(due) if due else 0.0,
-            expires=_unix_seconds(expires) if expires else None,
-            priority=int(priority) if priority else 0,
+            created=datetime.fromisoformat(get(_TIME)).timestamp(),
         )
     except (KeyError, ValueError, TypeError, OverflowError):
         return None
-    return Arrived(message, _number(headers.get("x-delivery-count")), 0, "", message.due, 0)
+    return Arrived(message, _number(headers.get("x-delivery-count")), 0, "", 0.0, 0)
 
 
-def _unix_seconds(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp()
-
-
-_ID, _TIME, _TYPE = (PREFIX + name for name in ("id", "time", "type"))
-_KEY, _PRIORITY, _DUE, _EXPIRES = (PREFIX + name for name in ("partitionkey", "priority", "duetime", "expirytime"))
+_ID, _TIME, _TYPE, _KEY = (PREFIX + name for name in ("id", "time", "type", "partitionkey"))
 _CORRELATION, _CAUSATION = PREFIX + "correlationid", PREFIX + "causationid"
 _KNOWN: Final = {
-    name.encode(): name
-    for name in (
-        *(_TYPE, _ID, _TIME, _KEY, _PRIORITY, _DUE, _EXPIRES, _CORRELATION, _CAUSATION),
-        *(SLOT, "x-delivery-count"),
-    )
+    name.encode(): name for name in (_ID, _TIME, _TYPE, _KEY, _CORRELATION, _CAUSATION, SLOT, "x-delivery-count")
 }
 
 

@@ -127,7 +127,7 @@ _JSON_TYPE: Final = _short(JSON.encode())
 
 
 def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, dict[str, str | int]] | None:
-    """The media type and the headers of a message, where all of them are known ones; None where any is not.
+    """The media type and the headers of a message of Conveyor's own, where all of them are known ones; None where any is not.
 
     Parameters:
         known: the headers' names as they travel, and what they are called in the answer.
@@ -142,6 +142,9 @@ def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, dict[st
         (size,) = _SIZE.unpack_from(raw, position)
         position += 4
         stop = position + size
+        if not raw.startswith(_BEGIN, position):  # another's, or changed by the server
+            return None
+        position += len(_BEGIN)
         found: dict[str, str | int] = {}
         while position < stop:
             start = position + 1
