@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -311,6 +311,36 @@ async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(
         await broker.publish([Message("soon", "order", b"{}", due=broker.clock() + 0.2)])
         assert (await one(broker, "orders")).message.id == "soon"
         assert await broker.risks() == []
+
+
+async def test_what_comes_while_long_deliveries_are_renewed_stays_behind_them(url: str) -> None:
+    async with opened(url) as broker, opened(url) as publisher:
+        queue = Queue(name="long", topics=("long",), ordered=True)
+        for each in (broker, publisher):
+            await each.declare([queue])
+        await publisher.publish([Message(name, "long", b"{}", key="k") for name in "ab"])
+        subscription = await broker.subscribe("long", 10)
+        [held] = await subscription.fetch(10)
+        keyed = broker.keyed("long")
+        work = keyed.work
+        assert work is not None
+        give_back, publishing = work.give_back, []
+
+        def on_its_way(tags: Iterable[int]) -> None:
+            """Until the server hears of it, it delivers what is published meanwhile."""
+            publishing.append(asyncio.create_task(publisher.publish([Message("c", "long", b"{}", key="k")])))
+            asyncio.get_running_loop().call_later(0.5, give_back, tags)
+
+        work.give_back = on_its_way  # type: ignore[method-assign]
+        await keyed.renew(float("inf"))
+        await asyncio.gather(*publishing)
+        came = [held.message.id]
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(came) < 3:
+                assert await broker.settle([Settlement(held, DONE)]) == []
+                [held] = await subscription.fetch(10)
+                came.append(held.message.id)
+        assert came == ["a", "b", "c"]
 
 
 def test_a_compressed_traceback_is_read_and_one_that_is_a_bomb_is_cut() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
@@ -90,6 +90,9 @@ class Keyed:
         self._arrival = asyncio.Event()
         self._since = 0.0
         self._kept: dict[str, Place] = {}
+        # What is to be delivered anew, by id; until all of it is there, what else comes waits behind it.
+        self._returning: Counter[str] = Counter()
+        self._aside: list[tuple[int, Incoming]] = []
         self.renewing: asyncio.Future[None] | None = None
         """Done when what is handed out has its new delivery tags."""
 
@@ -165,14 +168,18 @@ class Keyed:
             notes[place.message.id] = Note(place.deliveries, place.attempts, place.error, place.due)
             changed.add(place.partition)
         if changed:
-            await self._broker.send([self._written(number) for number in changed])
+            await self._broker.publisher.send_all([self._written(number) for number in changed])
 
     # What operators see and do
 
     @property
     def waiting(self) -> int:
         """Messages in our hands that were not handed out."""
-        return sum(1 for chain in self._chains.values() for place in chain if not place.out) + len(self._unread)
+        return (
+            sum(1 for chain in self._chains.values() for place in chain if not place.out)
+            + len(self._unread)
+            + len(self._aside)
+        )
 
     async def purge(self) -> int:
         """Delete what was not handed out; how many."""
@@ -209,19 +216,28 @@ class Keyed:
             places = [place for chain in self._chains.values() for place in chain]
             self._since = asyncio.get_running_loop().time()
             self._kept = {place.message.id: place for place in places if place.out}
+            self._returning = Counter(place.message.id for place in places)
             renewing = self.renewing = asyncio.get_running_loop().create_future()
             self._chains.clear()
-            if not self._kept:
-                renewing.set_result(None)
             work.give_back(sorted(place.incoming.delivery_tag for place in places))
-            await asyncio.wait([renewing], timeout=RENEWAL_SECONDS)
-            if not renewing.done():
-                renewing.set_result(None)
+            if places:
+                ends = [renewing, work.channel.closed]
+                await asyncio.wait(ends, timeout=RENEWAL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            self._renewed()
             self.renewing = None
             if self._kept:
                 log.warning("%d long deliveries of %s did not come back to us", len(self._kept), self._queue)
             self._kept = {}
             self._maybe_idle()
+
+    def _renewed(self) -> None:
+        """What was to be delivered anew is there, or will not come; then what came meanwhile."""
+        self._returning.clear()
+        aside, self._aside = self._aside, []
+        for number, incoming in aside:
+            self._put(number, incoming)
+        if self.renewing is not None and not self.renewing.done():
+            self.renewing.set_result(None)
 
     async def close(self) -> None:
         """Give everything back to the server."""
@@ -273,6 +289,8 @@ class Keyed:
     def _forget(self) -> None:
         self._chains.clear()
         self._unread.clear()
+        self._aside.clear()
+        self._returning.clear()
         self._notes.clear()
 
     async def _read(self, work: Work) -> None:
@@ -308,13 +326,16 @@ class Keyed:
     def _put(self, number: int, incoming: Incoming) -> None:
         spec = self._broker.specs[self._queue]
         what = self._broker.read(incoming, spec)
+        if self._returning:
+            if what.message.id not in self._returning:
+                self._aside.append((number, incoming))
+                return
+            self._returning -= Counter([what.message.id])
         place = Place(incoming, what.message, what.due, number)
         note = self._notes[number].get(what.message.id)
         if (kept := self._kept.pop(what.message.id, None)) is not None:
             kept.incoming = incoming
             place = kept
-            if not self._kept and self.renewing is not None and not self.renewing.done():
-                self.renewing.set_result(None)
         elif note is not None:
             place.deliveries, place.attempts, place.error, place.due = (
                 note.deliveries,
@@ -325,6 +346,8 @@ class Keyed:
         else:
             place.deliveries, place.attempts, place.error = what.noted, what.attempts, what.error
         self._chains.setdefault(what.message.key or "", deque()).append(place)
+        if self.renewing is not None and not self._returning and not self.renewing.done():
+            self._renewed()
 
     async def _read_notes(self, work: Work, number: int) -> dict[str, Note]:
         queue = notes_of(self._broker.specs[self._queue].partitions[number])
@@ -338,7 +361,7 @@ class Keyed:
         for message in taken:
             notes |= _notes.decode(message.body)
         self._notes[number] = notes
-        await self._broker.send([self._written(number)])
+        await self._broker.publisher.send_all([self._written(number)])
         work.ack([message.delivery_tag for message in taken])
         return notes
 
