@@ -1,6 +1,6 @@
 """The RabbitMQ broker: quorum queues (or classic ones), publisher confirms, and no plugin.
 
-Two connections: one publishes (publisher.py), one consumes (work.py, subscription.py). Leases are this object's own promise; a
+Two connections: one publishes (publisher.py), one consumes (work.py, subscription.py). Leases (held.py) are this object's own promise; a
 process that sleeps is cut off by the server's heartbeats, which then gives back what it held.
 
 A message that goes anywhere but away – to be tried again, delayed, dead – is copied there, the copy is confirmed, and only then
@@ -34,15 +34,16 @@ from conveyor.brokers.rabbitmq.envelope import (
 )
 from conveyor.brokers.rabbitmq.held import Leases, State
 from conveyor.brokers.rabbitmq.link import Link
+from conveyor.brokers.rabbitmq.operating import Operating, old_version
 from conveyor.brokers.rabbitmq.order import Keyed
-from conveyor.brokers.rabbitmq.publisher import Outgoing, Publisher, Refused, Unknown, Unrouted, told
+from conveyor.brokers.rabbitmq.publisher import Outgoing, Publisher, told
 from conveyor.brokers.rabbitmq.renew import Renewals
 from conveyor.brokers.rabbitmq.settle import Settling
 from conveyor.brokers.rabbitmq.spec import Spec, check_conflict, merged, spec_of
 from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
 from conveyor.brokers.rabbitmq.topology import Topology
 from conveyor.brokers.rabbitmq.work import Work
-from conveyor.core.message import Message, redriven
+from conveyor.core.message import Message
 from conveyor.core.settle import Release
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed, QueueConflict
 
@@ -54,7 +55,6 @@ CLOSE_SECONDS: Final = 10.0
 """How long closing may take to give back what is held; the server gives back the rest, counted."""
 TEMPORARY_AGAIN_SECONDS: Final = 1.0
 SHORTEST_HEARTBEAT_SECONDS: Final = 2.0
-OLDEST_VERSION: Final = (3, 10)
 
 
 def from_url(url: str, *, owner: str | None = None, clock: Clock = time.time) -> RabbitBroker:
@@ -84,18 +84,20 @@ class RabbitBroker:
         self.absent: set[str] = set()
         """Temporary queues that went with a connection, and are not there again yet."""
         self._settling = Settling(self)
+        self._operating = Operating(self)
         self.leases = Leases(self._settling.leases_ended)
-        self._subscriptions: set[RabbitSubscription] = set()
+        self.subscriptions: set[RabbitSubscription] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._keyed: dict[str, Keyed] = {}
-        self._reading = asyncio.Lock()
+        self.keys: dict[str, Keyed] = {}
         self.positions = dead.Positions()
         self._is_open = False
         name = f"conveyor {self.owner[:8]}"
         self._link: Link[Work] = Link(options, f"{name} consumes", self._begin, self._heartbeat_seconds)
         self.topology = Topology(self.connection, options.exchange)
-        self._publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
-        self._catalog = Catalog(self.connection, self.send, f"{options.exchange}.catalog", options.queue_type)
+        self.publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
+        self._catalog = Catalog(
+            self.connection, self.publisher.send_all, f"{options.exchange}.catalog", options.queue_type
+        )
         self._renewals = Renewals(self, options.consumer_timeout_seconds)
         self._exchanges = frozenset({options.exchange, self.topology.later_exchange})
 
@@ -106,7 +108,7 @@ class RabbitBroker:
         if self._is_open:
             return
         try:
-            await self._publisher.open()
+            await self.publisher.open()
             await self._link.open()
             self._is_open = True
             await self._catalog.open()
@@ -114,25 +116,25 @@ class RabbitBroker:
         except BaseException:
             self._is_open = False
             await self._link.close()
-            await self._publisher.close()
+            await self.publisher.close()
             raise
-        if self.topology.version < OLDEST_VERSION:
-            log.warning("%s", self._old_version())
+        if (complaint := old_version(self.topology.version)) is not None:
+            log.warning("%s", complaint)
 
     async def close(self) -> None:
         """See conveyor.broker.Broker."""
         if not self._is_open:
             return
         why = BrokerUnavailable("the broker is closed")
-        for subscription in list(self._subscriptions):
+        for subscription in list(self.subscriptions):
             subscription.end(why)
         self.leases.stop()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
-                for subscription in list(self._subscriptions):
+                for subscription in list(self.subscriptions):
                     await subscription.close()
                 await self._give_back_all()
-                for keyed in self._keyed.values():
+                for keyed in self.keys.values():
                     await keyed.close()
                 for spec in [each for each in self.specs.values() if each.temporary]:
                     for queue in (spec.name, spec.later):
@@ -146,7 +148,7 @@ class RabbitBroker:
             if self._tasks:
                 await asyncio.wait(self._tasks)
             await self._link.close()
-            await self._publisher.close()
+            await self.publisher.close()
 
     async def _give_back_all(self) -> None:
         held = [each for each in self.leases.all() if each.state is State.HELD]
@@ -212,14 +214,14 @@ class RabbitBroker:
 
     def keyed(self, queue: str) -> Keyed:
         """The keys of an ordered queue, as far as they are in this object's hands."""
-        keyed = self._keyed.get(queue)
+        keyed = self.keys.get(queue)
         if keyed is None:
-            keyed = self._keyed[queue] = Keyed(self, queue)
+            keyed = self.keys[queue] = Keyed(self, queue)
         return keyed
 
     async def renew_keyed(self, oldest: float) -> None:
         """Renew what ordered queues have had in their hands since before (the event loop's time)."""
-        for keyed in list(self._keyed.values()):
+        for keyed in list(self.keys.values()):
             try:
                 await keyed.renew(oldest)
             except (BrokerError, AmqpError) as error:
@@ -227,36 +229,7 @@ class RabbitBroker:
 
     def forget(self, subscription: RabbitSubscription) -> None:
         """A subscription has closed."""
-        self._subscriptions.discard(subscription)
-
-    async def send(self, batch: Sequence[Outgoing]) -> None:
-        """Publish copies, all or else an error: some may be there all the same.
-
-        Raises:
-            BrokerError: not all of them are confirmed.
-        """
-        for fate in await self._publisher.send(batch):
-            if isinstance(fate, Unknown):
-                raise BrokerUnavailable(str(fate))
-            if isinstance(fate, Unrouted):
-                raise BrokerError(f"a queue is gone: {fate}")
-            if fate is not None:
-                raise BrokerFull(str(fate)) if fate.full else BrokerError(str(fate))
-
-    async def send_named(self, ids: Sequence[str], batch: Sequence[Outgoing]) -> None:
-        """Publish what has to be there.
-
-        Parameters:
-            ids: of the messages, as the error names them.
-
-        Raises:
-            PublishFailed: not all of them are confirmed; names which.
-        """
-        fates = await self._publisher.send(batch)
-        refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
-        unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
-        if refused or unknown:
-            raise PublishFailed(refused, unknown)
+        self.subscriptions.discard(subscription)
 
     async def raise_ladder(self, spec: Spec) -> Spec:
         """Create the queues that hold what is delayed, and tell everybody."""
@@ -308,7 +281,7 @@ class RabbitBroker:
         spec = None if queue is None else await self.known(queue)
         now = self.clock()
         batch = [self.outgoing(message, now, spec) for message in messages]
-        fates = await self._publisher.send(batch)
+        fates = await self.publisher.send(batch)
         unrouted, refused, unknown, full = told(messages, fates)
         if len(full) == len(messages) > 0:
             raise BrokerFull(full[0])
@@ -337,7 +310,7 @@ class RabbitBroker:
         self._check_open()
         await self.known(queue, fresh=True)
         subscription = RabbitSubscription(self, queue, prefetch, early)
-        self._subscriptions.add(subscription)
+        self.subscriptions.add(subscription)
         await subscription.attach(await self.work())
         return subscription
 
@@ -364,138 +337,42 @@ class RabbitBroker:
         Of temporary queues only this object's own are known.
         """
         self._check_open()
-        for subscription in list(self._subscriptions):
-            await subscription.quiet()
-        specs = await self._all()
-        names = [name for spec in specs for name in (spec.name, spec.later, spec.dead, *spec.ladder, *spec.partitions)]
-        counts = await self.topology.counts(names)
-        infos: list[QueueInfo] = []
-        for spec in specs:
-            if counts[spec.name] is None:
-                continue  # somebody deleted it
-            ready = sum((counts[name] or (0, 0))[0] for name in (spec.name, *spec.partitions))
-            keyed = self._keyed.get(spec.name)
-            ready += sum(each.stream.waiting for each in self._subscriptions if each.queue == spec.name)
-            held = sum(1 for each in self.leases.all() if each.queue == spec.name and not each.work.lost)
-            moving = sum(each.mover.waiting for each in self._subscriptions if each.queue == spec.name and each.mover)
-            later = sum((counts[name] or (0, 0))[0] for name in (spec.later, *spec.ladder))
-            infos.append(
-                QueueInfo(
-                    name=spec.name,
-                    topics=spec.topics,
-                    ordered=spec.ordered,
-                    max_length=spec.max_length,
-                    temporary=spec.temporary,
-                    lease_seconds=spec.lease_seconds,
-                    ready=ready,
-                    in_flight=held,
-                    delayed=later + moving + (keyed.waiting if keyed else 0),
-                    dead=(counts[spec.dead] or (0, 0))[0],
-                    oldest_seconds=None,
-                    consumers=(counts[spec.later] or (0, None))[1],
-                )
-            )
-        return sorted(infos, key=lambda info: info.name)
+        return await self._operating.queues()
 
     async def purge(self, queue: str) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
-        spec = await self.known(queue, fresh=True)
-        deleted = 0
-        for subscription in [each for each in self._subscriptions if each.queue == queue]:
-            deleted += await subscription.purge()
-        if queue in self._keyed:
-            deleted += await self._keyed[queue].purge()
-        for name in (spec.name, spec.later, *spec.ladder, *spec.partitions):
-            deleted += await self.topology.purge(name)
-        return deleted
+        return await self._operating.purge(await self.known(queue, fresh=True))
 
     async def dead_letters(self, which: DeadFilter, *, limit: int, after: str | None = None) -> list[DeadLetter]:
         """See conveyor.broker.Broker. Reading takes no letter away, but nobody else can read the same ones meanwhile."""
         self._check_open()
-        found: list[DeadLetter] = []
-        for spec in await self._all():
-            if not spec.temporary and which.queue in {None, spec.name}:
-                found += await self._cemetery(spec).page(which, limit, after or "")
-        return sorted(found, key=lambda letter: letter.position)[:limit]
+        return await self._operating.dead_letters(which, limit, after or "")
 
     async def bury(self, letters: Sequence[DeadLetter]) -> None:
         """See conveyor.broker.Broker."""
         self._check_open()
-        specs = {queue: await self.known(queue) for queue in {letter.queue for letter in letters}}
-        now = self.clock()
-        await self.send([dead.buried(letter, specs[letter.queue], self.positions.next(now)) for letter in letters])
+        await self._operating.bury(letters)
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
-
-        async def put_back(taken: list[DeadLetter], spec: Spec) -> None:
-            now = self.clock()
-            await self.send([self.outgoing(redriven(letter.message), now, spec) for letter in taken])
-
-        return await self._take(letters, put_back)
+        return await self._operating.redrive(letters)
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
-
-        async def forget(taken: list[DeadLetter], spec: Spec) -> None:
-            log.info("%d dead letter(s) of %s discarded", len(taken), spec.name)
-
-        return await self._take(letters, forget)
+        return await self._operating.discard(letters)
 
     async def risks(self) -> list[str]:
         """See conveyor.broker.Broker."""
         self._check_open()
         await self.work()
-        found: list[str] = []
-        if self.topology.version < OLDEST_VERSION:
-            found.append(self._old_version())
-        if self._publisher.blocked is not None:
-            found.append(
-                f"The server takes no publishes now ({self._publisher.blocked}): free memory or disk on it, "
-                "or raise vm_memory_high_watermark or disk_free_limit."
-            )
-        movers = [(each.queue, each.mover.problem) for each in self._subscriptions if each.mover is not None]
-        found += [
-            f"What is delayed in {queue} stays there for now: {problem}. After a crash, a single node may leave a quorum queue without "
-            "a leader (rabbitmq-server#10070); have it elect one, or restart it."
-            for queue, problem in movers
-            if problem is not None
-        ]
-        if self.options.queue_type == "classic" and len(self.options.addresses) > 1:
-            found.append(
-                "Classic queues live on one node of the cluster: when it is down they cannot be used, and what it loses is lost. "
-                "Use quorum queues (leave ?queue_type=classic away)."
-            )
-        return found
+        return self._operating.risks()
 
-    def _old_version(self) -> str:
-        version = ".".join(map(str, self.topology.version))
-        return (
-            f"RabbitMQ {version} is older than {'.'.join(map(str, OLDEST_VERSION))}: its quorum queues cannot hold delayed messages "
-            "safely. Update the server, or use ?queue_type=classic."
-        )
-
-    async def _take(self, letters: Sequence[DeadLetter], use: dead.Use) -> int:
-        by_queue: dict[str, set[str]] = {}
-        for letter in letters:
-            by_queue.setdefault(letter.queue, set()).add(letter.position)
-        taken = 0
-        known = {spec.name: spec for spec in await self._all()} if letters else {}
-        for queue, positions in by_queue.items():
-            if queue in known:
-                taken += await self._cemetery(known[queue]).take(positions, use)
-        return taken
-
-    def _cemetery(self, spec: Spec) -> dead.Cemetery:
-        return dead.Cemetery(spec, self.connection, lambda incoming: self.read(incoming, spec), self._reading)
-
-    async def _all(self) -> list[Spec]:
+    async def all_specs(self) -> list[Spec]:
         """Every queue that there is, fresh from the catalog, and this object's own temporary ones."""
-        catalog = await self._catalog.read()
-        self.specs.update(catalog)
+        self.specs.update(await self._catalog.read())
         return [self.specs[name] for name in sorted(self.specs)]
 
     async def known(self, queue: str, *, fresh: bool = False) -> Spec:

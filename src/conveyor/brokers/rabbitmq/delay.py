@@ -183,7 +183,7 @@ class Mover:
             else:
                 moved.append((incoming, what, target))
         if moved:
-            await broker.send([moved_copy(incoming, what, target) for incoming, what, target in moved])
+            await broker.publisher.send_all([moved_copy(incoming, what, target) for incoming, what, target in moved])
             gone = {incoming.delivery_tag for incoming, _, _ in moved}
             self._arrived = [each for each in self._arrived if each.delivery_tag not in gone]
             work.ack(gone)

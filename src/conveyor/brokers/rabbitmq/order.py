@@ -255,6 +255,15 @@ class Keyed:
         spec = self._broker.specs[self._queue]
         connection = await self._broker.connection()
         work = self.work = Work(connection, await connection.channel())
+        try:
+            await self._consume(work, spec)
+        except BaseException:  # of some partitions only, nobody would ever receive the others
+            self.work = None
+            self._forget()
+            work.channel.begin_close()
+            raise
+
+    async def _consume(self, work: Work, spec: Spec) -> None:
         self._since = asyncio.get_running_loop().time()
         await work.channel.qos(AHEAD)
         self._broker.spawn(self._read(work), f"ordering {self._queue}")

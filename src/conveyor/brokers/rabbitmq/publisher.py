@@ -21,7 +21,7 @@ from conveyor.brokers.rabbitmq.amqp import (
 )
 from conveyor.brokers.rabbitmq.link import Link
 from conveyor.core.message import Message
-from conveyor.errors import BrokerFull, BrokerUnavailable
+from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed
 
 log: Final = logging.getLogger("conveyor.rabbitmq")
 
@@ -161,6 +161,35 @@ class Publisher:
         elif lost:
             raise BrokerUnavailable(str(fates[0]))
         return fates
+
+    async def send_all(self, batch: Sequence[Outgoing]) -> None:
+        """Publish copies, all or else an error: some may be there all the same.
+
+        Raises:
+            BrokerError: not all of them are confirmed.
+        """
+        for fate in await self.send(batch):
+            if isinstance(fate, Unknown):
+                raise BrokerUnavailable(str(fate))
+            if isinstance(fate, Unrouted):
+                raise BrokerError(f"a queue is gone: {fate}")
+            if fate is not None:
+                raise BrokerFull(str(fate)) if fate.full else BrokerError(str(fate))
+
+    async def send_named(self, ids: Sequence[str], batch: Sequence[Outgoing]) -> None:
+        """Publish what has to be there.
+
+        Parameters:
+            ids: of the messages, as the error names them.
+
+        Raises:
+            PublishFailed: not all of them are confirmed; names which.
+        """
+        fates = await self.send(batch)
+        refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
+        unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
+        if refused or unknown:
+            raise PublishFailed(refused, unknown)
 
     async def _confirmed(self, fates: list[Fate], under_way: list[tuple[int, asyncio.Future[None]]]) -> None:
         if len(under_way) == 1:

@@ -72,7 +72,9 @@ class Renewals:
         for held in helds:
             held.renewing = over
         try:
-            await self._broker.send([self._copy(held, queue, name) for held, name in zip(helds, names, strict=True)])
+            await self._broker.publisher.send_all(
+                [self._copy(held, queue, name) for held, name in zip(helds, names, strict=True)]
+            )
             async with asyncio.timeout(RETURN_SECONDS / 2):
                 await asyncio.wait(arrivals)
         finally:
@@ -127,5 +129,7 @@ class Renewals:
     async def _back(self, work: Work, spec: Spec, incoming: Incoming) -> None:
         what = self._broker.read(incoming, spec)
         notes: dict[str, FieldValue] = {DELIVERIES: what.noted, ATTEMPTS: what.attempts, ERROR: DIED, DUE: what.due}
-        await self._broker.send([Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))])
+        await self._broker.publisher.send_all(
+            [Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))]
+        )
         work.ack([incoming.delivery_tag])

@@ -84,7 +84,7 @@ class Settling:
                     ids.append(id_)
                     batch.append(outgoing)
         if batch:
-            await self._broker.send_named(ids, batch)
+            await self._broker.publisher.send_named(ids, batch)
 
     def _asked(self, held: Held, verdict: Verdict, now: float) -> list[tuple[str, Outgoing]]:
         """What a verdict has published, each with the id that it is known by."""
@@ -170,7 +170,7 @@ class Settling:
         now = self._broker.clock()
         copies = [self._again(held, held.due, now, held.deliveries, held.attempts, LEASE_ENDED) for held in helds]
         try:
-            await self._broker.send(copies)
+            await self._broker.publisher.send_all(copies)
         except BrokerError:
             for held in helds:
                 if not held.work.lost:

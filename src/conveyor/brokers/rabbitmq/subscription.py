@@ -306,7 +306,7 @@ class RabbitSubscription:
         async def send() -> None:
             while not work.lost:
                 try:
-                    await self.broker.send([copy for _, copy in elsewhere])
+                    await self.broker.publisher.send_all([copy for _, copy in elsewhere])
                 except BrokerError as error:
                     log.warning("cannot move what came in %s, trying on: %s", self.queue, error)
                     await asyncio.sleep(AGAIN_SECONDS)
@@ -321,7 +321,7 @@ class RabbitSubscription:
         spec = self.broker.specs[self.queue]
         try:
             copies = [moved_copy(each, self.broker.read(each, spec), spec.name) for each in arrived]
-            await self.broker.send(copies)
+            await self.broker.publisher.send_all(copies)
             work.ack([each.delivery_tag for each in arrived])
         except (BrokerError, AmqpError):
             if not work.lost:  # else the server has them back already
