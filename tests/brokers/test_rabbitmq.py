@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -12,10 +13,11 @@ from urllib.parse import urlsplit
 import pika
 import pytest
 
-from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
+from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
 from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher
 from conveyor.brokers.rabbitmq.address import read_url
+from conveyor.brokers.rabbitmq.amqp import Channel, Incoming
 from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBACK_ZLIB, trace_in, trace_note
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
@@ -147,7 +149,7 @@ async def test_what_the_server_dead_lettered_is_listed_and_goes_back(url: str) -
             channel.basic_publish("", "elsewhere", b"late", pika.BasicProperties(message_id="m-1"))
 
         await plainly(url, expire)
-        letters = []
+        letters: list[DeadLetter] = []
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not letters:
                 letters = await broker.dead_letters(DeadFilter(queue="orders"), limit=10)
@@ -311,6 +313,35 @@ async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(
         await broker.publish([Message("soon", "order", b"{}", due=broker.clock() + 0.2)])
         assert (await one(broker, "orders")).message.id == "soon"
         assert await broker.risks() == []
+
+
+async def test_a_fetch_that_was_cancelled_while_it_took_the_keys_leaves_none_unattended(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="keys", topics=("key",), ordered=True)])
+        keys = {f"k{number}" for number in range(30)}
+        await broker.publish([Message(key, "key", b"{}", key=key) for key in keys])
+        subscription = await broker.subscribe("keys", 100)
+        consume, half_way = Channel.consume, asyncio.Event()
+        partitions = itertools.count(1)
+
+        async def slow(channel: Channel, queue: str, on_delivery: Callable[[Incoming], None], **how: Any) -> str:
+            if queue in broker.specs["keys"].partitions and next(partitions) == 3:
+                half_way.set()
+                await asyncio.Event().wait()
+            return await consume(channel, queue, on_delivery, **how)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Channel, "consume", slow)
+            fetching = asyncio.create_task(subscription.fetch(100))
+            await half_way.wait()
+            fetching.cancel()
+            await asyncio.wait([fetching])
+        came: set[str] = set()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while came != keys:
+                came |= {each.message.id for each in await subscription.fetch(100)}
 
 
 async def test_what_comes_while_long_deliveries_are_renewed_stays_behind_them(url: str) -> None:
