@@ -219,14 +219,6 @@ class RabbitBroker:
             keyed = self.keys[queue] = Keyed(self, queue)
         return keyed
 
-    async def renew_keyed(self, oldest: float) -> None:
-        """Renew what ordered queues have had in their hands since before (the event loop's time)."""
-        for keyed in list(self.keys.values()):
-            try:
-                await keyed.renew(oldest)
-            except (BrokerError, AmqpError) as error:
-                log.warning("cannot renew what is handled for long, trying on: %s", error)
-
     def forget(self, subscription: RabbitSubscription) -> None:
         """A subscription has closed."""
         self.subscriptions.discard(subscription)

@@ -51,7 +51,7 @@ class Renewals:
         while True:
             await asyncio.sleep(self._timeout_seconds / CHECKS_PER_TIMEOUT)
             oldest = asyncio.get_running_loop().time() - self._timeout_seconds * RENEWED_AT
-            await self._broker.renew_keyed(oldest)
+            await self._renew_ordered(oldest)
             by_queue: dict[str, list[Held]] = {}
             for held in self._broker.leases.all():
                 if held.since < oldest and held.state is State.HELD and not held.work.lost and held.place is None:
@@ -61,6 +61,13 @@ class Renewals:
                     await self._renew(self._broker.specs[queue], helds)
                 except (BrokerError, AmqpError, TimeoutError) as error:
                     log.warning("cannot renew %d long deliveries of %s, trying on: %s", len(helds), queue, error)
+
+    async def _renew_ordered(self, oldest: float) -> None:
+        for keyed in list(self._broker.keys.values()):
+            try:
+                await keyed.renew(oldest)
+            except (BrokerError, AmqpError) as error:
+                log.warning("cannot renew what is handled for long, trying on: %s", error)
 
     async def _renew(self, spec: Spec, helds: Sequence[Held]) -> None:
         loop = asyncio.get_running_loop()
