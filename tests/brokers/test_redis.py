@@ -347,6 +347,14 @@ async def test_a_wrong_password_is_said_without_the_password(own_server: Redis) 
     assert "wr0ng" not in str(refused.value) + repr(broker.__dict__)
 
 
+async def test_a_queue_that_is_not_there_is_an_error_whatever_its_name(redis: Redis) -> None:
+    async with opened(redis.url()) as broker:
+        for name in ("q", "MOVED", "shop.BUSY", "READONLY"):
+            with pytest.raises(BrokerError, match="there is no queue") as error:
+                await broker.subscribe(name, 1)
+            assert not isinstance(error.value, BrokerUnavailable), "it would be tried for ever"
+
+
 async def test_objects_of_one_owner_are_not_taken_for_repeats_of_each_other(redis: Redis) -> None:
     url, queue = redis.url(), Queue(name="q", topics=("t",))
     async with opened(url, queue) as first:

@@ -71,7 +71,7 @@ class ForgottenScript(Refused):
 
 def translate(said: str) -> BrokerError:
     """What the server said, as Conveyor's callers know it."""
-    if _NOT_NOW.search(said):
+    if not said.startswith("NOQUEUE") and _NOT_NOW.search(said):  # the queue's name may be such a word
         return NotNow(f"Redis cannot do it now: {said}")
     if re.search(r"\bOOM\b", said):
         return BrokerFull(f"Redis has no memory left (maxmemory): {said}")
@@ -99,7 +99,8 @@ class _Wire(asyncio.Protocol):
             while (answer := self._reader.gets()) is not _MORE:
                 future, _ = self.pending.popleft()
                 if isinstance(answer, BrokerError):
-                    self._on_error(str(answer))
+                    if isinstance(answer, NotNow):
+                        self._on_error(str(answer))
                     if not future.done():
                         future.set_exception(answer)
                 elif not future.done():
