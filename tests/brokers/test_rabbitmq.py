@@ -208,6 +208,22 @@ async def test_a_user_without_the_permission_to_configure_works_on_what_exists(r
 # --- the server's moods -----------------------------------------------------------------------------------------------
 
 
+async def test_the_bound_of_a_queue_does_not_change_under_its_receivers(url: str) -> None:
+    def bound(most: int) -> Queue:
+        return Queue(name="news", topics=("news",), max_length=most)
+
+    async with opened(url) as old, opened(url) as new:
+        await old.declare([bound(3)])
+        await old.publish([Message("in-flight", "news", b"{}")])
+        delivery = await one(old, "news")
+        with pytest.raises(QueueConflict, match="receivers"):
+            await new.declare([bound(4)])
+        await old.close()  # it gives back what it holds
+        with pytest.raises(QueueConflict, match="1 messages"):
+            await new.declare([bound(4)])
+        assert (await one(new, "news")).message.id == delivery.message.id
+
+
 async def test_a_queue_that_refuses_more_is_told_as_full(url: str) -> None:
     arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
     await plainly(url, lambda channel: channel.queue_declare("small", durable=True, arguments=arguments))

@@ -202,8 +202,16 @@ class Topology:
             )
 
     async def _rebound(self, spec: Spec) -> None:
-        """A queue's bound is fixed when it is created: it is created anew, which only an empty one allows."""
-        there = await self.count(spec.name)
+        """A queue's bound is fixed when it is created: it is created anew, which only an empty one allows.
+
+        What a receiver has in its hands would go with the queue, and AMQP counts it nowhere: so nobody may receive from it.
+        """
+        there, later = await self.count(spec.name), await self.count(spec.later)
+        if there is not None and later is not None and later.consumers:
+            raise QueueConflict(
+                f"the queue {spec.name!r} has receivers under another bound than max_length={spec.max_length}; "
+                "stop them, and start again"
+            )
         if there is not None and there.messages:
             raise QueueConflict(
                 f"the queue {spec.name!r} holds {there.messages} messages under another bound than max_length={spec.max_length}; "
