@@ -25,6 +25,7 @@ from conveyor.config import masked
 from conveyor.errors import ConfigurationError
 from conveyor.testing.promises import PROMISES, Ended, Makers, Result
 from conveyor.testing.promises import run as prove_all
+from conveyor.testing.promises.suite import SHORT_LEASE_SECONDS
 
 HERE = Where()
 PLAIN = Output()
@@ -39,6 +40,9 @@ RISKS = {
 HELD: Final = {"amqp": ("RabbitMQ", "consumer_timeout", 1_800.0), "amqps": ("RabbitMQ", "consumer_timeout", 1_800.0)}
 """Scheme → server, its setting for how long a message may be held, and its default in seconds. The URL has a parameter of that name."""
 
+FAIR_LEASE_SECONDS: Final = {"amqp": 2.0, "amqps": 2.0}
+"""Scheme → the shortest lease that it is fair to prove promises with: AMQP's heartbeats come once a second at most."""
+
 command = App(
     name="doctor",
     help_epilogue=f"""Examples:
@@ -50,7 +54,7 @@ With --app, handlers that may take longer than the server lets a message be held
 are among the risks.
 
 It works with names that nobody else uses, and deletes its messages afterwards;
-on SQLite in a file of its own beside yours. It takes a minute or less.
+on SQLite in a file of its own beside yours. It takes a minute or two.
 
 {EXIT_CODES}""",
 )
@@ -89,7 +93,9 @@ async def _examine(url: str, app: str | None, only: Sequence[str] | None, output
         for risk in risks:
             output.say(f"  risk: {risk}", "yellow")
     with _workplace(url) as place:
-        results = await _prove(Makers(functools.partial(brokers.from_url, place)), only, output)
+        lease_seconds = FAIR_LEASE_SECONDS.get(parts.scheme, SHORT_LEASE_SECONDS)
+        makers = Makers(functools.partial(brokers.from_url, place), lease_seconds)
+        results = await _prove(makers, only, output)
     failed = [result for result in results if result.ended is Ended.FAILED]
     kept = sum(result.ended is Ended.PASSED for result in results)
     if output.json:
