@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import subprocess
 import time
@@ -15,9 +16,10 @@ import pytest
 
 from conveyor import brokers
 from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
-from conveyor.cli.move import BATCH
+from conveyor.cli.move import BATCH, held
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Release, RetryAt
+from conveyor.errors import BrokerUnavailable
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
@@ -281,6 +283,21 @@ def test_a_move_that_is_stopped_or_killed_loses_nothing(
     assert len(found) == MANY
     assert found.total() <= MANY + BATCH
     assert not asyncio.run(ids(old))
+
+
+async def test_leases_are_held_on_to_when_one_sign_of_life_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker, came_through = brokers.from_url("memory://"), asyncio.Event()
+    signs = itertools.count()
+
+    async def extend(_: object) -> list[Delivery]:
+        if next(signs) == 0:
+            raise BrokerUnavailable("not now")
+        came_through.set()
+        return []
+
+    monkeypatch.setattr(broker, "extend", extend)
+    async with asyncio.timeout(PATIENCE_SECONDS), held(broker, [], 0.03):
+        await came_through.wait()
 
 
 def test_what_the_new_broker_refuses_stays_in_the_old_one(conveyor: Program, old: str) -> None:

@@ -151,7 +151,7 @@ class _Mover:
         """Put a batch into the new broker, and take it out of the old one; what the new one refuses stays."""
         failed: BrokerError | None = None
         refused: set[str] = {each.message.id for each in batch}
-        async with _held(self._source, batch, queue.lease_seconds):
+        async with held(self._source, batch, queue.lease_seconds):
             try:
                 await self._destination.publish([each.message for each in batch], queue=queue.name)
                 refused = set()
@@ -178,13 +178,14 @@ class _Mover:
 
 
 @contextlib.asynccontextmanager
-async def _held(broker: Broker, batch: Sequence[Delivery], lease_seconds: float) -> AsyncIterator[None]:
+async def held(broker: Broker, batch: Sequence[Delivery], lease_seconds: float) -> AsyncIterator[None]:
     """The leases of a batch do not end inside the block, however slow the other broker is."""
 
     async def extend() -> None:
         while True:
             await asyncio.sleep(lease_seconds / 3)
-            await broker.extend(batch)
+            with contextlib.suppress(BrokerError):  # the next one may come through before the leases end
+                await broker.extend(batch)
 
     beating = asyncio.create_task(extend())
     try:
