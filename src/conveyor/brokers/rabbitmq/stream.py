@@ -1,7 +1,7 @@
 """What a subscription receives while its fetches follow each other quickly: the consumer stays open between them.
 
 To open and close one for each fetch costs two round trips. So where the next fetch comes soon, the consumer goes on; the server sends it
-little more than the receiver wants to hold. It is closed when nobody has fetched for a moment, and what came for nobody goes back a
+a few times what the receiver wants to hold. It is closed when nobody has fetched for a moment, and what came for nobody goes back a
 little later: a busy receiver does not keep from others what it has no time for.
 """
 
@@ -17,6 +17,8 @@ from conveyor.brokers.rabbitmq.work import Work
 
 SOON_SECONDS: Final = 0.1
 """A fetch that comes so soon after another one finds the consumer open."""
+AHEAD: Final = 4
+"""Times what the receiver wants to hold, the server may have sent: some are handled, some settled, some on their way."""
 KEPT_SECONDS: Final = 0.5
 """How long what came for nobody waits for the next fetch."""
 
@@ -74,7 +76,7 @@ class Stream:
         self._stop_timer()
         self._fetching += 1
         try:
-            tap = await self._opened(work, wanted, min(self._bound, 2 * wanted) if soon else limit)
+            tap = await self._opened(work, wanted, min(self._bound, AHEAD * wanted) if soon else limit)
             while not tap.arrived and not tap.over and not self._ended():
                 self._news.clear()
                 await self._news.wait()
