@@ -310,6 +310,20 @@ async def test_what_came_for_a_receiver_that_fetches_no_more_goes_to_others_unco
         assert await busy.settle([Settlement(each, DONE) for each in held]) == []
 
 
+async def test_a_receiver_that_asks_for_ever_more_is_told_of_no_delivery_that_never_was(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order_created",))])
+        await broker.publish([Message(f"m-{number}", "order_created", b"{}", created=1e9) for number in range(6_000)])
+        subscription = await broker.subscribe("orders", 4_000)
+        counts: list[int] = []
+        async with asyncio.timeout(PATIENCE_SECONDS), asyncio.TaskGroup() as settling:
+            while len(counts) < 6_000:
+                deliveries = await subscription.fetch(min(100 + len(counts) // 4, 1_000))
+                counts += [each.deliveries for each in deliveries]
+                settling.create_task(broker.settle([Settlement(each, DONE) for each in deliveries]))
+        assert set(counts) == {1}
+
+
 async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(
     rabbitmq: RabbitMQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:

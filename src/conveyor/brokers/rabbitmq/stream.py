@@ -28,6 +28,8 @@ class Stream:
 
     Parameters:
         bound: the most that it may have unsettled.
+        steady: whether the consumer may stay open. A quorum queue counts what was on its way to a consumer that is closed as
+            delivered: there it is closed before anything is acknowledged, and so before anything more is sent.
         ended: whether the subscription is at its end.
         give_back: puts back, uncounted, what came for nobody.
         spawn: runs what happens beside the fetches.
@@ -37,12 +39,14 @@ class Stream:
         self,
         queue: str,
         bound: int,
+        steady: Callable[[], bool],
         ended: Callable[[], bool],
         give_back: Callable[[Work, list[Incoming]], Coroutine[Any, Any, None]],
         spawn: Callable[[Coroutine[Any, Any, Any], str], Awaitable[Any]],
     ) -> None:
         self._queue = queue
         self._bound = bound
+        self._steady = steady
         self._ended = ended
         self._give_back = give_back
         self._spawn = spawn
@@ -72,7 +76,7 @@ class Stream:
             AmqpError: the queue cannot be consumed.
         """
         loop = asyncio.get_running_loop()
-        soon = self._fetching > 0 or loop.time() - self._last < SOON_SECONDS
+        soon = self._fetching > 0 or (self._steady() and loop.time() - self._last < SOON_SECONDS)
         self._stop_timer()
         self._fetching += 1
         try:

@@ -50,7 +50,14 @@ class RabbitSubscription:
         self._news: set[asyncio.Event] = set()
         self.mover: Mover | None = None
         """Moves what is delayed in the queue, where this object may."""
-        self.stream = Stream(queue, prefetch, lambda: self._ended is not None, self._untouched, broker.spawn)
+        self.stream = Stream(
+            queue,
+            prefetch,
+            lambda: broker.specs[queue].queue_type != "quorum",
+            lambda: self._ended is not None,
+            self._untouched,
+            broker.spawn,
+        )
 
     async def fetch(self, limit: int) -> list[Delivery]:
         """See conveyor.broker.Subscription. Waits, too, while prefetch deliveries are unsettled."""
