@@ -17,12 +17,12 @@ from conveyor.runtime.worker import Native
 
 
 async def _consume(
-    broker: str | Broker, load: Load, prefetch: int | None, *, fill: bool = False, **native: Unpack[Native]
+    broker: str | Broker, load: Load, *, fill: bool = False, **native: Unpack[Native]
 ) -> dict[str, float]:
     app = Conveyor("orders", broker=broker)
     countdown: Countdown
 
-    @app.worker(prefetch=prefetch, **native)
+    @app.worker(**native)
     async def handle(_: OrderCreated) -> None:
         countdown.one()
 
@@ -36,19 +36,14 @@ async def _consume(
 
 
 def conveyor(folder: Path, load: Load) -> Mapping[str, float]:
-    """As it comes: 100 messages at once, and as many more on their way."""
-    return asyncio.run(_consume(url(folder), load, None))
-
-
-def conveyor_prefetch(folder: Path, load: Load) -> Mapping[str, float]:
-    """With a deep prefetch, as suits handlers that end at once."""
-    return asyncio.run(_consume(url(folder), load, 1_000))
+    """As it comes."""
+    return asyncio.run(_consume(url(folder), load))
 
 
 async def _in_memory(load: Load) -> dict[str, float]:
     broker = MemoryBroker()
     await broker.open()
-    figures = await _consume(broker, load, None, fill=True)
+    figures = await _consume(broker, load, fill=True)
     await broker.close()
     return figures
 
@@ -60,19 +55,19 @@ def in_memory(_: Path, load: Load) -> Mapping[str, float]:
 
 def on_classic(server: str, load: Load) -> Mapping[str, float]:
     """From a classic durable queue of RabbitMQ."""
-    return asyncio.run(_consume(server, load, None, **CLASSIC))
+    return asyncio.run(_consume(server, load, **CLASSIC))
 
 
 def on_priorities(server: str, load: Load) -> Mapping[str, float]:
     """From a classic queue that has priorities."""
-    return asyncio.run(_consume(with_priorities(server), load, None))
+    return asyncio.run(_consume(with_priorities(server), load))
 
 
 def on_quorum(server: str, load: Load) -> Mapping[str, float]:
     """From a quorum queue of RabbitMQ."""
-    return asyncio.run(_consume(server, load, None))
+    return asyncio.run(_consume(server, load))
 
 
 def on_redis(server: str, load: Load) -> Mapping[str, float]:
     """From a stream of Redis."""
-    return asyncio.run(_consume(server, load, None))
+    return asyncio.run(_consume(server, load))

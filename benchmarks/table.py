@@ -47,14 +47,7 @@ MEASUREMENTS: Final = (
         "consume",
         "Consume a queue of 100,000: claim, decode, handle, settle",
         (
-            Subject("Conveyor", "consume:conveyor", WAITING, "load:fill"),
-            Subject(
-                "Conveyor, prefetch=1000",
-                "consume:conveyor_prefetch",
-                WAITING,
-                "load:fill",
-                {"rate": Goal(at_least=45_000)},
-            ),
+            Subject("Conveyor", "consume:conveyor", WAITING, "load:fill", {"rate": Goal(at_least=45_000)}),
             Subject("bare apsw", "bare_apsw:consume", WAITING, "bare_apsw:fill"),
             Subject("Conveyor in memory", "consume:in_memory", WAITING),
             Subject("Huey", "peers.huey:consume", Load(10_000, ready=10_000), "peers.huey:fill"),
