@@ -12,7 +12,8 @@ import pika
 import pytest
 
 from conveyor import brokers
-from conveyor.broker import Broker, Delivery, Queue, Settlement
+from conveyor.broker import Broker, DeadLetter, Delivery, Queue, Settlement
+from conveyor.cli.dead import as_json, attempts_of
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead
 
@@ -90,7 +91,9 @@ def test_dead_letters_are_listed_shown_redriven_and_discarded(conveyor: Program,
     shown = conveyor.ok("dead", "show", "order.created-1", *here)
     assert "Traceback: charge" in shown
     assert '{"n": 1}' in shown
+    assert "1 of the handler" in shown, "the attempt that ended it is not counted"
     [letter] = conveyor.json("dead", "show", "order.created-1", *here)["dead"]
+    assert letter["attempts"] == 1
     assert (letter["queue"], letter["topic"], letter["payload"]) == ("shop.charge", "order.created", '{"n": 1}')
     assert (letter["reason"], letter["error"], letter["headers"]) == (
         "exhausted", "TimeoutError: slow", {"tenant": "blau"}
@@ -104,6 +107,26 @@ def test_dead_letters_are_listed_shown_redriven_and_discarded(conveyor: Program,
     assert counts(conveyor, url) == {"shop.charge": (1, 2), "shop.mail": (0, 0)}
     assert conveyor.json("dead", "redrive", "--all", *here)["redriven"] == 2
     assert counts(conveyor, url) == {"shop.charge": (3, 0), "shop.mail": (0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("reason", "repeated", "tried"),
+    [
+        ("exhausted", 2, 3),
+        ("rejected", 0, 1),
+        ("crashed", 1, 1),
+        ("expired", 0, 0),
+        ("invalid", 0, 0),
+        ("maxlen", 0, 0),
+    ],
+)
+def test_the_attempt_that_ended_a_message_is_among_its_attempts(reason: str, repeated: int, tried: int) -> None:
+    letter = DeadLetter(
+        position="1", queue="shop.mail", message=message(1), reason=reason, error="", traceback="", deliveries=3,
+        attempts=repeated, died=1.7e9,
+    )  # fmt: skip
+    assert attempts_of(letter) == tried
+    assert as_json(letter)["attempts"] == tried
 
 
 # --- dead-letter queues of others, on RabbitMQ -------------------------------------------------------------------------
@@ -201,5 +224,7 @@ def test_bare_bytes_that_another_program_put_into_the_dead_letter_queue_are_list
     [bare] = [letter for letter in found if letter["id"] != "order_placed-0"]
     assert (bare["topic"], bare["error"]) == ("order_placed", "put there by another program")
     assert bare["payload"] == "\\xffnot json"
-    assert conveyor.json("dead", "redrive", *here, "--error", "another program")["redriven"] == 1
+    [shown] = conveyor.json("dead", "show", bare["id"], "--broker", url)["dead"]
+    assert shown["payload"] == bare["payload"]
+    assert conveyor.json("dead", "redrive", *here, "--id", bare["id"])["redriven"] == 1
     assert counts(conveyor, url) == {"order-processing": (1, 1)}

@@ -17,6 +17,7 @@ from conveyor.broker import Broker, DeadFilter, DeadLetter
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, payload_text, safe, shortened, span
+from conveyor.core.settle import Reason
 from conveyor.errors import BrokerError, ConfigurationError
 
 CHUNK: Final = 500
@@ -165,7 +166,7 @@ async def _list(url: str, which: Which, limit: int, output: Output) -> int:
     now = time.time()
     for letter in shown:
         head = f"{shortened(letter.message.id, 100)}  {letter.queue}"
-        tail = f" {letter.reason}, {span(now - letter.died)} ago, attempts: {letter.attempts}"
+        tail = f" {letter.reason}, {span(now - letter.died)} ago, attempts: {attempts_of(letter)}"
         out().print(safe(head, "bold"), safe(tail, "red"), soft_wrap=True)
         out().print(safe("    " + shortened(letter.error, out().width - 4)), soft_wrap=True)
     if more:
@@ -196,7 +197,7 @@ def _print(letter: DeadLetter, output: Output) -> None:
         "reason": letter.reason,
         "died": moment(letter.died),
         "created": moment(message.created),
-        "attempts": f"{letter.attempts} of the handler, {letter.deliveries} deliveries",
+        "attempts": f"{attempts_of(letter)} of the handler, {letter.deliveries} deliveries",
         "caused by": message.causation_id,
         "journey": message.correlation_id,
         "content": message.content_type,
@@ -285,6 +286,12 @@ async def _known(broker: Broker, which: Which) -> None:
         raise BrokerError(f"there is no queue {which.queue!r}; {hint}")
 
 
+def attempts_of(letter: DeadLetter) -> int:
+    """How often the handler tried it: a broker counts the attempts that were to be repeated, and not the one that ended it."""
+    ended_by_an_attempt = letter.reason in (Reason.EXHAUSTED, Reason.REJECTED)
+    return letter.attempts + 1 if ended_by_an_attempt else letter.attempts
+
+
 def as_json(letter: DeadLetter) -> dict[str, Any]:
     """A dead letter as --json prints it; the payload as text, bytes that are no UTF-8 escaped."""
     message = letter.message
@@ -296,7 +303,7 @@ def as_json(letter: DeadLetter) -> dict[str, Any]:
         "reason": letter.reason,
         "error": letter.error,
         "traceback": letter.traceback,
-        "attempts": letter.attempts,
+        "attempts": attempts_of(letter),
         "deliveries": letter.deliveries,
         "died": moment(letter.died),
         "created": moment(message.created),

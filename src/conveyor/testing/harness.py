@@ -172,7 +172,7 @@ class Harness:
         return [verdict.error for message, verdict in self._broker.retried if topic in (None, message.topic)]
 
     async def dead(self, worker: str | None = None) -> list[DeadLetter]:
-        """The dead letters of a worker (by its name), or all, oldest first.
+        """The dead letters of a worker (by its name), or all, oldest first; their attempts are those that were to be repeated.
 
         Raises:
             ConfigurationError: there is no such worker.
