@@ -497,6 +497,15 @@ def test_each_risk_is_a_sentence_that_says_what_to_do(told: dict[str, str], word
     assert word in risk
 
 
+async def test_that_a_crash_of_the_server_loses_messages_is_said_as_a_warning(
+    own_server: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    own_server.configure("appendonly", "no")
+    async with opened(own_server.url(), Queue(name="q", topics=("t",))):
+        [said] = [record for record in caplog.records if "last snapshot is lost" in record.getMessage()]
+    assert said.levelname == "WARNING"
+
+
 def test_a_server_that_is_well_set_up_has_no_risk() -> None:
     assert risks_of({"aof_enabled": "1", "appendfsync": "always", "role": "master", "maxmemory": "0"}, 0.0) == []
 

@@ -105,7 +105,7 @@ class RedisBroker:
             await self.close()
             raise
         for risk in risks_of(told, self.clock()):
-            log.info(risk)
+            log.warning(risk)
         self._beating = asyncio.create_task(self._beat(), name="redis beat")
 
     async def close(self) -> None:
