@@ -196,9 +196,9 @@ class RabbitBroker:
             work = await self._link.session()
         return work
 
-    def read(self, incoming: Incoming, spec: Spec) -> Arrived:
-        """The message that arrived in a queue."""
-        return read(incoming, spec.topics, self._exchanges, self.clock())
+    def read(self, incoming: Incoming, spec: Spec, nameless: str = "") -> Arrived:
+        """The message that arrived in a queue; nameless is the id of one that has none, made up where it is empty."""
+        return read(incoming, spec.topics, self._exchanges, self.clock(), nameless)
 
     def spawn(self, what: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         """Do something beside; it ends with this object at the latest."""

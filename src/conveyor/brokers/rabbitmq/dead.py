@@ -102,19 +102,15 @@ def buried(letter: DeadLetter, spec: Spec, position: str) -> Outgoing:
 def read_letter(incoming: Incoming, what: Arrived, queue: str) -> DeadLetter:
     """A message of a dead-letter queue, whether Conveyor or the server's own dead-lettering put it there."""
     headers: Mapping[str, Any] = properties_or_none(incoming).headers or {}
-    died = headers.get(DIED)
     reason, error = str(headers.get(REASON) or ""), what.error
     death = _first_death(headers)
-    if not isinstance(died, int | float):
-        moment = death.get("time")
-        died = moment.timestamp() if isinstance(moment, datetime) else 0.0
     if not reason:
         reason = str(death.get("reason") or "unknown")
         error = error or (
             f"dead-lettered by the server from {death.get('queue')}" if death else "put there by another program"
         )
     return DeadLetter(
-        position=str(headers.get(POSITION) or _position(float(died), incoming)),
+        position=position_of(incoming),
         queue=queue,
         message=what.message,
         reason=reason,
@@ -122,8 +118,19 @@ def read_letter(incoming: Incoming, what: Arrived, queue: str) -> DeadLetter:
         traceback=trace_in(headers),
         deliveries=what.noted,
         attempts=what.attempts,
-        died=float(died),
+        died=_died(headers),
     )
+
+
+def position_of(incoming: Incoming) -> str:
+    """Where a letter is among the others, the same at each look. What another program put there is known by what it says."""
+    properties = properties_or_none(incoming)
+    headers: Mapping[str, Any] = properties.headers or {}
+    if noted := headers.get(POSITION):
+        return str(noted)
+    content = hashlib.blake2b(incoming.body, digest_size=8)
+    content.update(str(properties.message_id).encode())
+    return f"{int(_died(headers) * MICROSECONDS):016x}{content.hexdigest()}"
 
 
 def meant(letter: DeadLetter, which: DeadFilter) -> bool:
@@ -141,7 +148,7 @@ class Cemetery:
 
     Parameters:
         connection: gives the living connection.
-        read: the message that arrived.
+        read: the message that arrived, and which id it has where it has none of its own (made up where that is empty).
         turn: one reader at a time within this process.
     """
 
@@ -149,7 +156,7 @@ class Cemetery:
         self,
         spec: Spec,
         connection: Callable[[], Awaitable[Connection]],
-        read: Callable[[Incoming], Arrived],
+        read: Callable[[Incoming, str], Arrived],
         turn: asyncio.Lock,
     ) -> None:
         self._spec = spec
@@ -162,7 +169,7 @@ class Cemetery:
         found: list[DeadLetter] = []
 
         def look(incoming: Incoming) -> bool:
-            letter = self._letter(incoming)
+            letter = self._letter(incoming, nameless=position_of(incoming))
             if letter.position > after and meant(letter, which):
                 found.append(letter)
             return len(found) >= limit and letter.died > found[limit - 1].died + CLOCKS_DIFFER_SECONDS
@@ -178,10 +185,11 @@ class Cemetery:
         taken: list[tuple[DeadLetter, int]] = []
 
         def look(incoming: Incoming) -> bool:
-            letter = self._letter(incoming)
-            if letter.position in wanted:
-                wanted.discard(letter.position)
-                taken.append((letter, incoming.delivery_tag))
+            position = position_of(incoming)
+            if position in wanted:
+                wanted.discard(position)
+                # Two letters that say the same are two messages: what has no id goes back with one of its own.
+                taken.append((self._letter(incoming, nameless=""), incoming.delivery_tag))
             return not wanted
 
         async def finish() -> set[int]:
@@ -194,8 +202,8 @@ class Cemetery:
             await self._walk(channel, look, finish)
         return len(taken)
 
-    def _letter(self, incoming: Incoming) -> DeadLetter:
-        return read_letter(incoming, self._read(incoming), self._spec.name)
+    def _letter(self, incoming: Incoming, *, nameless: str) -> DeadLetter:
+        return read_letter(incoming, self._read(incoming, nameless), self._spec.name)
 
     async def _walk(
         self,
@@ -247,8 +255,10 @@ def _first_death(headers: Mapping[str, Any]) -> Mapping[str, Any]:
     return first if isinstance(first, dict) else {}
 
 
-def _position(died: float, incoming: Incoming) -> str:
-    """Where another program put it: by what it says, so that the same letter has the same position at each look."""
-    content = hashlib.blake2b(incoming.body, digest_size=8)
-    content.update(str(properties_or_none(incoming).message_id).encode())
-    return f"{int(died * MICROSECONDS):016x}{content.hexdigest()}"
+def _died(headers: Mapping[str, Any]) -> float:
+    """Unix seconds; 0 where nobody says when."""
+    died = headers.get(DIED)
+    if isinstance(died, int | float):
+        return float(died)
+    moment = _first_death(headers).get("time")
+    return moment.timestamp() if isinstance(moment, datetime) else 0.0

@@ -114,15 +114,18 @@ def properties_of(message: Message, notes: Mapping[str, FieldValue] | None = Non
     )
 
 
-def read(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float) -> Arrived:
+def read(
+    incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float, nameless: str = ""
+) -> Arrived:
     """The message that arrived, whoever sent it; never an error.
 
     Parameters:
         topics: what the queue receives.
         exchanges: those in which the routing key is the topic.
         now: Unix seconds.
+        nameless: the id of a message that has none; a new one each time where this is empty.
     """
-    return _read_plain(incoming, topics, exchanges) or _read_any(incoming, topics, exchanges, now)
+    return _read_plain(incoming, topics, exchanges) or _read_any(incoming, topics, exchanges, now, nameless)
 
 
 def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str]) -> Arrived | None:
@@ -159,7 +162,9 @@ _KNOWN: Final = {
 }
 
 
-def _read_any(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float) -> Arrived:
+def _read_any(
+    incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[str], now: float, nameless: str
+) -> Arrived:
     properties = properties_or_none(incoming)
     headers: dict[str, Any] = dict(properties.headers or {})
     notes = {name: headers.pop(name) for name in OWN & headers.keys()}
@@ -182,7 +187,7 @@ def _read_any(incoming: Incoming, topics: tuple[str, ...], exchanges: frozenset[
         topic,
         incoming.body,
         headers,
-        fallback_id=properties.message_id or uuid.uuid4().hex,
+        fallback_id=properties.message_id or nameless or uuid.uuid4().hex,
         now=0.0 if ours else now,
     )
     if message.key is None and SLOT in notes:

@@ -146,7 +146,10 @@ class Operating:
 
     def _cemetery(self, spec: Spec) -> dead.Cemetery:
         return dead.Cemetery(
-            spec, self._broker.connection, lambda incoming: self._broker.read(incoming, spec), self._reading
+            spec,
+            self._broker.connection,
+            lambda incoming, nameless: self._broker.read(incoming, spec, nameless),
+            self._reading,
         )
 
 
