@@ -131,6 +131,14 @@ def test_what_only_builds_is_left_out() -> None:
         assert re.search(rf"^{name}==", locked, re.MULTILINE), f"{name} is not there to be removed"
 
 
+@pytest.mark.parametrize("name", ["redis", "hiredis", "aiosqlite", "uvicorn"])
+def test_the_examples_run_on_every_broker_of_theirs_with_what_is_locked(name: str) -> None:
+    locked = (ROOT / "requirements" / "demo.txt").read_text()
+    assert re.search(rf"^{name}==", locked, re.MULTILINE)
+    assert "index-url" not in locked
+    assert "://" not in locked
+
+
 def test_no_secret_is_baked_in() -> None:
     assert not re.search(
         r"(?i)(pass|secret|token|key)\w*=", "\n".join(rest for word, rest in instructions() if word in ("ENV", "ARG"))
