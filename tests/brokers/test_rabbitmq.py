@@ -182,6 +182,16 @@ async def test_a_queue_with_other_arguments_is_a_conflict_unless_it_is_passive(u
         assert await broker.settle([Settlement(delivery, DONE)]) == []
 
 
+async def test_a_dead_letter_queue_of_others_is_used_as_it_is(url: str) -> None:
+    await plainly(url, lambda channel: channel.queue_declare("dlq", durable=True, arguments={"x-max-length": 7}))
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",), native={"dead_queue": "dlq"})])
+        await broker.publish([Message("m-1", "order", b"{}")])
+        await broker.settle([Settlement(await one(broker, "orders"), Dead("rejected", "ValueError: no"))])
+        [letter] = await broker.dead_letters(DeadFilter(queue="orders"), limit=10)
+        assert letter.message.id == "m-1"
+
+
 async def test_a_passive_queue_that_does_not_exist_is_an_error(url: str) -> None:
     async with opened(url) as broker:
         with pytest.raises(BrokerError, match="there is no queue 'nowhere'"):

@@ -161,9 +161,7 @@ def test_what_the_server_dead_lettered_for_another_program_is_listed_redriven_an
     conveyor: Program, rabbitmq: RabbitMQ, how: str
 ) -> None:
     url = rabbitmq.url()
-    queue = Queue(
-        name=RENAMED.name, topics=RENAMED.topics, native={**RENAMED.native, "passive": "true", "queue_type": "classic"}
-    )
+    queue = Queue(name=RENAMED.name, topics=RENAMED.topics, native={**RENAMED.native, "passive": "true"})
 
     def fill(channel: BlockingChannel) -> None:
         """Their queue dead-letters by itself; what dies there gets the server's x-death headers, and no others."""

@@ -117,8 +117,10 @@ class Topology:
             await self._rebound(spec)
         else:
             await self._declare(spec, spec.name, self._arguments(spec, bounded=True))
-        if not spec.temporary:
-            await self._declare(spec, spec.dead, self._arguments(spec, own="dead_queue" not in spec.native))
+        # Who names a dead-letter queue may mean one that others have made, as they made it.
+        named = "dead_queue" in spec.native
+        if not spec.temporary and (not named or await self.count(spec.dead) is None):
+            await self._declare(spec, spec.dead, self._arguments(spec, own=not named))
         if not spec.passive:
             await self._declare(spec, spec.later, self._arguments(spec))
             await self._bind(spec)
