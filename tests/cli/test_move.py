@@ -16,7 +16,7 @@ import pytest
 
 from conveyor import brokers
 from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
-from conveyor.cli.move import BATCH, held
+from conveyor.cli.move import BATCH, held, is_same
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Release, RetryAt
 from conveyor.errors import BrokerUnavailable
@@ -314,6 +314,42 @@ def test_what_the_new_broker_refuses_stays_in_the_old_one(conveyor: Program, old
     assert sum(each["ready"] + each["delayed"] + each["dead"] for each in found) == 16
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("redis://localhost", "redis://localhost:6379/0"),
+        ("redis://localhost", "redis://user:secret@127.0.0.1/?namespace=conveyor"),
+        ("redis://Shop.example", "rediss://shop.example:6379/00"),
+        ("unix:///run/redis.sock", "unix:///run/../run/redis.sock?db=0"),
+        ("amqp://localhost", "amqp://guest:guest@localhost:5672/%2F"),
+        ("amqp://one/shop", "amqps://two:5671,one:5671/shop?queue_type=classic"),
+        ("amqp://one/shop", "amqp://one/shop?exchange=other"),
+        ("sqlite:///shop.queue", "sqlite:///./shop.queue?durability=normal"),
+    ],
+)
+def test_one_broker_is_known_by_all_its_names(one: str, other: str) -> None:
+    assert is_same(one, other)
+    assert is_same(other, one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("redis://localhost", "redis://localhost/1"),
+        ("redis://localhost", "redis://localhost:6380"),
+        ("redis://localhost", "redis://elsewhere"),
+        ("redis://localhost", "redis://localhost?namespace=shop"),
+        ("redis://localhost", "amqp://localhost"),
+        ("unix:///run/redis.sock", "unix:///run/redis.sock?db=1"),
+        ("amqp://localhost", "amqp://localhost/shop"),
+        ("amqp://localhost/shop", "amqp://localhost/Shop"),
+        ("sqlite:///shop.queue", "sqlite:////shop.queue"),
+    ],
+)
+def test_two_brokers_are_not_taken_for_one(one: str, other: str) -> None:
+    assert not is_same(one, other)
+
+
 def test_a_broker_is_not_moved_into_itself(conveyor: Program, old: str) -> None:
-    assert "the same broker" in conveyor.refused("move", "--from", old, "--to", old)
+    assert "the same broker" in conveyor.refused("move", "--from", old, "--to", f"{old}?durability=normal")
     assert "no queue file" in conveyor.refused("move", "--from", old, "--to", f"{old}2", code=1)

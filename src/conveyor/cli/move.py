@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import difflib
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from cyclopts import App, Parameter
 
@@ -66,9 +68,52 @@ def move(
         while_consuming: Even where workers receive from these queues; they take what they can get meanwhile.
         dry_run: Only say what there is to move.
     """
-    if from_ == to:
+    if is_same(from_, to):
         raise ConfigurationError("--from and --to are the same broker")
     return asyncio.run(_move(from_, to, queue, output, while_consuming=while_consuming, dry_run=dry_run))
+
+
+PORTS: Final = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
+PLAIN_SCHEMES: Final = {"amqps": "amqp", "rediss": "redis"}
+LOCAL: Final = frozenset({"", "localhost", "127.0.0.1", "::1"})
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether two URLs name the same queues, however they are spelled; a cluster is known by any of its hosts.
+
+    Who enters, and over TLS or not, makes no difference, nor does another exchange on RabbitMQ: queues are known by name.
+    """
+    (place, hosts), (other_place, other_hosts) = _place(one), _place(other)
+    return place == other_place and bool(hosts & other_hosts)
+
+
+def _place(url: str) -> tuple[tuple[str, str, str], frozenset[str]]:
+    """A URL's scheme, path and namespace in their one spelling, and its hosts."""
+    parts = urlsplit(url)
+    scheme = PLAIN_SCHEMES.get(parts.scheme, parts.scheme)
+    path, namespace = unquote(parts.path), ""
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    if scheme in {"redis", "unix"}:
+        options = parse_qs(parts.query)
+        namespace = options.get("namespace", ["conveyor"])[0]
+        database = (path.strip("/") if scheme == "redis" else options.get("db", [""])[0]).lstrip("0")
+        path = os.path.realpath(path) if scheme == "unix" else ""
+        path = f"{path}/{database}"
+    elif scheme == "amqp":
+        path = unquote(parts.path[1:]) or "/"
+    elif scheme == "sqlite":
+        path = os.path.realpath(path[1:])
+    return (scheme, path, namespace), frozenset(_host(each, PORTS.get(parts.scheme)) for each in hosts)
+
+
+def _host(text: str, default_port: int | None) -> str:
+    """A host and its port in their one spelling; ports that are the scheme's own are all the same."""
+    try:
+        parts = urlsplit(f"//{text}")
+        name, port = (parts.hostname or "").rstrip("."), parts.port or default_port
+    except ValueError:  # whoever opens it says so
+        return text
+    return f"{'localhost' if name in LOCAL else name}:{'' if port == default_port else port}"
 
 
 @dataclass(slots=True)
