@@ -101,3 +101,8 @@ def test_a_virtual_host_that_is_not_there_is_told_with_the_server_s_words(
     url = f"amqp://guest:guest@127.0.0.1:{rabbitmq.port}/absent"
     rabbitmq.start()
     assert "vhost absent not found" in conveyor.refused("doctor", "--broker", url, code=1)
+
+
+def test_what_is_risky_about_a_redis_is_not_said_above_every_list(conveyor: Program, tmp_path: Path) -> None:
+    with a_redis_with(tmp_path, appendonly="no") as forgetful:
+        assert conveyor.run("queues", "--broker", forgetful.url()).stderr == ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -60,11 +61,24 @@ async def connected(url: str, *, create: bool = False) -> AsyncIterator[Broker]:
         ConfigurationError: the URL is none, or leads nowhere from here.
     """
     broker = _broker(url, create=create)
-    await broker.open()
+    with _warnings_left_to_doctor():
+        await broker.open()
     try:
         yield broker
     finally:
         await broker.close()
+
+
+@contextmanager
+def _warnings_left_to_doctor() -> Iterator[None]:
+    """What a broker's set-up risks is said where workers run, and by conveyor doctor; not above each list of queues."""
+    logger = logging.getLogger("conveyor")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _broker(url: str, *, create: bool) -> Broker:
