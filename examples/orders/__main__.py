@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # whenever the web server is not the one who listens to it
 
     from conveyor import ConveyorError
+    from conveyor.config import place
     from examples.orders.web import prepare
 
     try:
@@ -68,6 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConveyorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(
+        f"the shop's broker is {place(settings.broker)}, its database {place(settings.database)}",
+        file=sys.stderr,
+        flush=True,
+    )
     with workers(0 if settings.web_only else settings.processes):
         serve(settings)
     return 0

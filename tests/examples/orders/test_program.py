@@ -48,6 +48,12 @@ def test_a_setting_that_cannot_work_is_refused_in_words(tmp_path: Path, flag: st
     assert "Traceback" not in done.stderr
 
 
+def test_the_readme_says_how_to_run_on_a_server() -> None:
+    said = (ROOT / "examples" / "orders" / "README.md").read_text()
+    assert "CONVEYOR_BROKER=redis://" in said
+    assert "CONVEYOR_BROKER=amqp://" in said
+
+
 def test_settings_come_from_the_environment(tmp_path: Path) -> None:
     found = Settings.from_environment(
         {
