@@ -16,13 +16,13 @@ demo: ## Serve the shop on http://127.0.0.1:8000 (PORT=… for another port); se
 	@scripts/setup demo
 	@PORT=$(PORT) $(RUN) examples.orders
 
-order-processor: ## Run the order processor on a RabbitMQ of its own (RABBITMQ_HOST=… for one that is there); sets up what it needs
-	@[ -n "$(RABBITMQ_HOST)" ] || scripts/install-servers rabbitmq-server
+order-processor: ## Run the order processor on a RabbitMQ of its own (RABBITMQ_HOST=… or CONVEYOR_BROKER=… for one that is there); sets up what it needs
+	@[ -n "$(RABBITMQ_HOST)$(CONVEYOR_BROKER)" ] || scripts/install-servers rabbitmq-server
 	@scripts/setup demo
 	@.venv/bin/python scripts/with-rabbitmq .venv/bin/python -m examples.order_processor
 
-fetch-pipeline: ## Run the fetch pipeline on a RabbitMQ of its own (RABBITMQ_HOST=… for one that is there); sets up what it needs
-	@[ -n "$(RABBITMQ_HOST)" ] || scripts/install-servers rabbitmq-server
+fetch-pipeline: ## Run the fetch pipeline on a RabbitMQ of its own (RABBITMQ_HOST=… or CONVEYOR_BROKER=… for one that is there); sets up what it needs
+	@[ -n "$(RABBITMQ_HOST)$(CONVEYOR_BROKER)" ] || scripts/install-servers rabbitmq-server
 	@scripts/setup demo
 	@API_PORT=$(PORT) .venv/bin/python scripts/with-rabbitmq $(RUN) examples.fetch_pipeline
 

@@ -36,6 +36,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = "classic"
     rabbitmq_passive: Annotated[bool, setting("use queue and exchange as they are, and declare neither")] = False
+    broker: Annotated[
+        str,
+        setting(
+            "URL of a broker; the RABBITMQ_… variables that say where it is then do not count",
+            variable="CONVEYOR_BROKER",
+        ),
+    ] = ""
     prefetch: Annotated[
         int, setting("orders that one process works on at a time", variable="ORDER_PREFETCH", ge=1, le=1000)
     ] = 10
@@ -89,6 +96,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def broker_url(self) -> str:
         """Where the queues are."""
+        if self.broker:
+            return self.broker
         hosts = [host.strip() for host in self.rabbitmq_host.split(",") if host.strip()]
         places = ",".join(host if ":" in host else f"{host}:{self.rabbitmq_port}" for host in hosts)
         who = f"{quote(self.rabbitmq_user, safe='')}:{quote(self.rabbitmq_pass, safe='')}"

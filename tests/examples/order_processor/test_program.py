@@ -24,7 +24,11 @@ def test_help_shows_every_setting_with_its_environment_variable() -> None:
     said = run("--help", COLUMNS="500").stdout
     for field in msgspec.structs.fields(Settings):
         variable = {"prefetch": "ORDER_PREFETCH", "processes": "ORDER_PROCESSES", "data": "ORDER_DATA"}.get(field.name)
-        variable = variable or {"http": "CONVEYOR_HTTP", "database": "CONVEYOR_DATABASE"}.get(field.name)
+        variable = variable or {
+            "http": "CONVEYOR_HTTP",
+            "database": "CONVEYOR_DATABASE",
+            "broker": "CONVEYOR_BROKER",
+        }.get(field.name)
         assert f"${variable or field.name.upper()}" in said
     assert "--rabbitmq-pass " not in said  # everybody can read a command line
 
@@ -69,6 +73,11 @@ def test_the_brokers_url_is_made_of_its_parts() -> None:
     assert found.broker_url == (
         "amqps://orders:p%40ss%2Fword@one.example:5672,two.example:5673/%2Fshop?queue_type=classic"
     )
+
+
+def test_a_brokers_url_counts_more_than_its_parts() -> None:
+    found = from_environment(Settings, {"CONVEYOR_BROKER": "redis://cache.example:6379/0", "RABBITMQ_HOST": "rabbit"})
+    assert found.broker_url == "redis://cache.example:6379/0"
 
 
 def test_the_database_lies_in_the_data_folder_unless_another_one_is_named(tmp_path: Path) -> None:
