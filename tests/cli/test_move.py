@@ -16,10 +16,10 @@ import pytest
 
 from conveyor import brokers
 from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
-from conveyor.cli.move import BATCH, held, is_same
+from conveyor.cli.move import BATCH, Moved, Mover, held, is_same
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Release, RetryAt
-from conveyor.errors import BrokerUnavailable
+from conveyor.errors import BrokerError, BrokerUnavailable, PublishFailed
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
@@ -298,6 +298,57 @@ async def test_leases_are_held_on_to_when_one_sign_of_life_fails(monkeypatch: py
     monkeypatch.setattr(broker, "extend", extend)
     async with asyncio.timeout(PATIENCE_SECONDS), held(broker, [], 0.03):
         await came_through.wait()
+
+
+@contextlib.asynccontextmanager
+async def two_brokers(queue: Queue) -> AsyncIterator[tuple[Broker, Broker, Moved, Mover]]:
+    """An old one and a new one in memory, and what moves the queue from one to the other."""
+    old, new = brokers.from_url("memory://"), brokers.from_url("memory://")
+    await old.open()
+    await new.open()
+    for broker in (old, new):
+        await broker.declare([queue])
+    [info] = await old.queues()
+    mover = Mover(old, new, asyncio.Event(), lambda _: None)
+    try:
+        yield old, new, Moved(info), mover
+    finally:
+        await old.close()
+        await new.close()
+
+
+async def test_what_is_behind_a_refused_message_of_its_key_stays_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_brokers(SHIP) as (old, new, moved, mover):
+        await old.publish([message("order.paid", number, key=f"k{number % 2}") for number in range(8)])
+        publish = new.publish
+
+        async def refusing(messages: list[Message], *, queue: str | None = None) -> frozenset[str]:
+            await publish([each for each in messages if each.id != "order.paid-2"], queue=queue)
+            if any(each.id == "order.paid-2" for each in messages):
+                raise PublishFailed({"order.paid-2": "too long"}, {})
+            return frozenset()
+
+        monkeypatch.setattr(new, "publish", refusing)
+        with pytest.raises(BrokerError, match="run this again"):
+            await mover.move(moved)
+        there = [each.id for each in (await contents(new, SHIP))[1]]
+        assert sorted(there) == [f"order.paid-{number}" for number in (0, 1, 3, 5, 7)]
+        still = [each.id for each in (await contents(old, SHIP))[1]]
+        assert still == ["order.paid-2", "order.paid-4", "order.paid-6"]
+
+
+async def test_what_the_old_broker_may_give_out_again_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_brokers(CHARGE) as (old, _, moved, mover):
+        await old.publish([message("order.changed", number) for number in range(3)])
+        settle = old.settle
+
+        async def one_lease_had_ended(settlements: list[Settlement]) -> list[Delivery]:
+            await settle(settlements)
+            return [settlements[0].delivery]
+
+        monkeypatch.setattr(old, "settle", one_lease_had_ended)
+        await mover.move(moved)
+        assert (moved.messages, moved.twice) == (3, 1)
 
 
 def test_what_the_new_broker_refuses_stays_in_the_old_one(conveyor: Program, old: str) -> None:

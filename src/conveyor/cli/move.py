@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
@@ -20,6 +21,7 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import connected
 from conveyor.cli.terminal import FAILED, INTERRUPTED, OK, Output, out, table
 from conveyor.config import masked
+from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Release
 from conveyor.errors import BrokerError, ConfigurationError, PublishFailed
 
@@ -125,6 +127,8 @@ class Moved:
     dead: int = 0
     left: int = 0
     """Messages that could not be had: in the hands of a worker, or of a process that died."""
+    twice: int = 0
+    """Messages that the new broker has, and the old one may give out again: their leases had ended."""
 
 
 async def _move(
@@ -140,7 +144,7 @@ async def _move(
                 await destination.declare([_declaration(each) for each in chosen])
                 with _told_to_stop() as told, output.progress() as bar:
                     task = bar.add_task("moving", total=sum(each.ready + each.delayed + each.dead for each in chosen))
-                    mover = _Mover(source, destination, told, lambda number: bar.advance(task, number))
+                    mover = Mover(source, destination, told, lambda number: bar.advance(task, number))
                     for each in moved:
                         await mover.move(each)
                 interrupted = told.is_set()
@@ -153,7 +157,7 @@ async def _move(
     return FAILED if any(each.left for each in moved) else OK
 
 
-class _Mover:
+class Mover:
     """Carries batches over, until it is told to stop."""
 
     def __init__(
@@ -186,31 +190,48 @@ class _Mover:
                     fruitless += 1
                     continue
                 fruitless = 0
-                await self._carry(moved.queue, batch)
+                moved.twice += await self._carry(moved.queue, batch)
                 moved.messages += len(batch)
                 self._advance(len(batch))
         finally:
             await subscription.close()
 
-    async def _carry(self, queue: QueueInfo, batch: Sequence[Delivery]) -> None:
-        """Put a batch into the new broker, and take it out of the old one; what the new one refuses stays."""
-        failed: BrokerError | None = None
-        refused: set[str] = {each.message.id for each in batch}
+    async def _carry(self, queue: QueueInfo, batch: Sequence[Delivery]) -> int:
+        """Put a batch into the new broker, and take it out of the old one; how many the old one may have none the less.
+
+        What the new one refuses stays, and on an ordered queue what is behind it of its key.
+        """
         async with held(self._source, batch, queue.lease_seconds):
-            try:
-                await self._destination.publish([each.message for each in batch], queue=queue.name)
-                refused = set()
-            except PublishFailed as error:
-                failed, refused = error, {*error.refused, *error.unknown}
-            except BrokerError as error:
-                failed = error
-        await self._source.settle(
-            [Settlement(each, Release(each.message.due) if each.message.id in refused else DONE) for each in batch]
+            arrived, failed = await self._put(queue, batch)
+        lost = await self._source.settle(
+            [Settlement(each, DONE if each.message.id in arrived else Release(each.message.due)) for each in batch]
         )
+        twice = sum(each.message.id in arrived for each in lost)
         if failed is not None:
+            also = f"; the old broker may give out {twice} of the others again, under their ids" if twice else ""
             raise BrokerError(
-                f"{queue.name}: {failed}; what the new broker does not have is still in the old one: mend it, and run this again"
+                f"{queue.name}: {failed}; what the new broker does not have is still in the old one: mend it, and run this again{also}"
             ) from failed
+        return twice
+
+    async def _put(self, queue: QueueInfo, batch: Sequence[Delivery]) -> tuple[set[str], BrokerError | None]:
+        """Put a batch into the new broker; the ids of what it has, and what went wrong."""
+        arrived: set[str] = set()
+        stuck: set[str] = set()
+        failed: BrokerError | None = None
+        for turn in turns([each.message for each in batch]) if queue.ordered else [[each.message for each in batch]]:
+            going = [each for each in turn if each.key not in stuck]
+            missing: set[str] = set()
+            try:
+                if going:
+                    await self._destination.publish(going, queue=queue.name)
+            except PublishFailed as error:
+                failed, missing = error, {*error.refused, *error.unknown}
+            except BrokerError as error:
+                return arrived, error
+            arrived |= {each.id for each in going} - missing
+            stuck |= {each.key for each in going if each.id in missing and each.key is not None}
+        return arrived, failed
 
     async def _dead_letters(self, moved: Moved) -> None:
         which = DeadFilter(queue=moved.queue.name)
@@ -220,6 +241,21 @@ class _Mover:
                 raise BrokerError(f"{moved.queue.name}: the old broker does not let go of its dead letters")
             moved.dead += len(page)
             self._advance(len(page))
+
+
+def turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Messages so that no two of a key are in one turn, and each key keeps its order: what refuses one can stop the next."""
+    found: list[list[Message]] = [[]]
+    number: Counter[str] = Counter()
+    for each in messages:
+        turn = 0
+        if each.key is not None:
+            turn = number[each.key]
+            number[each.key] += 1
+        if turn == len(found):
+            found.append([])
+        found[turn].append(each)
+    return found
 
 
 @contextlib.asynccontextmanager
@@ -322,6 +358,11 @@ def _print(moved: Sequence[Moved], output: Output, *, dry_run: bool, interrupted
         output.note("stopped on the way: every message is in one of the two brokers; run it again to go on", "yellow")
     elif any(each.left for each in moved):
         output.note("what is left is in somebody's hands; run it again when that is over", "yellow")
+    if twice := sum(each.twice for each in moved):
+        output.note(
+            f"{twice:,} messages may be there twice, with the same ids: their leases had ended when the new broker had them",
+            "yellow",
+        )
 
 
 def as_json(old: str, new: str, moved: Sequence[Moved], *, dry_run: bool, interrupted: bool) -> dict[str, Any]:
@@ -341,6 +382,7 @@ def as_json(old: str, new: str, moved: Sequence[Moved], *, dry_run: bool, interr
                 "moved": each.messages,
                 "moved_dead": each.dead,
                 "left": each.left,
+                "twice": each.twice,
             }
             for each in moved
         ],
