@@ -38,6 +38,7 @@ class Programs:
 
     def stop(self) -> None:
         """Ask them to end, the last one first; each has time to finish what it does."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a request that comes twice must not leave some of them behind
         for process in reversed(self._processes):
             process.terminate()
             try:

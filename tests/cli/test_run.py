@@ -149,6 +149,11 @@ async def slow(order: OrderCreated) -> None:
                 await asyncio.sleep(0.02)
         program.send_signal(signal.SIGINT)
         await asyncio.to_thread(read_until, program, "stopping: SIGINT")
+        hurried = asyncio.create_task(asyncio.to_thread(read_until, program, "a second signal"))
+        while not hurried.done():  # those of the same moment are not a second one
+            program.send_signal(signal.SIGTERM)
+            await asyncio.wait([hurried], timeout=0.2)
+        await hurried
     [queue] = [each for each in conveyor.json("queues", "--app", "slow")["queues"] if each["name"] == "shop.slow"]
     assert (queue["ready"], queue["in_flight"], queue["dead"]) == (1, 0, 0)
 

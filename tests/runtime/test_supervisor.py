@@ -351,6 +351,7 @@ async def test_a_second_signal_does_not_wait_for_the_grace_period(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "HURRY_SECONDS", 0.25)
+    monkeypatch.setattr(supervisor_module, "ONE_REQUEST_SECONDS", 0.0)
     supervisor = world.start("never-drains", grace_seconds=3600.0)
     await world.up()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -360,7 +361,27 @@ async def test_a_second_signal_does_not_wait_for_the_grace_period(
     assert "a second SIGTERM" in supervisor.problems[0]
 
 
-async def test_a_third_signal_ends_everything_at_once(world: World) -> None:
+@given(st.lists(st.floats(0, 0.99), max_size=5), st.floats(1.01, 100))
+def test_signals_of_one_moment_are_one_request(moments: list[float], later: float) -> None:
+    assert supervisor_module.is_a_request(1000.0, None)
+    assert not any(supervisor_module.is_a_request(1000.0 + moment, 1000.0) for moment in moments)
+    assert supervisor_module.is_a_request(1000.0 + later, 1000.0)
+
+
+async def test_three_signals_at_once_leave_the_grace_period_as_it_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "ONE_REQUEST_SECONDS", 3600.0)
+    supervisor = world.start()
+    await world.up()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert await world.exit_code() == 0
+    assert supervisor.problems == []
+
+
+async def test_a_third_signal_ends_everything_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "ONE_REQUEST_SECONDS", 0.0)
     world.start("never-drains", grace_seconds=3600.0)
     [pid] = await world.up()
     os.kill(pid, signal.SIGSTOP)

@@ -34,6 +34,8 @@ CLOSE_SECONDS: Final = 5.0
 """Beyond its grace period a process gets so long to settle, say goodbye and close its connections."""
 HURRY_SECONDS: Final = 2.0
 """After a second signal a process gets so long to release what it holds."""
+ONE_REQUEST_SECONDS: Final = 1.0
+"""Signals so soon after one that counted are the same request, told by several: timeout signals a whole group, and make its child."""
 CALM_SECONDS: Final = 10.0
 """A process that lived so long is replaced at once, whatever happened to those before it."""
 UNREADY_RESTARTS: Final = RetryPolicy(initial=0.1, maximum=30.0)
@@ -316,6 +318,7 @@ class Supervisor:
         self._ever_ready = False
         self._exit_code = 0
         self._signals = 0
+        self._last_signal: float | None = None
         self._stopping = asyncio.Event()
 
     async def run(self) -> int:
@@ -351,7 +354,7 @@ class Supervisor:
         self._stopping.set()
         _notify("STOPPING=1")
         grace = self._limits.grace_seconds
-        log.info("stopping: %s; %d processes have %g s to finish what runs", why, len(self._children), grace)
+        log.info("stopping: %s; %s %g s to finish what runs", why, _have(len(self._children)), grace)
         for child in self._children.values():
             if child.state.asked is None:
                 child.terminate(why, grace_seconds=grace, patience_seconds=grace + CLOSE_SECONDS)
@@ -472,19 +475,26 @@ class Supervisor:
                 pass
 
     def _on_signal(self, number: int) -> None:
+        now = time.monotonic()
+        if not is_a_request(now, self._last_signal):
+            return
+        self._last_signal = now
         self._signals += 1
         name = signal.Signals(number).name
         if self._signals == 1:
             self.stop(name)
         elif self._signals == 2:
-            log.warning(
-                "a second signal: %d processes have %g s to release what they hold", len(self._children), HURRY_SECONDS
-            )
+            log.warning("a second signal: %g s remain to release what is held", HURRY_SECONDS)
             for child in self._children.values():
                 child.ask(Ask(f"a second {name}", 0.0), patience_seconds=HURRY_SECONDS)
         else:
             for child in self._children.values():
                 child.kill(f"a third {name}")
+
+
+def is_a_request(now: float, last: float | None) -> bool:
+    """Whether a signal asks once more, and does not only repeat one that counted; both in seconds, None where there was none."""
+    return last is None or now - last >= ONE_REQUEST_SECONDS
 
 
 def reap_orphans(ours: set[int]) -> int:
@@ -499,6 +509,10 @@ def reap_orphans(ours: set[int]) -> int:
             os.waitpid(found.si_pid, 0)
             count += 1
     return count
+
+
+def _have(processes: int) -> str:
+    return "1 process has" if processes == 1 else f"{processes} processes have"
 
 
 async def _exited(process: subprocess.Popen[bytes]) -> None:
