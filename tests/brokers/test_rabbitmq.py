@@ -384,6 +384,51 @@ async def test_a_fetch_that_was_cancelled_while_it_took_the_keys_leaves_none_una
                 came |= {each.message.id for each in await subscription.fetch(100)}
 
 
+async def test_a_note_that_nobody_can_read_does_not_stop_a_partition(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="keys", topics=("key",), ordered=True)])
+        await broker.publish([Message("m-1", "key", b"{}", key="k")])
+
+        def spoil(channel: BlockingChannel) -> None:
+            for partition in broker.specs["keys"].partitions:
+                channel.basic_publish("", f"{partition}.notes", b"\xffno note")
+
+        await plainly(url, spoil)
+        delivery = await one(broker, "keys")
+        assert (delivery.message.id, delivery.deliveries) == ("m-1", 1)
+        assert await broker.settle([Settlement(delivery, DONE)]) == []
+
+
+@pytest.mark.parametrize("what", ["a partition", "its notes"])
+async def test_a_partition_that_was_deleted_is_there_again_and_received(url: str, what: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="keys", topics=("key",), ordered=True)])
+        keys = {f"k{number}" for number in range(30)}
+        subscription = await broker.subscribe("keys", 100)
+        waiting = asyncio.create_task(subscription.fetch(100))
+        keyed = broker.keyed("keys")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while keyed.work is None:
+                await asyncio.sleep(0.01)
+
+        def delete(channel: BlockingChannel) -> None:
+            for partition in broker.specs["keys"].partitions[:2]:
+                channel.queue_delete(partition if what == "a partition" else f"{partition}.notes")
+
+        await plainly(url, delete)
+        await broker.publish([Message(key, "key", b"{}", key=key) for key in keys])
+        came: set[str] = set()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while came != keys:
+                with contextlib.suppress(BrokerError):
+                    held = await waiting
+                    came |= {each.message.id for each in held}
+                    await broker.settle([Settlement(each, DONE) for each in held])
+                waiting = asyncio.create_task(subscription.fetch(100))
+        waiting.cancel()
+        await asyncio.wait([waiting])
+
+
 async def test_what_comes_while_long_deliveries_are_renewed_stays_behind_them(url: str) -> None:
     async with opened(url) as broker, opened(url) as publisher:
         queue = Queue(name="long", topics=("long",), ordered=True)

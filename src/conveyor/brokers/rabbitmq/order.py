@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from conveyor.brokers.rabbitmq.amqp import AmqpError, Incoming, Properties
+from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, Incoming, Properties
 from conveyor.brokers.rabbitmq.envelope import PERSISTENT
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec, notes_of
+from conveyor.brokers.rabbitmq.topology import NOT_FOUND
 from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError
@@ -89,6 +90,8 @@ class Keyed:
         self._due: asyncio.TimerHandle | None = None
         self._arrival = asyncio.Event()
         self._since = 0.0
+        # Somebody deleted a partition, or its notes: it is created again before all are taken anew.
+        self._incomplete = False
         self._kept: dict[str, Place] = {}
         # What is to be delivered anew, by id; until all of it is there, what else comes waits behind it.
         self._returning: Counter[str] = Counter()
@@ -253,11 +256,15 @@ class Keyed:
     async def _own(self) -> None:
         self._forget()
         spec = self._broker.specs[self._queue]
+        if self._incomplete:
+            await self._broker.topology.create_partitions(spec)
+            self._incomplete = False
         connection = await self._broker.connection()
         work = self.work = Work(connection, await connection.channel())
         try:
             await self._consume(work, spec)
-        except BaseException:  # of some partitions only, nobody would ever receive the others
+        except BaseException as error:  # of some partitions only, nobody would ever receive the others
+            self._miss(error)
             self.work = None
             self._forget()
             work.channel.begin_close()
@@ -267,6 +274,12 @@ class Keyed:
         self._since = asyncio.get_running_loop().time()
         await work.channel.qos(AHEAD)
         self._broker.spawn(self._read(work), f"ordering {self._queue}")
+
+        def on_cancel(_: object) -> None:
+            log.warning("a partition of %s is gone; creating it again", self._queue)
+            self._incomplete = True
+            work.channel.begin_close()
+
         for number, partition in enumerate(spec.partitions):
 
             def on_delivery(incoming: Incoming, number: int = number) -> None:
@@ -275,7 +288,7 @@ class Keyed:
                     self._unread.append((number, incoming))
                     self._arrival.set()
 
-            await work.channel.consume(partition, on_delivery)
+            await work.channel.consume(partition, on_delivery, on_cancel=on_cancel)
         await self._first(work, spec)
 
     async def _first(self, work: Work, spec: Spec) -> None:
@@ -287,6 +300,10 @@ class Keyed:
                 break
             await asyncio.sleep(0.005)
         await self.settle_down()
+
+    def _miss(self, error: BaseException) -> None:
+        if isinstance(error, ChannelClosed) and error.code == NOT_FOUND:
+            self._incomplete = True
 
     async def _disown(self) -> None:
         work, self.work = self.work, None
@@ -313,6 +330,7 @@ class Keyed:
                     self._notes[number] = await self._read_notes(work, number)
             except (BrokerError, AmqpError) as error:
                 log.warning("cannot read what was counted in %s, beginning anew: %s", self._queue, error)
+                self._miss(error)
                 if self.work is work:
                     async with self._changing:
                         await self._disown()
@@ -368,7 +386,10 @@ class Keyed:
             return {}
         notes: dict[str, Note] = {}
         for message in taken:
-            notes |= _notes.decode(message.body)
+            try:
+                notes |= _notes.decode(message.body)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                log.warning("a note in %s is none of ours, and is dropped: %s", queue, error)
         self._notes[number] = notes
         await self._broker.publisher.send_all([self._written(number)])
         work.ack([message.delivery_tag for message in taken])

@@ -225,7 +225,7 @@ class Topology:
     async def _bind(self, spec: Spec) -> None:
         """Let the topics in. What we may not bind is bound already, or another's business."""
         if spec.ordered:
-            await self._create_partitions(spec)
+            await self.create_partitions(spec)
         topics = {routing_key(topic) for topic in spec.topics}
 
         async def bind(channel: Channel) -> None:
@@ -262,7 +262,9 @@ class Topology:
                 lambda channel, key=key: channel.queue_bind(spec.name, exchange, key)  # type: ignore[misc]
             )
 
-    async def _create_partitions(self, spec: Spec) -> None:
+    async def create_partitions(self, spec: Spec) -> None:
+        """Make sure that an ordered queue's partitions, their notes and bindings are there."""
+
         async def exchanges(channel: Channel) -> None:
             await channel.exchange_declare(spec.unkeyed, "fanout")
             await channel.exchange_declare(spec.keyed, "headers", arguments={"alternate-exchange": spec.unkeyed})
