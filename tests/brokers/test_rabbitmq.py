@@ -19,6 +19,7 @@ from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher
 from conveyor.brokers.rabbitmq.address import read_url
 from conveyor.brokers.rabbitmq.amqp import Channel, Incoming
 from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBACK_ZLIB, trace_in, trace_note
+from conveyor.brokers.rabbitmq.link import Link
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
 from conveyor.errors import BrokerError, BrokerFull, ConfigurationError, QueueConflict
@@ -332,6 +333,29 @@ async def test_a_receiver_that_asks_for_ever_more_is_told_of_no_delivery_that_ne
                 counts += [each.deliveries for each in deliveries]
                 settling.create_task(broker.settle([Settlement(each, DONE) for each in deliveries]))
         assert set(counts) == {1}
+
+
+async def test_an_unforeseen_error_while_connecting_is_raised_once_and_not_for_ever() -> None:
+    class Unforeseen(Exception):
+        pass
+
+    tries = itertools.count()
+
+    async def begin(_: object) -> str:
+        raise AssertionError
+
+    async def connect() -> str:
+        if next(tries) == 0:
+            raise Unforeseen
+        return "session"
+
+    link = Link[str](read_url("amqp://localhost"), "a link", begin, lambda: 10.0)
+    link._open = True
+    link._connect = connect  # type: ignore[method-assign]
+    with pytest.raises(Unforeseen):
+        await link.session()
+    assert await link.session() == "session"
+    await link.close()
 
 
 async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(

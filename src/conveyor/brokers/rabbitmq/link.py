@@ -103,6 +103,13 @@ class Link(Generic[Session]):
             await connection.close()
 
     async def _return(self) -> Session:
+        try:
+            return await self._come_back()
+        finally:  # however it ended: the next call tries again
+            if self._connecting is asyncio.current_task():
+                self._connecting = None
+
+    async def _come_back(self) -> Session:
         wait = FIRST_WAIT_SECONDS
         tries = 0
         while True:
@@ -116,7 +123,6 @@ class Link(Generic[Session]):
                 wait = min(wait * 2, LONGEST_WAIT_SECONDS)
             else:
                 log.info("connected to RabbitMQ again (%s)", self._name)
-                self._connecting = None
                 return session
 
     async def _connect(self) -> Session:
