@@ -15,14 +15,14 @@ import pytest
 
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
-from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher
+from conveyor.brokers.rabbitmq import RabbitBroker, catalog, delay, publisher
 from conveyor.brokers.rabbitmq.address import read_url
 from conveyor.brokers.rabbitmq.amqp import Channel, Incoming
 from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBACK_ZLIB, trace_in, trace_note
 from conveyor.brokers.rabbitmq.link import Link
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
-from conveyor.errors import BrokerError, BrokerFull, ConfigurationError, QueueConflict
+from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, QueueConflict
 
 if TYPE_CHECKING:
     from pika.adapters.blocking_connection import BlockingChannel
@@ -333,6 +333,26 @@ async def test_a_receiver_that_asks_for_ever_more_is_told_of_no_delivery_that_ne
                 counts += [each.deliveries for each in deliveries]
                 settling.create_task(broker.settle([Settlement(each, DONE) for each in deliveries]))
         assert set(counts) == {1}
+
+
+async def test_a_catalog_that_gives_nothing_is_not_taken_for_an_empty_one(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "PATIENCE_SECONDS", 0.1)
+    queue = Queue(name="orders", topics=("order",))
+    async with opened(url) as broker:
+        await broker.declare([queue])
+        get = Channel.get
+
+        async def nothing(channel: Channel, queue: str) -> Incoming | None:
+            return None if queue == "conveyor.catalog" else await get(channel, queue)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Channel, "get", nothing)
+            with pytest.raises(BrokerUnavailable, match=r"conveyor\.catalog"):
+                await broker.declare([Queue(name="orders", ordered=True)])
+        with pytest.raises(QueueConflict):
+            await broker.declare([Queue(name="orders", ordered=True)])
 
 
 async def test_an_unforeseen_error_while_connecting_is_raised_once_and_not_for_ever() -> None:

@@ -24,6 +24,8 @@ LOCK_SECONDS: Final = 15.0
 LOCK_AGAIN_SECONDS: Final = 0.01
 RETURN_SECONDS: Final = 1.0
 """How long a message may take to be back in its queue after the one who had it has let go."""
+PATIENCE_SECONDS: Final = 5.0
+"""How long a catalog may give nothing that is known to be there: a queue's leader may be slow."""
 
 _decode: Final = msgspec.json.Decoder(dict[str, Spec])
 
@@ -115,7 +117,7 @@ class Catalog:
         await channel.close()
         if not there.messages:
             async with self._turn, locked(connection, f"{self._name}.lock") as channel:
-                if not await self._take_all(channel):
+                if not await self._take_all(channel, RETURN_SECONDS):
                     await self._put({})
 
     async def read(self) -> dict[str, Spec]:
@@ -125,13 +127,22 @@ class Catalog:
 
     @contextlib.asynccontextmanager
     async def changing(self) -> AsyncIterator[dict[str, Spec]]:
-        """All queues by name; what the block changes is written at its end. Nobody else changes it meanwhile."""
+        """All queues by name; what the block changes is written at its end. Nobody else changes it meanwhile.
+
+        Raises:
+            BrokerUnavailable: the server does not give it out, and what is not known cannot be compared.
+        """
         if not self._available:
             yield {}
             return
         connection = await self._connection()
         async with self._turn, locked(connection, f"{self._name}.lock") as channel:
-            taken = await self._take_all(channel)
+            taken = await self._take_all(channel, PATIENCE_SECONDS)
+            if not taken:
+                raise BrokerUnavailable(
+                    f"the server gives nothing out of {self._name!r}, which is never empty: it is slow, "
+                    "or somebody has purged it, and the next process that starts begins it anew"
+                )
             specs = _merged([_specs(each.body) for each in taken])
             try:
                 yield specs
@@ -141,9 +152,9 @@ class Catalog:
                     channel.ack(each.delivery_tag)
                 await channel.qos(0)
 
-    async def _take_all(self, channel: Channel) -> list[Incoming]:
+    async def _take_all(self, channel: Channel, patience_seconds: float) -> list[Incoming]:
         taken: list[Incoming] = []
-        deadline = asyncio.get_running_loop().time() + RETURN_SECONDS
+        deadline = asyncio.get_running_loop().time() + patience_seconds
         while True:
             message = await channel.get(self._name)
             if message is not None:
