@@ -116,6 +116,22 @@ def test_queues_can_be_watched_as_a_stream(graveyard: Program) -> None:
     assert [queue["dead"] for queue in seen[1]["queues"]] == [3, 2]
 
 
+def test_a_reason_that_nobody_gives_is_refused(graveyard: Program) -> None:
+    said = graveyard.refused("dead", "list", "--reason", "exausted", *HERE)
+    assert "there are: rejected, exhausted, invalid, crashed, expired" in said
+    assert "did you mean exhausted?" in said
+    graveyard.refused("dead", "redrive", "--reason", "bogus", "--dry-run", *HERE)
+    for known in ("crashed", "maxlen"):
+        assert graveyard.json("dead", "list", "--reason", known, *HERE)["dead"] == []
+
+
+def test_a_reason_that_another_program_gave_is_one(conveyor: Program) -> None:
+    conveyor.bury(CHARGE, dead_letters(1, reason="too-late"))
+    assert len(conveyor.json("dead", "list", "--reason", "too-late", *HERE)["dead"]) == 1
+    assert conveyor.json("dead", "list", "--reason", "too-late", "--error", "nowhere", *HERE)["dead"] == []
+    assert "too-late" in conveyor.refused("dead", "list", "--reason", "bogus", *HERE)
+
+
 def test_dead_letters_are_listed_and_shown_whole(graveyard: Program) -> None:
     listed = graveyard.json("dead", "list", *HERE)
     assert [letter["id"] for letter in listed["dead"]] == [

@@ -22,6 +22,10 @@ from conveyor.errors import BrokerError, ConfigurationError
 
 CHUNK: Final = 500
 """Dead letters per step: many enough that commits cost little, few enough that the bar moves and memory stays flat."""
+OF_RABBITMQ: Final = ("maxlen", "delivery_limit")
+"""Reasons that RabbitMQ itself writes, besides rejected and expired (rabbitmq.com/docs/dlx, x-death)."""
+REASONS_LOOKED_AT: Final = 10_000
+"""Dead letters that are looked through for the reasons that other programs gave."""
 HERE = Where()
 PLAIN = Output()
 
@@ -155,6 +159,8 @@ async def _list(url: str, which: Which, limit: int, output: Output) -> int:
     async with connected(url) as broker:
         await _known(broker, which)
         found = [letter async for letter in letters(broker, which.filter(), limit + 1)]
+        if not found:
+            await _known_reason(broker, which)
     more = len(found) > limit
     shown = found[:limit]
     if output.json:
@@ -220,6 +226,8 @@ async def _act(url: str, which: Which, output: Output, *, verb: str, dry_run: bo
         async for letter in letters(broker, which.filter(), None):
             counts[letter.queue, letter.reason] += 1
         total = counts.total()
+        if not total:
+            await _known_reason(broker, which)
         if (
             not dry_run
             and total
@@ -284,6 +292,26 @@ async def _known(broker: Broker, which: Which) -> None:
         near = difflib.get_close_matches(which.queue, names, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
         raise BrokerError(f"there is no queue {which.queue!r}; {hint}")
+
+
+async def _known_reason(broker: Broker, which: Which) -> None:
+    """Where nothing fits, its reason must be one that there is: Conveyor's own, or one that other programs wrote.
+
+    Raises:
+        ConfigurationError: nobody has given that reason.
+    """
+    own = [*(reason.value for reason in Reason), *OF_RABBITMQ]
+    if (
+        which.reason is None
+        or which.reason in own
+        or await broker.dead_letters(DeadFilter(reason=which.reason), limit=1)
+    ):
+        return
+    here = {letter.reason async for letter in letters(broker, DeadFilter(queue=which.queue), REASONS_LOOKED_AT)}
+    known = [*own, *sorted(here.difference(own))]
+    near = difflib.get_close_matches(which.reason, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigurationError(f"--reason {which.reason!r} is none; there are: {', '.join(known)}{hint}")
 
 
 def attempts_of(letter: DeadLetter) -> int:
