@@ -76,6 +76,7 @@ def test_it_tells_its_version(conveyor: Program) -> None:
         (["publish", "shop:app", "OrderCreted", "--data", "{}"], "did you mean OrderCreated?"),
         (["publish", "shop:app", "OrderCreated"], "--data"),
         (["publish", "shop:app", "OrderCreated", "--data", "{"], "no JSON"),
+        (["publish", "shop:app", "OrderCreated", "--data", '{"order_id": "A-1", "total": '], "no JSON"),
         (["publish", "shop:app", "OrderCreated", "--data", '{"order_id": 1, "total": "2"}'], "order_id"),
         (["publish", "shop:app", "OrderCreated", "--data", "@none.json"], "No such file"),
         (["publish", "order.created", "--data", "nojson", "--broker", "sqlite:///shop.queue"], "no JSON"),

@@ -146,6 +146,8 @@ def _typed(outgoing: Outgoing, app: Conveyor, name: str, body: bytes, options: O
         near = difflib.get_close_matches(name, [*known, *(payload.topic for payload in known.values())], 1)
         hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known) or 'none'}"
         raise ConfigurationError(f"{app.name} has no event or task {name!r}; {hint}")
+    if payload.codec.content_type == JSON:
+        _check_json(body)
     try:
         value = payload.codec.decode(body)
     except Exception as error:  # whatever a decoder raises means that the bytes are no such payload
@@ -159,11 +161,15 @@ def _typed(outgoing: Outgoing, app: Conveyor, name: str, body: bytes, options: O
 def _raw(outgoing: Outgoing, topic: str, body: bytes, options: Options, content_type: str) -> Message:
     check_topic(topic)
     if content_type == JSON:
-        try:
-            msgspec.json.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise PayloadError(f"--data is no JSON: {error}; say --content-type where it is not meant to be") from error
+        _check_json(body, "; say --content-type where it is not meant to be")
     return outgoing.raw(topic, body, options, content_type)
+
+
+def _check_json(body: bytes, hint: str = "") -> None:
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PayloadError(f"--data is no JSON: {error}{hint}") from error
 
 
 def _body(data: str | None) -> bytes:
