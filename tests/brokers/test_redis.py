@@ -20,7 +20,7 @@ from redis import Redis as Client
 import conveyor.brokers.redis as module
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
-from conveyor.brokers.redis import RedisBroker
+from conveyor.brokers.redis import RedisBroker, lane
 from conveyor.brokers.redis.health import risks_of
 from conveyor.brokers.redis.wire import fields_of, message_of
 from conveyor.core.message import Message
@@ -240,6 +240,41 @@ async def test_a_settlement_whose_answer_is_lost_is_done_once_and_not_reported_a
             "effects": (1, 0),
             "q": (0, 0),
         }
+
+
+async def test_a_settlement_that_nobody_waits_for_any_more_makes_room_for_the_next_message(redis: Redis) -> None:
+    async with opened(redis.url(), Queue(name="q", topics=("t",))) as broker:
+        await broker.publish([Message(name, "t", b"") for name in ("one", "two")])
+        subscription = await broker.subscribe("q", 1)
+        [held] = await take(subscription, 1)
+        settling = asyncio.create_task(broker.settle([Settlement(held, DONE)]))
+        await asyncio.sleep(0)  # it is on its way
+        settling.cancel()
+        await asyncio.wait([settling])
+        assert settling.cancelled()
+        [held] = await take(subscription, 1)
+        assert held.message.id == "two"
+
+
+async def test_a_settlement_whose_outcome_nobody_knows_makes_room_for_the_next_message(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "AGAIN_SECONDS", 0.0)
+    url = redis.url()
+    async with Proxy(redis.port) as proxy, opened(url.replace(f":{redis.port}/", f":{proxy.port}/")) as broker:
+        await broker.declare([Queue(name="q", topics=("t",)), Queue(name="effects", topics=("e",))])
+        await broker.publish([Message(name, "t", b"") for name in ("one", "two")])
+        subscription = await broker.subscribe("q", 1)
+        [held] = await take(subscription, 1)
+        proxy.lose_answer_to(ANSWER_LOST.encode())
+        with pytest.raises(lane.Unknown):
+            await broker.settle([Settlement(held, Done((Message("effect", "e", ANSWER_LOST.encode()),)))])
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                with contextlib.suppress(BrokerUnavailable):
+                    [held] = await subscription.fetch(1)
+                    break
+        assert held.message.id == "two"
 
 
 async def test_a_claim_whose_answer_is_lost_comes_back_uncounted(redis: Redis) -> None:

@@ -22,6 +22,7 @@ from conveyor.brokers.redis import scripts
 from conveyor.brokers.redis.address import address_of
 from conveyor.brokers.redis.graveyard import Graveyard
 from conveyor.brokers.redis.health import refuse_danger, risks_of, said_by
+from conveyor.brokers.redis.lane import Unknown
 from conveyor.brokers.redis.link import Address, Link, Refused, text
 from conveyor.brokers.redis.sending import Publishing, Settling
 from conveyor.brokers.redis.subscription import RedisSubscription, topics_of
@@ -162,7 +163,12 @@ class RedisBroker:
         self._check_open()
         if not settlements:
             return []
-        lost = await self._settling.settle(settlements)
+        try:
+            lost = await self._settling.settle(settlements)
+        except (asyncio.CancelledError, Unknown):
+            # It is or will be done all the same, as far as anybody can tell: whoever does not repeat it has them off his hands, too.
+            self._let_go(each.delivery for each in settlements)
+            raise
         self._let_go(each.delivery for each in settlements)
         return lost
 
