@@ -105,6 +105,18 @@ def test_an_error_stays_inside_its_entry() -> None:
     assert "\\x1b[2J" in lines[-1]
 
 
+def test_a_traceback_has_lines_of_its_own_and_an_empty_one_none() -> None:
+    human = logs.Human("1", colour=False)
+    first, *others = human.format(
+        record("gone", traceback="Traceback:\n  File x\x1b[2J\nValueError: no\n", queue="q")
+    ).split("\n")
+    assert first.endswith("gone  queue=q")
+    assert others == ["    │ Traceback:", "    │   File x\\x1b[2J", "    │ ValueError: no"]
+    assert "traceback" not in human.format(record("gone", traceback=""))
+    assert "traceback" not in entry(record("gone", traceback=""))
+    assert entry(record("gone", traceback="a\nb"))["traceback"] == "a\nb"
+
+
 def test_a_value_that_has_no_text_does_not_cost_the_entry() -> None:
     class Rude:
         def __str__(self) -> str:

@@ -167,10 +167,12 @@ class Human(logging.Formatter):
             if now.correlation_id not in (None, now.message_id):
                 about["correlation"] = now.correlation_id
             about |= now.fields or {}
-        about |= _extras(record)
+        extras = _extras(record)
+        trace = extras.pop(TRACEBACK, "")
+        about |= extras
         details = "".join(f" {name}={_word(value)}" for name, value in about.items())
         head = f"{self._in(self.DIM, time)} {level} {self._process:>3} {part:<12} {printable(first)}"
-        more = [*others, *_exception(record).splitlines()]
+        more = [*others, *_described(trace).splitlines(), *_exception(record).splitlines()]
         return "\n".join(
             [
                 head + self._in(self.DIM, f" {details}" if details else ""),
@@ -196,8 +198,16 @@ def printable(text: str) -> str:
 _KNOWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+TRACEBACK: Final = "traceback"
+"""The extra that holds where an error was raised: lines of its own for people, and nothing where it is empty."""
+
+
 def _extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in vars(record).items() if name not in _KNOWN}
+    return {
+        name: value
+        for name, value in vars(record).items()
+        if name not in _KNOWN and not (name == TRACEBACK and value == "")
+    }
 
 
 def _exception(record: logging.LogRecord) -> str:
