@@ -312,6 +312,23 @@ async def test_the_server_may_forget_the_scripts(redis: Redis, client: Any) -> N
             assert await broker.settle([Settlement(each, DONE) for each in held]) == []
 
 
+async def test_a_queue_whose_stream_was_deleted_is_used_again_when_it_is_declared(redis: Redis, client: Any) -> None:
+    url = redis.url()
+    queue = Queue(name="q", topics=("t",))
+    async with opened(url, queue) as broker:
+        await broker.publish([Message("later", "t", b"", due=time.time() + 3600), Message("gone", "t", b"")])
+        await take(await broker.subscribe("q", 10), 1)
+        client.delete(f"{{{namespace_of(url)}}}:queue:q", f"{{{namespace_of(url)}}}:bell:q")
+        [info] = await broker.queues()
+        assert info.name == "q"
+        await broker.declare([queue])
+        subscription = await broker.subscribe("q", 10)
+        fetch = asyncio.create_task(take(subscription, 1))
+        await broker.publish([Message("m", "t", b"")])
+        [delivery] = await fetch
+        assert delivery.message.id == "m"
+
+
 async def test_a_server_that_comes_back_empty_gets_its_queues_again(own_server: Redis) -> None:
     own_server.configure("appendonly", "no")
     async with opened(own_server.url(), Queue(name="q", topics=("t",))) as broker:

@@ -27,11 +27,11 @@ for i = 2, #ARGV, 6 do
   end
   call('HSET', settings, 'ordered', ARGV[i + 1], 'max', ARGV[i + 2], 'lease', ARGV[i + 3],
     'holder', temporary and owner or '', 'topics', #topics > 0 and cjson.encode(topics) or '[]')
-  if call('SADD', KEYS[1], name) == 1 then
-    redis.pcall('XGROUP', 'CREATE', prefix .. 'queue:' .. name, 'conveyor', '0', 'MKSTREAM')
-    redis.pcall('XGROUP', 'CREATE', prefix .. 'queue:' .. name, 'bell', '0')
-    redis.pcall('XGROUP', 'CREATE', prefix .. 'bell:' .. name, 'bell', '0', 'MKSTREAM')
-  end
+  call('SADD', KEYS[1], name)
+  -- Of a queue that was there, too: somebody may have deleted its stream, and the groups with it. A group that is there is an error, and stays.
+  redis.pcall('XGROUP', 'CREATE', prefix .. 'queue:' .. name, 'conveyor', '0', 'MKSTREAM')
+  redis.pcall('XGROUP', 'CREATE', prefix .. 'queue:' .. name, 'bell', '0')
+  redis.pcall('XGROUP', 'CREATE', prefix .. 'bell:' .. name, 'bell', '0', 'MKSTREAM')
   if temporary then call('HSET', prefix .. 'temporary', name, owner) end
   known[name] = nil
   drop(queue_of(name))
