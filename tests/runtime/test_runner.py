@@ -18,7 +18,7 @@ from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
 from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscription
 from conveyor.core.message import Message as Envelope
-from conveyor.errors import BrokerUnavailable
+from conveyor.errors import BrokerUnavailable, PayloadError
 from conveyor.runtime.worker import room_for
 from conveyor.testing.harness import Harness
 
@@ -137,6 +137,24 @@ async def test_a_failing_handler_is_retried_and_then_kept_whole_as_a_dead_letter
     assert letter.reason == "exhausted"
     assert letter.error == "ValueError: the bank is closed"
     assert "the bank is closed" in letter.traceback
+
+
+@pytest.mark.parametrize("expected", [Reject("unknown customer"), PayloadError("no such country")])
+async def test_what_a_handler_refuses_on_purpose_is_kept_without_a_traceback(expected: Exception) -> None:
+    app = Conveyor("t")
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        if order.number == 1:
+            raise expected
+        raise expected from KeyError("customer 7")
+
+    async with Harness(app) as run:
+        await run.publish(Order(1))
+        await run.publish(Order(2))
+        first, second = await run.dead("charge")
+    assert first.traceback == ""
+    assert second.traceback == "caused by KeyError: 'customer 7'\n"
 
 
 async def test_reject_and_payloads_that_do_not_decode_burn_no_retries() -> None:

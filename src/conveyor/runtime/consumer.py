@@ -34,6 +34,8 @@ from conveyor.errors import (
     HandlerTimeout,
     LedgerUnavailable,
     PayloadError,
+    PayloadTooLarge,
+    Reject,
 )
 from conveyor.runtime.call import AlreadyDone, Caller
 from conveyor.runtime.carry import Carry, carried_on
@@ -519,17 +521,13 @@ class Consumer:
     def _on_error(self, delivery: Delivery, error: BaseException) -> Verdict:
         if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):
             log.warning("given back until it works again, uncounted: %s", describe(error))
-        try:
-            text = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
-        except Exception as broken:  # an exception may be of anybody's making
-            text = f"(its traceback cannot be had: {type(broken).__name__})"
         return verdict_on_error(
             error,
             attempts=delivery.attempts,
             policy=self.worker.retry,
             now=self._clock(),
             chance=random.random(),
-            traceback=text,
+            traceback=trace_of(error),
         )
 
     def _on_cancel(self, lane: Lane, delivery: Delivery) -> Verdict | None:
@@ -599,6 +597,24 @@ class Consumer:
         lane.task = None
         if lane.ended is None:
             self._add_lane()
+
+
+def trace_of(error: BaseException) -> str:
+    """Where an error was raised, bounded.
+
+    What a handler says on purpose (Reject, PayloadError) is no riddle: of it only the errors are told that it was raised from.
+    """
+    if isinstance(error, Reject | PayloadError) and not isinstance(error, PayloadTooLarge):
+        text, seen, cause = "", {id(error)}, error.__cause__
+        while cause is not None and id(cause) not in seen:
+            text += f"caused by {describe(cause)}\n"
+            seen.add(id(cause))
+            cause = cause.__cause__
+        return text[:LONGEST_TRACEBACK]
+    try:
+        return "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
+    except Exception as broken:  # an exception may be of anybody's making
+        return f"(its traceback cannot be had: {type(broken).__name__})"
 
 
 def _uncancel(task: asyncio.Task[Any]) -> None:
