@@ -160,6 +160,33 @@ async def test_what_the_server_dead_lettered_is_listed_and_goes_back(url: str) -
         assert (await one(broker, "orders")).message.body == b"late"
 
 
+async def test_a_page_of_dead_letters_has_the_oldest_in_whatever_order_they_lie_there(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",))])
+
+        def bury(channel: BlockingChannel) -> None:
+            for number in (4, 1, 5, 0, 3, 2):  # the hosts that bury have clocks of their own
+                headers: dict[str, Any] = {
+                    "conveyor-reason": "rejected",
+                    "conveyor-position": f"{number:024x}",
+                    "conveyor-died": 1,
+                }
+                channel.basic_publish(
+                    "", "orders.dead", b"{}", pika.BasicProperties(message_id=str(number), headers=headers)
+                )
+
+        await plainly(url, bury)
+        pages: list[list[str]] = []
+        after: str | None = None
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while [info.dead for info in await broker.queues()] != [6]:
+                await asyncio.sleep(0.01)
+        while page := await broker.dead_letters(DeadFilter(), limit=2, after=after):
+            pages.append([each.message.id for each in page])
+            after = page[-1].position
+        assert pages == [["0", "1"], ["2", "3"], ["4", "5"]]
+
+
 # --- what others own --------------------------------------------------------------------------------------------------
 
 

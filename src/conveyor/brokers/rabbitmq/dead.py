@@ -7,6 +7,7 @@ stay, and gives them back at the end, which leaves them in their order. A lock k
 from __future__ import annotations
 
 import asyncio
+import bisect
 import hashlib
 import itertools
 import os
@@ -165,19 +166,19 @@ class Cemetery:
         self._turn = turn
 
     async def page(self, which: DeadFilter, limit: int, after: str) -> list[DeadLetter]:
-        """The first letters behind a position that a filter lets through, oldest first."""
+        """The first letters behind a position that a filter lets through, oldest first; no more than these are kept meanwhile."""
         found: list[DeadLetter] = []
 
         def look(incoming: Incoming) -> bool:
             letter = self._letter(incoming, nameless=position_of(incoming))
             if letter.position > after and meant(letter, which):
-                found.append(letter)
-            return len(found) >= limit and letter.died > found[limit - 1].died + CLOCKS_DIFFER_SECONDS
+                bisect.insort(found, letter, key=_by_position)
+                del found[limit:]
+            return len(found) >= limit and (not found or letter.died > found[-1].died + CLOCKS_DIFFER_SECONDS)
 
         async with self._turn, locked(await self._connection(), f"{self._spec.dead}.lock") as channel:
             await self._walk(channel, look)
-        found.sort(key=lambda letter: letter.position)
-        return found[:limit]
+        return found
 
     async def take(self, positions: Collection[str], use: Use) -> int:
         """Take letters out, once they have been used; how many of them still were there."""
@@ -247,6 +248,10 @@ class Cemetery:
             if there >= len(tags) or asyncio.get_running_loop().time() > deadline:
                 return
             await asyncio.sleep(min(0.002 * 2**attempt, 0.1))
+
+
+def _by_position(letter: DeadLetter) -> str:
+    return letter.position
 
 
 def _first_death(headers: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -81,7 +81,8 @@ class Operating:
         for spec in await self._broker.all_specs():
             if not spec.temporary and which.queue in {None, spec.name}:
                 found += await self._cemetery(spec).page(which, limit, after)
-        return sorted(found, key=lambda letter: letter.position)[:limit]
+                found = sorted(found, key=lambda letter: letter.position)[:limit]
+        return found
 
     async def bury(self, letters: Sequence[DeadLetter]) -> None:
         """Keep dead letters that came from elsewhere."""
