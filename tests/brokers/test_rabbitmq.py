@@ -276,6 +276,24 @@ async def test_a_queue_that_refuses_more_is_told_as_full(url: str) -> None:
             await fill()
 
 
+async def test_a_server_out_of_memory_is_told_to_who_has_published_nothing(rabbitmq: RabbitMQ, url: str) -> None:
+    async with opened(url) as broker:
+        assert await broker.risks() == []
+        await asyncio.to_thread(rabbitmq.ctl, "set_vm_memory_high_watermark", "0.00001")
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not (risks := await broker.risks()):
+                    await asyncio.sleep(0.05)
+            assert "takes no publishes now" in risks[0]
+        finally:
+            await asyncio.to_thread(rabbitmq.ctl, "set_vm_memory_high_watermark", "0.6")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while await broker.risks():
+                await asyncio.sleep(0.05)
+        await broker.declare([Queue(name="orders", topics=("order",))])
+        assert await broker.publish([Message("m-1", "order", b"{}")]) == frozenset()
+
+
 async def test_a_server_out_of_memory_is_told_and_refused_and_over(
     rabbitmq: RabbitMQ, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -360,6 +360,7 @@ class RabbitBroker:
         """See conveyor.broker.Broker."""
         self._check_open()
         await self.work()
+        await self.publisher.probe()
         return self._operating.risks()
 
     async def all_specs(self) -> list[Spec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
@@ -29,6 +30,9 @@ CONFIRM_SECONDS: Final = 30.0
 """A confirm that has not come by then is unknown. Far above what a busy disk needs."""
 BLOCKED_SECONDS: Final = 15.0
 """How long a publish waits for a server that takes none, before it is refused as full."""
+PROBE_SECONDS: Final = 1.0
+"""How long a probe waits for the server's word."""
+PROBE_LOOK_SECONDS: Final = 0.01
 NO_ROUTE: Final = 312
 
 
@@ -121,6 +125,31 @@ class Publisher:
     def connection(self) -> Connection | None:
         """The connection, living or not."""
         return self._link.connection
+
+    async def probe(self) -> None:
+        """Find out whether the server takes publishes: that it does not, it tells only those who publish.
+
+        What is published goes to no queue, on a channel of its own: should even that be forbidden, nothing else is closed.
+
+        Raises:
+            BrokerUnavailable: there is no connection.
+        """
+        connection = (await self._channel()).connection
+        channel: Channel | None = None
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                if connection.blocked is None:
+                    channel = await connection.channel()
+                    await channel.confirm_select()
+                    answer = channel.publish("", f"conveyor.probe.{uuid.uuid4().hex}", b"", mandatory=True)
+                    answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+                    while not answer.done() and connection.blocked is None:
+                        await asyncio.wait([answer], timeout=PROBE_LOOK_SECONDS)
+        except (TimeoutError, AmqpError):
+            pass  # it is slow, or gone, or forbids it: that is another matter
+        finally:
+            if channel is not None:
+                channel.begin_close()
 
     async def send(self, batch: Sequence[Outgoing]) -> list[Fate]:
         """Publish in this order; the fate of each.
