@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conveyor.cli.run import is_locked_out
+from conveyor.errors import BrokerUnavailable
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
 
@@ -312,6 +315,28 @@ async def test_a_broker_that_is_away_at_the_start_is_waited_for(conveyor: Progra
         assert "waiting for it to be back" in refused.value.read().decode()
         away.unlink()
         assert await shipped(conveyor, 1) == ["A-1"]
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("cannot reach RabbitMQ at amqp://h (virtual host '/'): 403 ACCESS_REFUSED - Login was refused", True),
+        ("cannot reach RabbitMQ at amqp://h (virtual host 'x'): 530 NOT_ALLOWED - vhost x not found", True),
+        ("cannot reach RabbitMQ at amqp://h:1403 (virtual host '/'): Connection refused", False),
+    ],
+)
+def test_a_wrong_password_is_told_from_an_outage(said: str, refused: bool) -> None:
+    assert is_locked_out(BrokerUnavailable(said)) is refused
+
+
+def test_a_wrong_password_is_said_to_be_one_that_waiting_does_not_mend(conveyor: Program) -> None:
+    refused = AWAY.replace("it is away", "403 ACCESS_REFUSED - Login was refused")
+    (conveyor.folder / "away.py").write_text(refused)
+    (conveyor.folder / "away-now").touch()
+    with running(conveyor, "away") as program:
+        said = read_until(program, "trying again in").splitlines()[-1]
+    assert json.loads(said)["level"] == "error"
+    assert "check user, password and virtual host" in said
 
 
 async def test_a_program_that_waits_for_its_broker_ends_at_once_when_it_is_asked_to(conveyor: Program) -> None:

@@ -9,6 +9,7 @@ import difflib
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -46,6 +47,10 @@ LEFTOVERS_SECONDS: Final = 1.0
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 KNOCKING: Final = RetryPolicy(initial=0.5, maximum=5.0)
 """How often a broker or database that is away is tried while nothing else can be done."""
+LOCKED_OUT: Final = (
+    "this is no outage, and waiting alone will not mend it: check user, password and virtual host in the broker's URL, "
+    "and what the server permits that user"
+)
 PLAIN = Output()
 
 command = App(
@@ -251,7 +256,10 @@ class _Knocking:
                 tries += 1
                 wait = KNOCKING.wait_seconds(tries, random.random())
                 self.at = f"waiting for it to be back: {describe(error)}"
-                log.warning("%s; trying again in %.1f s", describe(error), wait)
+                if is_locked_out(error):
+                    log.error("%s; %s; trying again in %.1f s", describe(error), LOCKED_OUT, wait)
+                else:
+                    log.warning("%s; trying again in %.1f s", describe(error), wait)
                 await self._unless_asked(asyncio.sleep(wait))
             else:
                 break
@@ -269,6 +277,11 @@ class _Knocking:
             for task in (doing, asking):
                 task.cancel()
             await asyncio.gather(doing, asking, return_exceptions=True)
+
+
+def is_locked_out(error: Exception) -> bool:
+    """Whether the server is there and refuses us, as by AMQP's 403 (a wrong password) or 530 (no such virtual host)."""
+    return re.search(r"\b(403 ACCESS_REFUSED|530 NOT_ALLOWED)\b", str(error)) is not None
 
 
 async def _free_outbox(app: Conveyor, owner: str) -> None:
