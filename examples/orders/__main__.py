@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Final
 
-from examples.orders.settings import SETTINGS, SettingError, Settings, read
+from examples.orders.settings import SETTINGS, SettingError, Settings, read, shown
 
 WORKERS: Final = "examples.orders.app:app"
 DRAIN_SECONDS: Final = 45.0
@@ -61,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # whenever the web server is not the one who listens to it
 
     from conveyor import ConveyorError
-    from conveyor.config import place
     from examples.orders.web import prepare
 
     try:
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"the shop's broker is {place(settings.broker)}, its database {place(settings.database)}",
+        f"the shop's broker is {shown(settings.broker)}, its database {shown(settings.database)}",
         file=sys.stderr,
         flush=True,
     )

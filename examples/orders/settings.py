@@ -141,5 +141,11 @@ def read(said: str, setting: Setting, text: str) -> Any:
         raise SettingError(f"{said} cannot be {text!r}: {error}") from error
 
 
+def shown(url: str) -> str:
+    """A URL for people, without what may be secret: user, password and options."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
 _HINTS: Final = get_type_hints(Settings, include_extras=True)
 SETTINGS: Final[Mapping[str, Setting]] = {f.name: _HINTS[f.name].__metadata__[0] for f in fields(Settings)}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.orders.settings import SETTINGS, Seconds, SettingError, Settings
+from examples.orders.settings import SETTINGS, Seconds, SettingError, Settings, shown
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,6 +52,11 @@ def test_the_readme_says_how_to_run_on_a_server() -> None:
     said = (ROOT / "examples" / "orders" / "README.md").read_text()
     assert "CONVEYOR_BROKER=redis://" in said
     assert "CONVEYOR_BROKER=amqp://" in said
+
+
+def test_a_url_is_shown_without_its_password() -> None:
+    assert shown("amqp://shop:s3cr@t@rabbit:5672/shop?password=s3cret") == "amqp://rabbit:5672/shop"
+    assert shown("sqlite:////data/shop.queue") == "sqlite:////data/shop.queue"
 
 
 def test_settings_come_from_the_environment(tmp_path: Path) -> None:
