@@ -38,7 +38,10 @@ class SimulatedWarehouse:
     """Says in the log what it would ask for."""
 
     async def notify(self, order: Order) -> None:
-        log.info("warehouse (simulated): send order %s, %d items", order.order_id, len(order.items))
+        count = len(order.items)
+        log.info(
+            "warehouse (simulated): send order %s, %d %s", order.order_id, count, "item" if count == 1 else "items"
+        )
 
 
 class HttpWarehouse:

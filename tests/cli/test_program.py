@@ -275,7 +275,7 @@ async def reread(paid: Paid) -> Placed: ...
 
 
 def test_check_is_content_with_a_sound_app_and_strict_is_stricter(conveyor: Program) -> None:
-    assert "3 worker(s)" in conveyor.ok("check", "shop:app", "--broker", "memory://")
+    assert "3 workers" in conveyor.ok("check", "shop:app", "--broker", "memory://")
     assert conveyor.json("check", "shop", "--broker", "memory://")["ok"] is True
     text = (conveyor.folder / "shop.py").read_text().replace("-> None:\n    with", "-> Shipped:\n    with")
     text = text.replace("app = Conveyor", "@dataclass\nclass Shipped: ...\n\napp = Conveyor", 1)

@@ -20,6 +20,7 @@ import msgspec
 from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, QueueInfo, Settlement
 from conveyor.core.message import Message, redriven
 from conveyor.core.settle import Dead, Done, Release, RetryAt
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, QueueConflict
 
 log = logging.getLogger("conveyor.memory")
@@ -507,7 +508,7 @@ class MemoryBroker:
         self.store.brokers.discard(self)
         left = sum(map(len, self.store.queues.values()))
         if left and self._alone:
-            log.warning("the memory broker is closed with %d message(s) that nobody has handled", left)
+            log.warning("the memory broker is closed with %s that nobody has handled", counted(left, "message"))
 
     def clock_turned(self) -> None:
         """The clock was turned by hand: what is due now is ready, and ended leases are lost."""

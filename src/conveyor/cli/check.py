@@ -20,6 +20,7 @@ from conveyor.cli.fit import misfit
 from conveyor.cli.terminal import FAILED, OK, Output, out, safe
 from conveyor.cli.wiring import Wiring, wiring
 from conveyor.core.message import Message
+from conveyor.core.words import counted
 from conveyor.errors import ConfigurationError
 from conveyor.runtime.call import is_transaction
 from conveyor.runtime.context import Context
@@ -105,11 +106,9 @@ def check(
                 safe(f"{finding.subject}: {finding.text}"),
                 soft_wrap=True,
             )
-        counted = ", ".join(
-            f"{n} {level}{'s' if n > 1 else ''}" for level in Level if (n := sum(f.level is level for f in found))
-        )
+        complaints = ", ".join(counted(n, level) for level in Level if (n := sum(f.level is level for f in found)))
         output.say(
-            f"{loaded.name}: {len(loaded.workers)} worker(s), {counted or 'nothing to complain about'}",
+            f"{loaded.name}: {counted(len(loaded.workers), 'worker')}, {complaints or 'nothing to complain about'}",
             "red" if bad else "green",
         )
     return FAILED if bad else OK

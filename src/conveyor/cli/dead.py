@@ -18,6 +18,7 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, payload_text, safe, shortened, span
 from conveyor.core.settle import Reason
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError
 
 CHUNK: Final = 500
@@ -203,7 +204,7 @@ def _print(letter: DeadLetter, output: Output) -> None:
         "reason": letter.reason,
         "died": moment(letter.died),
         "created": moment(message.created),
-        "attempts": f"{attempts_of(letter)} of the handler, {letter.deliveries} deliveries",
+        "attempts": f"{attempts_of(letter)} of the handler, {counted(letter.deliveries, 'delivery', 'deliveries')}",
         "caused by": message.causation_id,
         "journey": message.correlation_id,
         "content": message.content_type,
@@ -231,7 +232,7 @@ async def _act(url: str, which: Which, output: Output, *, verb: str, dry_run: bo
         if (
             not dry_run
             and total
-            and (not ask or await asyncio.to_thread(confirmed, f"{verb} {total:,} dead letter(s) for good?"))
+            and (not ask or await asyncio.to_thread(confirmed, f"{verb} {counted(total, 'dead letter')} for good?"))
         ):
             done = await _chunks(broker, which.filter(), total, verb, output)
         else:

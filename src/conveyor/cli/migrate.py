@@ -13,6 +13,7 @@ from conveyor import config
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.terminal import OK, Output
 from conveyor.config import masked
+from conveyor.core.words import counted
 from conveyor.errors import ConfigurationError
 
 PLAIN = Output()
@@ -44,7 +45,7 @@ def migrate(app: str | None = None, /, *, database: str | None = None, output: O
     if output.json:
         output.document({"database": masked(url), "statements": done})
     elif done:
-        output.say(f"{masked(url)} is up to date now; {len(done)} statement(s):")
+        output.say(f"{masked(url)} is up to date now; {counted(len(done), 'statement')}:")
         for statement in done:
             output.say("  " + " ".join(statement.split()), "dim")
     else:

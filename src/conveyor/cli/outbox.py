@@ -16,6 +16,7 @@ from cyclopts import App, Parameter, validators
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.application import load_app
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, payload_text, safe, shortened, span
+from conveyor.core.words import counted
 from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -167,7 +168,9 @@ async def _act(path: str, database: str | None, which: Which, output: Output, *,
     async with _ledger(path, database) as ledger:
         total = (await ledger.pending()).parked if which.everything else len(set(which.id))
         done = 0
-        if total and (not ask or await asyncio.to_thread(confirmed, f"{verb} {total:,} parked event(s) for good?")):
+        if total and (
+            not ask or await asyncio.to_thread(confirmed, f"{verb} {counted(total, 'parked event')} for good?")
+        ):
             done = await _chunks(ledger, which, total, verb)
     if output.json:
         output.document({"matched": total, done_word: done})

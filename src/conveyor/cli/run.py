@@ -30,6 +30,7 @@ from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import Config, LogFormat, LogLevel, place
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, LedgerUnavailable
 from conveyor.runtime import logs
 from conveyor.runtime.channel import Ask, ChildLink
@@ -195,7 +196,7 @@ async def _supervise(
 
     async def hand_back(owner: str, why: str) -> None:
         if shared and (count := await broker.reclaim(owner, why)):
-            log.info("handed back %d messages of a dead process", count)
+            log.info("handed back %s of a dead process", counted(count, "message"))
         await _free_outbox(app, owner)
 
     supervisor = Supervisor(
@@ -211,7 +212,11 @@ async def _supervise(
             await stack.enter_async_context(server)
             log.info("health and metrics on port %d: /livez /readyz /metrics", server.port)
         log.info(
-            "running %s: %s; %d process(es); broker %s", app.name, ", ".join(workers), settings.processes, _shown(app)
+            "running %s: %s; %s; broker %s",
+            app.name,
+            ", ".join(workers),
+            counted(settings.processes, "process", "processes"),
+            _shown(app),
         )
         if shared:
             loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ import msgspec
 
 from conveyor.core.message import Message
 from conveyor.core.retry import RetryPolicy
+from conveyor.core.words import counted
 from conveyor.errors import BrokerUnavailable, LedgerUnavailable, PayloadError, Reject, Retry
 
 SUSPECT_AFTER_CRASHES: Final = 2
@@ -112,7 +113,8 @@ def verdict_on_arrival(
     if crashes >= policy.crashes:
         return Dead(
             Reason.CRASHED,
-            f"{crashes} processes died while handling it" + (f"; last: {last_error}" if last_error else ""),
+            f"{counted(crashes, 'process', 'processes')} died while handling it"
+            + (f"; last: {last_error}" if last_error else ""),
         )
     if message.expires is not None and message.expires <= now:
         return Dead(Reason.EXPIRED, f"expired {now - message.expires:.1f} s before it was delivered")

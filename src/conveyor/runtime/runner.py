@@ -13,6 +13,7 @@ from typing import Final
 from conveyor.broker import Broker, Clock, Delivery, QueueInfo
 from conveyor.core.message import Message
 from conveyor.core.settle import Release, describe
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
 from conveyor.runtime.consumer import Consumer
@@ -301,10 +302,10 @@ class Runner:
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
         log.warning(
-            "message %s of %s is run alone: %d processes died while they handled it",
+            "message %s of %s is run alone: %s died while handling it",
             delivery.message.id,
             delivery.queue,
-            delivery.crashes,
+            counted(delivery.crashes, "process", "processes"),
         )
         self._alone = f"message {delivery.message.id} of {delivery.queue} runs alone; all else waits for it"
         try:

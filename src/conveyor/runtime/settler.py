@@ -10,6 +10,7 @@ from typing import Final
 from conveyor.broker import Broker, Delivery, Settlement
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import Dead, Reason, Verdict, describe
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed
 from conveyor.runtime.points import point
 
@@ -71,7 +72,11 @@ class Settler:
                 failures += 1
                 self.problem = f"settling fails: {describe(error)}"
                 if failures == 1:
-                    log.warning("cannot settle %d deliveries, trying on: %s", len(batch), describe(error))
+                    log.warning(
+                        "cannot settle %s, trying on: %s",
+                        counted(len(batch), "delivery", "deliveries"),
+                        describe(error),
+                    )
                 await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
             except BrokerError as error:
                 if isinstance(error, PublishFailed) and error.unknown:
@@ -87,6 +92,6 @@ class Settler:
                     batch = [Settlement(batch[0].delivery, Dead(Reason.REJECTED, why))]
             else:
                 if failures:
-                    log.info("settling works again after %d tries", failures)
+                    log.info("settling works again after %s", counted(failures, "try", "tries"))
                 self.problem = None
                 return lost

@@ -21,6 +21,7 @@ import msgspec
 
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
+from conveyor.core.words import counted
 from conveyor.runtime.channel import CHANNEL, CHILD, OWNER, Ask, Beat
 from conveyor.runtime.health import STARTING, Health
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
@@ -354,7 +355,8 @@ class Supervisor:
         self._stopping.set()
         _notify("STOPPING=1")
         grace = self._limits.grace_seconds
-        log.info("stopping: %s; %s %g s to finish what runs", why, _have(len(self._children)), grace)
+        waiting = counted(len(self._children), "process", "processes")
+        log.info("stopping: %s; %s may take %g s to finish what runs", why, waiting, grace)
         for child in self._children.values():
             if child.state.asked is None:
                 child.terminate(why, grace_seconds=grace, patience_seconds=grace + CLOSE_SECONDS)
@@ -509,10 +511,6 @@ def reap_orphans(ours: set[int]) -> int:
             os.waitpid(found.si_pid, 0)
             count += 1
     return count
-
-
-def _have(processes: int) -> str:
-    return "1 process has" if processes == 1 else f"{processes} processes have"
 
 
 async def _exited(process: subprocess.Popen[bytes]) -> None:
