@@ -81,9 +81,17 @@ def postgres() -> Iterator[Postgres]:
     yield from _in_folder("postgres", lambda folder: Postgres(folder, installed[-1]))
 
 
+@pytest.fixture
+def rabbitmq(one_rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
+    """A RabbitMQ node of this test process's own; isolate by `rabbitmq.url()`, a new virtual host each time, which goes with the test."""
+    there = set(one_rabbitmq.hosts)
+    yield one_rabbitmq
+    one_rabbitmq.forget(one_rabbitmq.hosts - there)
+
+
 @pytest.fixture(scope="session")
-def rabbitmq() -> Iterator[RabbitMQ]:
-    """A RabbitMQ node of this test process's own; isolate by `rabbitmq.url()`, a new virtual host each time."""
+def one_rabbitmq() -> Iterator[RabbitMQ]:
+    """The node behind all of them."""
     installed = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin"))
     if not installed:
         raise RuntimeError("RabbitMQ is not installed in /usr/lib/rabbitmq/lib; run scripts/install-servers")

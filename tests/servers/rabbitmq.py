@@ -7,7 +7,7 @@ import secrets
 import socket
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,8 @@ class RabbitMQ(Server):
         self._scripts: Final = scripts
         self._mapper: subprocess.Popen[bytes] | None = None
         self._cookie: Final = secrets.token_hex(20)
+        self.hosts: set[str] = set()
+        """The virtual hosts of the URLs that were given."""
         # The host's part is localhost, so that no name of the machine has to resolve.
         self._node: Final = f"conveyor{self.port}@localhost"
         self._settings: dict[str, str] = {
@@ -91,12 +93,20 @@ class RabbitMQ(Server):
         """
         self.start()
         name = f"test-{uuid.uuid4().hex[:12]}"
+        self.hosts.add(name)
         self.evaluate(
             f'rabbit_vhost:add(<<"{name}">>, <<"tests">>), '
             f'rabbit_auth_backend_internal:set_permissions(<<"{USER}">>, <<"{name}">>, '
             '<<".*">>, <<".*">>, <<".*">>, <<"tests">>)'
         )
         return f"amqp://{USER}:{USER}@127.0.0.1:{port or self.port}/{name}"
+
+    def forget(self, hosts: Collection[str]) -> None:
+        """Delete virtual hosts: a server that comes back with hundreds of them takes minutes."""
+        self.hosts.difference_update(hosts)
+        if hosts and self._server is not None and self._server.poll() is None:
+            names = ", ".join(f'<<"{name}">>' for name in hosts)
+            self.evaluate(f'[catch rabbit_vhost:delete(Name, <<"tests">>) || Name <- [{names}]]')
 
     def ctl(self, *arguments: str) -> str:
         """What rabbitmqctl prints, run against this node; a second or two each time."""

@@ -16,7 +16,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from conveyor.broker import Broker, Clock, DeadFilter, DeadLetter, Delivery, Feature, Queue, Settlement, Subscription
-from conveyor.core.message import Message
+from conveyor.core.message import Message, redriven
 from conveyor.core.settle import Dead, Done, Release, RetryAt, Verdict
 from conveyor.testing.clock import TurnableClock
 
@@ -377,8 +377,8 @@ class _BrokerMachine(RuleBasedStateMachine):
             copy = next(e for e in self.model.dead if (e.queue, e.message.id) == (letter.queue, letter.message.id))
             self.model.dead.remove(copy)
             if not discard:
-                self.model.publish(copy.message, self.clock(), [copy.queue])
-                self.model.alive[-1].due, self.model.alive[-1].plain = 0.0, False
+                self.model.publish(redriven(copy.message), self.clock(), [copy.queue])
+                self.model.alive[-1].plain = False
 
     def _letters(self, broker: Broker) -> list[DeadLetter]:
         letters = self.do(broker.dead_letters(DeadFilter(), limit=1_000))

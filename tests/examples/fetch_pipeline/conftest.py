@@ -133,9 +133,9 @@ def start_pipeline(tmp_path: Path, rabbitmq: RabbitMQ) -> Iterator[StartPipeline
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory, rabbitmq: RabbitMQ) -> Iterator[Pipeline]:
+def pipeline(tmp_path_factory: pytest.TempPathFactory, one_rabbitmq: RabbitMQ) -> Iterator[Pipeline]:
     """A whole pipeline that the tests of one file share: each asks for a station of its own."""
-    found = Pipeline(tmp_path_factory.mktemp("pipeline"), rabbitmq.url(), {})
+    found = Pipeline(tmp_path_factory.mktemp("pipeline"), one_rabbitmq.url(), {})
     try:
         for part in ("source", "workers", "api"):
             found.start(part)

@@ -123,9 +123,9 @@ def start_media(tmp_path: Path, rabbitmq: RabbitMQ) -> Iterator[StartMedia]:
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory: pytest.TempPathFactory, rabbitmq: RabbitMQ) -> Iterator[Media]:
+def media(tmp_path_factory: pytest.TempPathFactory, one_rabbitmq: RabbitMQ) -> Iterator[Media]:
     """A worker with its data service that the tests of one file share: each works for a user of its own."""
-    found = Media(tmp_path_factory.mktemp("media"), rabbitmq.url(), {"MEDIA_ATTEMPTS": "4"})
+    found = Media(tmp_path_factory.mktemp("media"), one_rabbitmq.url(), {"MEDIA_ATTEMPTS": "4"})
     try:
         found.start("service")
         found.start("worker")
