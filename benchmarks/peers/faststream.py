@@ -70,4 +70,5 @@ def fill_redis(url: str, load: Load) -> None:
 def consume_redis(url: str, load: Load) -> Mapping[str, float]:
     """In batches of 100 from a consumer group; max_workers gains nothing."""
     stream = StreamSub(QUEUE, group=GROUP, consumer="one", max_records=TASKS)
-    return uvloop.run(_run(RedisBroker(url, logger=None), load, stream=stream))
+    figures: Mapping[str, float] = uvloop.run(_run(RedisBroker(url, logger=None), load, stream=stream))
+    return figures

@@ -62,7 +62,8 @@ def fill_rabbitmq(url: str, load: Load) -> None:
 
 def publish_rabbitmq(url: str, load: Load) -> Mapping[str, float]:
     """kiq(), confirmed when it returns."""
-    return uvloop.run(_publish(_rabbitmq, url, load.messages))
+    figures: Mapping[str, float] = uvloop.run(_publish(_rabbitmq, url, load.messages))
+    return figures
 
 
 def consume_rabbitmq(url: str, load: Load) -> Mapping[str, float]:
