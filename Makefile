@@ -56,7 +56,7 @@ lock: setup ## Write the locked requirements anew (UPGRADE=--upgrade for newer v
 
 clean: ## Remove what was built, installed and cached here
 	rm -rf .venv .venv-peers .setup.lock dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks servers -name __pycache__ -type d -prune -exec rm -rf {} +
 
 setup:
 	@scripts/setup dev

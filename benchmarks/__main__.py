@@ -22,9 +22,9 @@ from rich.table import Table
 
 from benchmarks import machine
 from benchmarks.rounds import Result, Rounds, SubjectFailed, beside_first
-from benchmarks.servers import ServerMissing
 from benchmarks.subject import FIGURES, Measurement
 from benchmarks.table import MEASUREMENTS
+from servers.server import ServerMissing
 
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 2

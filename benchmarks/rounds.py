@@ -16,9 +16,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from benchmarks.servers import SERVERS, Server
+from benchmarks.servers import emptied, make
 from benchmarks.subject import Measurement, Subject
 from benchmarks.table import MEASUREMENTS
+from servers.rabbitmq import RabbitMQ
+from servers.redis import Redis
 
 ROOT: Final = Path(__file__).parent.parent
 ENVIRONMENTS: Final = ROOT / ".venv-peers"
@@ -66,7 +68,7 @@ class Rounds:
         self._folder = folder
         self._scale = scale
         self._templates: dict[str, Path] = {}
-        self._servers: dict[str, Server] = {}
+        self._servers: dict[str, RabbitMQ | Redis] = {}
         self._running = contextlib.ExitStack()
         self.results = [Result(m, subject) for m in measurements for subject in m.subjects]
         for result in self.results:
@@ -114,17 +116,16 @@ class Rounds:
             shutil.rmtree(work)
 
     def _measure_on_server(self, result: Result) -> dict[str, float]:
-        server = self._server(str(result.measurement.server))
-        server.empty()
+        url = emptied(self._server(str(result.measurement.server)))
         if result.subject.fill is not None:
-            _in_own_process("fill", result, server.url, self._scale)
-        return _in_own_process("measure", result, server.url, self._scale)
+            _in_own_process("fill", result, url, self._scale)
+        return _in_own_process("measure", result, url, self._scale)
 
-    def _server(self, name: str) -> Server:
+    def _server(self, name: str) -> RabbitMQ | Redis:
         if name not in self._servers:
             folder = self._folder / name
             folder.mkdir()
-            self._servers[name] = self._running.enter_context(SERVERS[name](folder))
+            self._servers[name] = self._running.enter_context(contextlib.closing(make(name, folder)))
         return self._servers[name]
 
     def _template(self, result: Result) -> Path | None:

@@ -14,10 +14,10 @@ from typing import TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.servers.postgres import Postgres
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.redis import Redis
-from tests.servers.server import Server, find_free_port
+from servers.postgres import Postgres
+from servers.rabbitmq import SMALL, RabbitMQ
+from servers.redis import Redis
+from servers.server import Server, find_free_port
 
 ServerT = TypeVar("ServerT", bound=Server)
 
@@ -92,19 +92,13 @@ def rabbitmq(one_rabbitmq: RabbitMQ) -> Iterator[RabbitMQ]:
 @pytest.fixture(scope="session")
 def one_rabbitmq() -> Iterator[RabbitMQ]:
     """The node behind all of them."""
-    installed = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin"))
-    if not installed:
-        raise RuntimeError("RabbitMQ is not installed in /usr/lib/rabbitmq/lib; run scripts/install-servers")
-    yield from _in_folder("rabbitmq", lambda folder: RabbitMQ(folder, installed[-1]))
+    yield from _in_folder("rabbitmq", lambda folder: RabbitMQ(folder, SMALL))
 
 
 @pytest.fixture(scope="session")
 def redis() -> Iterator[Redis]:
     """A Redis of this test process's own; isolate by `redis.url()`, a new namespace each time."""
-    binary = shutil.which("redis-server")
-    if binary is None:
-        raise RuntimeError("there is no redis-server on this machine; run scripts/install-servers")
-    yield from _in_folder("redis", lambda folder: Redis(folder, binary))
+    yield from _in_folder("redis", Redis)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 if TYPE_CHECKING:
+    from servers.postgres import Postgres
     from tests.conftest import Chromium
-    from tests.servers.postgres import Postgres
 
 ROOT: Final = Path(__file__).parent.parent
 

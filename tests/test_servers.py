@@ -18,11 +18,11 @@ from redis.asyncio import Redis as Client
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from tests.servers.proxy import Proxy
+from servers.proxy import Proxy
 
 if TYPE_CHECKING:
-    from tests.servers.rabbitmq import RabbitMQ
-    from tests.servers.redis import Redis
+    from servers.rabbitmq import RabbitMQ
+    from servers.redis import Redis
 
 WAIT_SECONDS: Final = 20.0
 NEVER: Final = Retry(NoBackoff(), 0)
@@ -63,8 +63,8 @@ def test_rabbitmq_takes_settings_and_tells_of_itself(rabbitmq: RabbitMQ) -> None
 def test_a_killed_test_process_takes_its_server_with_it(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from tests.servers.redis import Redis
-server = Redis(Path({str(tmp_path)!r}), "redis-server")
+from servers.redis import Redis
+server = Redis(Path({str(tmp_path)!r}))
 server.start()
 print(server.pid, flush=True)
 input()

@@ -14,8 +14,8 @@ from conveyor.testing.clock import turned_memory
 from conveyor.testing.promises import Makers
 
 if TYPE_CHECKING:
-    from tests.servers.rabbitmq import RabbitMQ
-    from tests.servers.redis import Redis
+    from servers.rabbitmq import RabbitMQ
+    from servers.redis import Redis
 
 
 def _sqlite(request: pytest.FixtureRequest, durability: str) -> Makers:

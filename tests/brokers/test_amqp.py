@@ -35,7 +35,7 @@ from conveyor.brokers.rabbitmq.amqp import (
 )
 
 if TYPE_CHECKING:
-    from tests.servers.rabbitmq import RabbitMQ
+    from servers.rabbitmq import RabbitMQ
 
 PERSISTENT: Final = Properties(delivery_mode=2)
 

@@ -27,7 +27,7 @@ from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, Configur
 if TYPE_CHECKING:
     from pika.adapters.blocking_connection import BlockingChannel
 
-    from tests.servers.rabbitmq import RabbitMQ
+    from servers.rabbitmq import RabbitMQ
 
 PATIENCE_SECONDS: Final = 30.0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,8 +25,8 @@ from conveyor.brokers.redis.wire import fields_of, message_of
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, Done, RetryAt
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, PublishFailed
-from tests.servers.proxy import Proxy
-from tests.servers.redis import Redis
+from servers.proxy import Proxy
+from servers.redis import Redis
 
 if TYPE_CHECKING:
     from conveyor.broker import Subscription
@@ -70,9 +69,7 @@ def client(redis: Redis) -> Iterator[Any]:
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Redis]:
     """A server that a test may set up as it likes."""
-    binary = shutil.which("redis-server")
-    assert binary is not None
-    server = Redis(tmp_path, binary)
+    server = Redis(tmp_path)
     yield server
     server.close()
 
@@ -478,13 +475,11 @@ async def test_a_replica_is_not_written_to(own_server: Redis, redis: Redis) -> N
 
 
 async def test_in_a_cluster_it_goes_where_its_keys_are(tmp_path: Path) -> None:
-    binary = shutil.which("redis-server")
-    assert binary is not None
     nodes = []
     for name in "ab":
         folder = tmp_path / name
         folder.mkdir()
-        nodes.append(Redis(folder, binary))
+        nodes.append(Redis(folder))
         nodes[-1].configure("cluster-enabled", "yes")
         nodes[-1].configure("cluster-require-full-coverage", "no")
     one, other = nodes

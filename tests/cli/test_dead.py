@@ -20,8 +20,8 @@ from conveyor.core.settle import Dead
 if TYPE_CHECKING:
     from pika.adapters.blocking_connection import BlockingChannel
 
+    from servers.rabbitmq import RabbitMQ
     from tests.cli.conftest import Program
-    from tests.servers.rabbitmq import RabbitMQ
 
 CHARGE: Final = Queue(name="shop.charge", topics=("order.created",))
 MAIL: Final = Queue(name="shop.mail", topics=("mail",))

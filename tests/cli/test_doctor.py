@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests.servers.redis import Redis
+from servers.redis import Redis
 
 if TYPE_CHECKING:
+    from servers.rabbitmq import RabbitMQ
     from tests.cli.conftest import Program
-    from tests.servers.rabbitmq import RabbitMQ
 
 FEW: Final = "publishing,priority,bounds"
 NONE_PUBLISHED: Final = "risks_are_told_in_sentences"
@@ -23,9 +22,7 @@ NONE_PUBLISHED: Final = "risks_are_told_in_sentences"
 @contextmanager
 def a_redis_with(folder: Path, **settings: str) -> Iterator[Redis]:
     """A server whose settings are a risk."""
-    binary = shutil.which("redis-server")
-    assert binary is not None
-    with closing(Redis(folder, binary)) as server:
+    with closing(Redis(folder)) as server:
         for name, value in settings.items():
             server.configure(name.replace("_", "-"), value)
         yield server

@@ -30,9 +30,9 @@ from conveyor.broker import Broker
 from conveyor.core.message import Message
 
 if TYPE_CHECKING:
-    from tests.servers.postgres import Postgres
-    from tests.servers.rabbitmq import RabbitMQ
-    from tests.servers.redis import Redis
+    from servers.postgres import Postgres
+    from servers.rabbitmq import RabbitMQ
+    from servers.redis import Redis
 
 T = TypeVar("T")
 

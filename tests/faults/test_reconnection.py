@@ -19,9 +19,9 @@ from redis.asyncio import Redis as RedisClient
 
 from conveyor import Conveyor
 from conveyor.errors import BrokerUnavailable, PublishFailed
-from tests.servers.proxy import Proxy
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.redis import Redis
+from servers.proxy import Proxy
+from servers.rabbitmq import RabbitMQ
+from servers.redis import Redis
 
 if TYPE_CHECKING:
     from conveyor.runtime.runner import Runner

@@ -18,7 +18,7 @@ from conveyor.errors import LedgerBusy
 from conveyor.runtime.ledger import Ledger
 
 if TYPE_CHECKING:
-    from tests.servers.postgres import Postgres
+    from servers.postgres import Postgres
 
 ADD = "INSERT INTO effects (name) VALUES (:name)"
 HANDLER = f"""

@@ -32,7 +32,7 @@ from conveyor.runtime.database import trouble, wal_is_safe
 from conveyor.runtime.ledger import NEVER, Claimed, Ledger, Transaction, _Outgoing
 
 if TYPE_CHECKING:
-    from tests.servers.postgres import Postgres
+    from servers.postgres import Postgres
 
 ADD = text("INSERT INTO effects (name) VALUES (:name)")
 

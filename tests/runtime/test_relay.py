@@ -24,7 +24,7 @@ from conveyor.runtime.ledger import Ledger, Row, Transaction
 from conveyor.runtime.relay import Relay, next_round
 
 if TYPE_CHECKING:
-    from tests.servers.postgres import Postgres
+    from servers.postgres import Postgres
 
 
 class Tape:

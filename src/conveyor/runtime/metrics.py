@@ -87,14 +87,6 @@ class WorkerMetrics(msgspec.Struct, omit_defaults=True):
     duration: Histogram = msgspec.field(default_factory=Histogram)
     wait: Histogram = msgspec.field(default_factory=Histogram)
 
-    def observe_duration(self, seconds: float) -> None:
-        """Count one run of the handler."""
-        self.duration.observe(seconds)
-
-    def observe_wait(self, seconds: float) -> None:
-        """Count one message's wait for its handler."""
-        self.wait.observe(seconds)
-
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a process had done at one moment; nobody changes what it holds.

@@ -11,9 +11,9 @@ import httpx
 import pytest
 from sqlalchemy import create_engine, text
 
+from servers.rabbitmq import RabbitMQ
+from servers.server import find_free_port
 from tests.examples.beside import Foreigner, Program, wait_for
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.server import find_free_port
 
 Job = dict[str, Any]
 HOPS: Final = ("start_fetch", "data_processing", "data_storage")

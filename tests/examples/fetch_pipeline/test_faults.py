@@ -9,8 +9,8 @@ import pytest
 from tests.examples.beside import wait_for
 
 if TYPE_CHECKING:
+    from servers.rabbitmq import RabbitMQ
     from tests.examples.fetch_pipeline.conftest import StartPipeline
-    from tests.servers.rabbitmq import RabbitMQ
 
 HOPS = ("start_fetch", "data_processing", "data_storage")
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tests.examples.beside import wait_for
 
 if TYPE_CHECKING:
+    from servers.rabbitmq import RabbitMQ
     from tests.examples.fetch_pipeline.conftest import Pipeline, StartPipeline
-    from tests.servers.rabbitmq import RabbitMQ
 
 HOPS = ("start_fetch", "data_processing", "data_storage")
 

@@ -16,8 +16,8 @@ from examples.settings import SettingError, from_environment
 from tests.examples.beside import ROOT, Program, wait_for
 
 if TYPE_CHECKING:
+    from servers.postgres import Postgres
     from tests.examples.fetch_pipeline.conftest import StartPipeline
-    from tests.servers.postgres import Postgres
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

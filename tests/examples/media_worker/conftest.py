@@ -11,9 +11,9 @@ import httpx
 import pytest
 from PIL import Image
 
+from servers.rabbitmq import RabbitMQ
+from servers.server import find_free_port
 from tests.examples.beside import Foreigner, Program, wait_for
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.server import find_free_port
 
 
 class Media:

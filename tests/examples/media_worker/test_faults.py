@@ -10,8 +10,8 @@ import pytest
 from tests.examples.beside import wait_for
 
 if TYPE_CHECKING:
+    from servers.rabbitmq import RabbitMQ
     from tests.examples.media_worker.conftest import StartMedia
-    from tests.servers.rabbitmq import RabbitMQ
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])

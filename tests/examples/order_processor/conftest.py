@@ -30,8 +30,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.server import find_free_port
+from servers.rabbitmq import RabbitMQ
+from servers.server import find_free_port
 
 ROOT: Final = Path(__file__).parents[3]
 PATIENCE_SECONDS: Final = 60.0

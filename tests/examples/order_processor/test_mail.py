@@ -20,8 +20,8 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 from examples.order_processor.calls import CallFailed, NotDone, Refused, Unclear
 from examples.order_processor.mail import SmtpMailer
 from examples.order_processor.order import Order
+from servers.server import find_free_port
 from tests.examples.order_processor.conftest import GIVEN, MailServer
-from tests.servers.server import find_free_port
 
 ORDER = msgspec.convert(GIVEN, type=Order)
 

@@ -15,8 +15,8 @@ from conveyor import Conveyor
 from examples.order_processor.calls import AtWork, NotDone, Refused, Unclear
 from examples.order_processor.order import Order
 from examples.order_processor.records import Known, Records, State, Step, decide
+from servers.postgres import Postgres
 from tests.examples.order_processor.conftest import GIVEN
-from tests.servers.postgres import Postgres
 
 ORDER = msgspec.convert(GIVEN, type=Order)
 

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 
+from servers.rabbitmq import RabbitMQ
+from servers.server import find_free_port
 from tests.examples.order_processor.conftest import (
     APP,
     GIVEN,
@@ -18,8 +20,6 @@ from tests.examples.order_processor.conftest import (
     paid,
     wait_for,
 )
-from tests.servers.rabbitmq import RabbitMQ
-from tests.servers.server import find_free_port
 
 BEFORE = "was fulfilled before; nothing is done again"
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from examples.order_processor.calls import CallFailed, NotDone, Refused, Unclear
 from examples.order_processor.order import Order
 from examples.order_processor.warehouse import LONGEST_PAUSE_SECONDS, HttpWarehouse, key, pause_seconds
+from servers.server import find_free_port
 from tests.examples.order_processor.conftest import GIVEN, WarehouseServer
-from tests.servers.server import find_free_port
 
 ORDER = msgspec.convert(GIVEN, type=Order)
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 if TYPE_CHECKING:
+    from servers.postgres import Postgres
     from tests.examples.orders.conftest import Shop, StartShop
-    from tests.servers.postgres import Postgres
 
 WHOLE_WAY = ["pending", "validating", "payment_processing", "inventory_check", "shipping", "completed"]
 INITIAL = {"PROD-001": 100, "PROD-002": 50, "PROD-003": 25, "PROD-004": 0}

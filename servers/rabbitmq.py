@@ -1,4 +1,4 @@
-"""RabbitMQ for tests: a node of its own, with its own port mapper, cookie and folders."""
+"""RabbitMQ: a node of its own, with its own port mapper, cookie and folders."""
 
 from __future__ import annotations
 
@@ -9,29 +9,45 @@ import subprocess
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
-from tests.servers.server import Server, find_free_port
+from servers.server import Server, ServerMissing, find_free_port
 
 USER: Final = "guest"
 PROTOCOL_HEADER: Final = b"AMQP\0\0\x09\x01"
 HELLO_SECONDS: Final = 1.0
 """A server that is up says its first frame at once."""
+SMALL: Final[Mapping[str, str]] = {
+    # One scheduler that sleeps when idle: several test processes share the machine.
+    "RABBITMQ_SERVER_ERL_ARGS": "+S 1:1 +SDcpu 1:1 +sbwt none +sbwtdcpu none +sbwtdio none +A 4",
+    # consumer_timeout is looked at so often (milliseconds).
+    "RABBITMQ_SERVER_START_ARGS": "-rabbit channel_tick_interval 500",
+}
+"""How the tests' node runs."""
+
+
+def _installed() -> Path:
+    found = sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin"))
+    if not found:
+        raise ServerMissing("RabbitMQ is not installed in /usr/lib/rabbitmq/lib; run scripts/install-servers")
+    return found[-1]
 
 
 class RabbitMQ(Server):
-    """A private RabbitMQ node on loopback; it dies with the test process, and so does its port mapper.
+    """A private RabbitMQ node on loopback; it dies with the process that started it, and so does its port mapper.
 
     Parameters:
         folder: an empty folder.
-        scripts: where rabbitmq-server and rabbitmqctl are.
+        tuning: variables of rabbitmq-env.conf; left out, it runs as its makers set it.
     """
 
     NAME = "RabbitMQ"
 
-    def __init__(self, folder: Path, scripts: Path) -> None:
+    def __init__(self, folder: Path, tuning: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__(folder)
-        self._scripts: Final = scripts
+        self._scripts: Final = _installed()
+        self.version: Final = self._scripts.parent.name.partition("-")[2]
         self._mapper: subprocess.Popen[bytes] | None = None
         self._cookie: Final = secrets.token_hex(20)
         self.hosts: set[str] = set()
@@ -64,11 +80,8 @@ class RabbitMQ(Server):
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
             "RABBITMQ_CONF_ENV_FILE": str(folder / "rabbitmq-env.conf"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
-            # One scheduler that sleeps when idle: several test processes share the machine.
-            "RABBITMQ_SERVER_ERL_ARGS": "+S 1:1 +SDcpu 1:1 +sbwt none +sbwtdcpu none +sbwtdio none +A 4",
-            # consumer_timeout is looked at so often (milliseconds).
-            "RABBITMQ_SERVER_START_ARGS": "-rabbit channel_tick_interval 500",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            **tuning,
         }
         cookie = folder / ".erlang.cookie"
         cookie.write_text(self._cookie)

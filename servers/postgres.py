@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Final
 
-from tests.servers.server import Server
+from servers.server import Server
 
 
 class Postgres(Server):

@@ -1,32 +1,36 @@
-"""Redis for tests: a server of its own, with an append-only file."""
+"""Redis: a server of its own, with an append-only file."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import socket
 import subprocess
 import uuid
 from pathlib import Path
 from typing import Final, Literal
 
-from tests.servers.server import Server
+from servers.server import Server, ServerMissing
 
 HELLO_SECONDS: Final = 1.0
 """A server that is up answers at once."""
 
 
 class Redis(Server):
-    """A private Redis on loopback; it dies with the test process.
+    """A private Redis on loopback; it dies with the process that started it.
 
     Parameters:
         folder: an empty folder.
-        binary: the server's executable.
         fsync: when what was written reaches the disk; a killed server loses nothing either way.
     """
 
     NAME = "Redis"
 
-    def __init__(self, folder: Path, binary: str, fsync: Literal["always", "everysec"] = "everysec") -> None:
+    def __init__(self, folder: Path, fsync: Literal["always", "everysec"] = "everysec") -> None:
         super().__init__(folder)
+        binary = shutil.which("redis-server")
+        if binary is None:
+            raise ServerMissing("there is no redis-server on this machine; run scripts/install-servers")
         self._settings: Final = {
             "bind": "127.0.0.1",
             "port": str(self.port),
@@ -37,6 +41,12 @@ class Redis(Server):
             "daemonize": "no",
         }
         self._binary: Final = binary
+
+    @property
+    def version(self) -> str:
+        """Of the program."""
+        said = subprocess.run([self._binary, "--version"], capture_output=True, text=True, check=True).stdout
+        return "".join(re.findall(r"v=(\S+)", said))
 
     def url(self, *, port: int | None = None) -> str:
         """Start the server if it is down; the URL of a new namespace.

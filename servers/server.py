@@ -1,4 +1,4 @@
-"""A server of the tests' own: on loopback, in a folder of its own, and it dies with the test process."""
+"""A private server for tests, benchmarks and examples: on loopback, in a folder of its own; it dies with whoever started it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ PORTS: Final = range(20_000, 32_000)
 """Below those that the kernel gives to outgoing connections, so that a port found free stays free until it is used."""
 
 
+class ServerMissing(Exception):
+    """A server's program is not on this machine, or does not come up; the text says what to do."""
+
+
 def find_free_port() -> int:
     """A TCP port of loopback that nobody listens on."""
     for port in random.sample(PORTS, 100):
@@ -29,11 +33,11 @@ def find_free_port() -> int:
             except OSError:
                 continue
             return port
-    raise RuntimeError(f"none of a hundred ports of {PORTS} is free")
+    raise ServerMissing(f"none of a hundred ports of {PORTS} is free")
 
 
 class Server(abc.ABC):
-    """One server process, which a test may stop, kill, pause and start again: same port, same data.
+    """One server process, which may be stopped, killed, paused and started again: same port, same data.
 
     Parameters:
         folder: an empty folder that the server's user can reach.
@@ -43,7 +47,7 @@ class Server(abc.ABC):
     STOP: signal.Signals = signal.SIGTERM
     """Asks for an orderly end."""
     DEATH: str = "KILL"
-    """What the kernel sends to the server when the test process dies, even by kill -9."""
+    """What the kernel sends to the server when the process that started it dies, even by kill -9."""
     USER: str | None = None
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +72,7 @@ class Server(abc.ABC):
         deadline = time.monotonic() + SERVER_START_SECONDS
         while not self._answers():
             if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.NAME} does not start:\n{self._log.read_text(errors='replace')[-4000:]}")
+                raise ServerMissing(f"{self.NAME} does not start:\n{self._log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.02)
 
     def stop(self) -> None:
