@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from conveyor.app import Conveyor, Task
+from conveyor.app import Conveyor
 from conveyor.core.events import event
 from conveyor.core.message import Message
 from conveyor.core.retry import NO_RETRY, RetryPolicy
@@ -24,6 +24,7 @@ from conveyor.errors import (
 from conveyor.runtime.call import Call, Middleware, Next
 from conveyor.runtime.carry import carried
 from conveyor.runtime.context import Context
+from conveyor.runtime.task import Task
 from conveyor.runtime.watch import Watch
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, ParamSpec, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, Unpack, overload
 
 from conveyor import brokers
 from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, Clock, Queue
@@ -35,6 +35,7 @@ from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
 from conveyor.runtime.runner import Runner
+from conveyor.runtime.task import Task
 from conveyor.runtime.watch import BUFFER, Watch
 from conveyor.runtime.worker import (
     DEEPEST_PREFETCH,
@@ -59,64 +60,6 @@ Seconds = float | timedelta
 
 BATCHES_AT_ONCE: Final = 1
 """A batch is made to be large; two at once would each be half of it."""
-
-
-class Task(Generic[P, R]):
-    """A job: a function whose own parameters are the payload. Call it to run it here, send it to have it run by a worker."""
-
-    def __init__(self, app: Conveyor, name: str, function: Callable[P, R], make: Callable[[], Worker]) -> None:
-        self.name: Final = name
-        self.function: Final = function
-        self._app = app
-        self._make = make
-        self._options = NO_OPTIONS
-        self.__doc__ = function.__doc__
-        self.__name__ = getattr(function, "__name__", name)
-        self.__wrapped__ = function
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the function here and now, as if it were no task."""
-        return self.function(*args, **kwargs)
-
-    def options(self, **options: Unpack[Publishing]) -> Task[P, R]:
-        """The same task, sent with these options (delay, key, priority …); see Conveyor.publish."""
-        other = Task(self._app, self.name, self.function, self._make)
-        other._options = Options(**options)
-        return other
-
-    async def send(self, *args: P.args, **kwargs: P.kwargs) -> Message:
-        """Have a worker run it with these arguments; returns when the broker durably has it.
-
-        Raises:
-            PayloadError: an argument does not fit its parameter's type.
-            NoSubscriber: no queue exists for this task.
-        """
-        return await self._app.publish(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
-
-    def send_sync(self, *args: P.args, **kwargs: P.kwargs) -> Message:
-        """send() for code without an event loop."""
-        return self._app.publish_sync(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
-
-    def _publishing(self) -> Publishing:
-        return {name: getattr(self._options, name) for name in Publishing.__annotations__ if name != "topic"} | {
-            "topic": self._topic
-        }  # type: ignore[return-value]
-
-    @property
-    def _topic(self) -> str:
-        return next(iter(self._make().codecs))
-
-    def _payload(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        worker = self._make()
-        struct = next(iter(worker.codecs.values())).type
-        signature = inspect.signature(self.function)
-        payload_names = set(struct.__struct_fields__)
-        parameters = [parameter for name, parameter in signature.parameters.items() if name in payload_names]
-        bound = signature.replace(parameters=parameters).bind(
-            *args, **{k: v for k, v in kwargs.items() if k in payload_names or k not in signature.parameters}
-        )
-        bound.apply_defaults()
-        return struct(**bound.arguments)
 
 
 class Conveyor:

@@ -10,7 +10,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from conveyor.app import Conveyor, Task
+from conveyor.app import Conveyor
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Settlement
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.codec import codec_for
@@ -19,6 +19,7 @@ from conveyor.core.message import Message
 from conveyor.core.settle import Done, RetryAt
 from conveyor.errors import ConfigurationError
 from conveyor.runtime.outgoing import Publishing
+from conveyor.runtime.task import Task
 from conveyor.testing.clock import TurnableClock
 
 T = TypeVar("T")
