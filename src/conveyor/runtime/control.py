@@ -1,0 +1,436 @@
+"""The control plane: what runners are told and asked while they run, through temporary queues of their own broker.
+
+Every runner hears the topic conveyor.control. An answer goes to a topic of whoever asked, so nothing is sent while nobody asks.
+Orders may come twice and in any order, and get lost with a connection: each says a state and not a change, and who connects
+(again) asks the others for theirs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self
+
+import msgspec
+
+from conveyor.broker import Broker, Clock, Delivery, Queue, Settlement, Subscription
+from conveyor.core.message import Message, uuid7
+from conveyor.core.pause import Switch, Switches, decided, merged, paused_in
+from conveyor.core.settle import DONE, describe
+from conveyor.errors import BrokerError, BrokerUnavailable
+from conveyor.runtime.health import Health
+from conveyor.runtime.loop import Loops
+
+log = logging.getLogger("conveyor.control")
+
+INTERNAL: Final = "conveyor."
+"""Begins the names of queues and topics that are Conveyor's own."""
+CONTROL: Final = "conveyor.control"
+"""The topic that every runner hears."""
+PEERS: Final = "conveyor.peers"
+"""The topic on which a runner that starts asks those that are there."""
+STATUS: Final = "conveyor.status"
+"""Begins the topics on which whoever asked gets the answers."""
+LONGEST_QUEUE: Final = 1_000
+"""Orders that wait for a process that stands still; of states, the latest are enough."""
+FETCH: Final = 100
+"""Orders taken from the broker at once."""
+PEERS_SECONDS: Final = 1.0
+"""How long a runner that starts waits for what the others know: those that are there answer in milliseconds, and those that
+died without having been noticed never do."""
+REFUSED_SECONDS: Final = 60.0
+"""Between two tries where the broker permits no queue for it: it will hardly change its mind sooner."""
+
+
+class Turn(msgspec.Struct, frozen=True, tag="turn"):
+    """These queues are paused, or not: an order, and the answer to a Hello."""
+
+    switches: dict[str, Switch]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Do not handle the messages with these ids; stop where one is being handled."""
+
+    ids: tuple[str, ...]
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """Somebody has come: tell under the topic to what there is to know."""
+
+    to: str
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """Tell under the topic to how you are.
+
+    Parameters:
+        seen: runner → the number of its failures that are known already.
+        switches: what the asker knows.
+    """
+
+    to: str
+    seen: dict[str, int] = {}
+    switches: dict[str, Switch] = {}
+
+
+Order = Turn | Cancel | Hello | Report
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An attempt that ended with an error.
+
+    Parameters:
+        number: counts the failures of its runner, from 1.
+        at: Unix seconds.
+        attempt: 1 for the first one.
+        dead: the message was given up; else it is tried again.
+    """
+
+    number: int
+    at: float
+    worker: str
+    queue: str
+    message_id: str
+    attempt: int
+    error: str
+    traceback: str = ""
+    dead: bool = False
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one worker of a runner is.
+
+    Parameters:
+        queue: where its messages wait.
+        concurrency: how many are handled at once.
+        in_flight: messages that it holds.
+        handled: messages whose handler ended well.
+        failed: attempts that ended with an error.
+        retried: of those, the ones to be tried again.
+        dead: of those, the ones given up.
+        paused: it fetches nothing, because its queue is paused.
+    """
+
+    name: str
+    queue: str
+    concurrency: int
+    in_flight: int = 0
+    handled: int = 0
+    failed: int = 0
+    retried: int = 0
+    dead: int = 0
+    paused: bool = False
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="status"):
+    """How a runner is.
+
+    Parameters:
+        runner: names it among all runners.
+        app: its application.
+        process: its name among its siblings.
+        started: Unix seconds.
+        at: seconds on the runner's own clock, which only goes forward: two of them tell how much time lies between two answers.
+        resident_bytes: memory held now.
+        switches: what it knows of paused queues.
+        failures: its latest ones that were asked for, oldest first.
+    """
+
+    runner: str
+    app: str
+    process: str
+    host: str
+    pid: int
+    started: float
+    at: float
+    resident_bytes: int
+    health: Health
+    workers: tuple[WorkerStatus, ...] = ()
+    switches: dict[str, Switch] = {}
+    failures: tuple[Failure, ...] = ()
+
+
+def internal(name: str) -> bool:
+    """Whether a queue is Conveyor's own: operators look at it only when they ask for everything."""
+    return name.startswith(INTERNAL)
+
+
+def _nothing(*_: object) -> None:
+    """Where nobody cares."""
+
+
+def _no_ids() -> Sequence[str]:
+    return ()
+
+
+class _Inbox:
+    """A temporary queue of this process and what comes into it.
+
+    Parameters:
+        topics: what it hears.
+    """
+
+    def __init__(self, broker: Broker, name: str, topics: tuple[str, ...]) -> None:
+        self.broker = broker
+        self._queue = Queue(name=name, topics=topics, temporary=True, max_length=LONGEST_QUEUE)
+
+    async def declare(self, *more_topics: str) -> None:
+        """Be there; also hear more topics."""
+        queue = msgspec.structs.replace(self._queue, topics=(*self._queue.topics, *more_topics))
+        await self.broker.declare([queue])
+
+    async def subscribe(self) -> Subscription:
+        """Receive what comes."""
+        return await self.broker.subscribe(self._queue.name, FETCH)
+
+
+def _decoded(deliveries: Sequence[Delivery], decode: Callable[[bytes], Any]) -> list[Any]:
+    found = []
+    for delivery in deliveries:
+        try:
+            found.append(decode(delivery.message.body))
+        except msgspec.MsgspecError as error:  # of another version, or of anybody: the topics are open to all
+            log.debug("left out what cannot be read on %s: %s", delivery.message.topic, describe(error))
+    return found
+
+
+def _message(topic: str, content: Order | Status) -> Message:
+    now = time.time()
+    return Message(id=uuid7(now, os.urandom(10)), topic=topic, body=msgspec.json.encode(content), created=now)
+
+
+async def tell(broker: Broker, order: Order) -> bool:
+    """Give an order to every runner on a broker. Returns whether there is one.
+
+    Raises:
+        BrokerError: it could not be sent.
+    """
+    return not await broker.publish([_message(CONTROL, order)])
+
+
+async def cancel(broker: Broker, ids: Sequence[str]) -> bool:
+    """Tell every runner not to handle these messages. Returns whether there is one.
+
+    Raises:
+        BrokerError: it could not be sent.
+    """
+    return await tell(broker, Cancel(tuple(ids)))
+
+
+class Control:
+    """A runner's end: it hears orders, answers questions, and knows what is paused.
+
+    Parameters:
+        broker: open.
+        switches: what is known of paused queues from before.
+        status: gives this runner's status, with its failures behind a number; None where there is nothing to tell.
+    """
+
+    def __init__(
+        self, broker: Broker, *, switches: Switches | None = None, status: Callable[[int], Status] | None = None
+    ) -> None:
+        self.runner: Final = uuid.uuid4().hex[:12]
+        """Names it among all runners."""
+        self.switches: Switches = dict(switches or {})
+        self.on_turn: Callable[[], object] = _nothing
+        """Called when a queue is paused that was not, or the reverse."""
+        self.on_cancel: Callable[[Sequence[str]], object] = _nothing
+        """Called with the ids of messages that shall not be handled."""
+        self.to_cancel: Callable[[], Sequence[str]] = _no_ids
+        """Gives the ids that a runner which starts has to be told."""
+        self.status = status
+        self.problem: str | None = None
+        """Why nothing can be heard now, in words."""
+        self._own_topic = f"{CONTROL}.{self.runner}"
+        self._broker = broker
+        self._inbox = _Inbox(broker, self._own_topic, (CONTROL, self._own_topic))
+        self._decode: Final = msgspec.json.Decoder(Order).decode
+        self._informed = asyncio.Event()
+        """It knows what its peers know, or there is none."""
+        self._loops = Loops()
+
+    @property
+    def paused(self) -> frozenset[str]:
+        """The queues that are paused."""
+        return paused_in(self.switches)
+
+    async def start(self) -> None:
+        """Begin to hear; returns when it knows what other runners know, or can know nothing for now."""
+        self._loops.start("control", self._run)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PEERS_SECONDS):
+                await self._informed.wait()
+
+    async def close(self) -> None:
+        """Hear no more."""
+        await self._loops.stop()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._listen()
+            except BrokerUnavailable as error:
+                self.problem = describe(error)
+                raise
+            except BrokerError as error:
+                if self.problem is None:
+                    log.warning("no pause, cancellation or conveyor top for this runner: %s", describe(error))
+                self.problem = describe(error)
+                self._informed.set()
+                await asyncio.sleep(REFUSED_SECONDS)
+
+    async def _listen(self) -> None:
+        # It hears orders before it asks, or it would miss those in between; and it asks before it can be asked itself, or the
+        # broker could not tell it that nobody else is there.
+        await self._inbox.declare()
+        alone = bool(await self._broker.publish([_message(PEERS, Hello(self._own_topic))]))
+        await self._inbox.declare(PEERS)
+        subscription = await self._inbox.subscribe()
+        self.problem = None
+        try:
+            if alone:
+                self._informed.set()
+            if self.switches:  # those that started in the same moment could not be asked
+                await tell(self._broker, Turn(dict(self.switches)))
+            while True:
+                deliveries = await subscription.fetch(FETCH)
+                orders: list[Order] = _decoded(deliveries, self._decode)
+                for order in orders:
+                    self._obey(order)
+                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
+                await self._answer(orders)
+        finally:
+            await subscription.close()
+
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Turn(switches):
+                self._learn(switches)
+                self._informed.set()
+            case Report(switches=switches):
+                self._learn(switches)
+            case Cancel(ids):
+                self.on_cancel(ids)
+            case Hello():
+                pass
+
+    def _learn(self, switches: Switches) -> None:
+        before = self.paused
+        self.switches = merged(self.switches, switches)
+        for queue in self.paused - before:
+            log.warning("%s is paused", queue)
+        for queue in before - self.paused:
+            log.info("%s goes on", queue)
+        if self.paused != before:
+            self.on_turn()
+
+    async def _answer(self, orders: Sequence[Order]) -> None:
+        answers: dict[str, Message] = {}
+        """By asker: whoever asked several times meanwhile gets one answer."""
+        for order in orders:
+            if isinstance(order, Hello) and order.to != self._own_topic:
+                answers[order.to] = _message(order.to, Turn(dict(self.switches)))
+                if ids := self.to_cancel():
+                    answers[f"{order.to} cancel"] = _message(order.to, Cancel(tuple(ids)))
+            if isinstance(order, Report) and self.status is not None:
+                answers[order.to] = _message(order.to, self.status(order.seen.get(self.runner, 0)))
+        if answers:
+            try:
+                await self._broker.publish(list(answers.values()))
+            except BrokerError as error:  # whoever asked asks again
+                log.debug("an answer was not sent: %s", describe(error))
+
+
+class Operator:
+    """The other end: asks all runners of a broker how they are, and tells them what to do.
+
+    Parameters:
+        broker: open.
+        clock: gives Unix seconds.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock = time.time) -> None:
+        self.statuses: dict[str, Status] = {}
+        """Runner → its last answer."""
+        self.heard: dict[str, float] = {}
+        """Runner → when it answered last, in seconds of time.monotonic()."""
+        self.on_status: Callable[[Status], object] = _nothing
+        """Called with each answer as it comes."""
+        self._broker = broker
+        self._clock = clock
+        self._topic = f"{STATUS}.{uuid.uuid4().hex[:12]}"
+        self._inbox = _Inbox(broker, self._topic, (self._topic,))
+        self._decode: Final = msgspec.json.Decoder(Status).decode
+        self._switches: Switches = {}
+        self._loops = Loops()
+
+    async def __aenter__(self) -> Self:
+        """Begin to hear answers.
+
+        Raises:
+            BrokerError: the broker permits no queue for it.
+        """
+        await self._inbox.declare()
+        self._loops.start("answers", self._run)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._loops.stop()
+
+    @property
+    def paused(self) -> frozenset[str]:
+        """The queues that are paused, as far as is known."""
+        return paused_in(self._switches)
+
+    async def ask(self) -> bool:
+        """Ask every runner for its status; the answers come by themselves. Returns whether there is a runner.
+
+        Raises:
+            BrokerError: it could not be sent.
+        """
+        seen = {name: status.failures[-1].number for name, status in self.statuses.items() if status.failures}
+        return await tell(self._broker, Report(self._topic, seen, dict(self._switches)))
+
+    async def turn(self, queue: str, *, paused: bool) -> bool:
+        """Pause a queue, or let it go on. Returns whether there is a runner that heard it.
+
+        What every runner knows should be asked for before: the new decision has to be later than all of it.
+
+        Raises:
+            BrokerError: it could not be sent.
+        """
+        switches = decided(self._switches, queue, paused=paused, now=self._clock())
+        there_is_one = await tell(self._broker, Turn(switches))
+        self._switches = merged(self._switches, switches)
+        return there_is_one
+
+    def forget(self, runner: str) -> None:
+        """A runner is gone."""
+        self.statuses.pop(runner, None)
+        self.heard.pop(runner, None)
+
+    async def _run(self) -> None:
+        await self._inbox.declare()
+        subscription = await self._inbox.subscribe()
+        try:
+            while True:
+                deliveries = await subscription.fetch(FETCH)
+                for status in _decoded(deliveries, self._decode):
+                    self._take(status)
+                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
+        finally:
+            await subscription.close()
+
+    def _take(self, status: Status) -> None:
+        before = self.statuses.get(status.runner)
+        if before is not None and not status.failures:
+            status = msgspec.structs.replace(status, failures=before.failures[-1:])
+        self.statuses[status.runner] = status
+        self.heard[status.runner] = time.monotonic()
+        self._switches = merged(self._switches, status.switches)
+        self.on_status(status)
