@@ -1,7 +1,8 @@
 """The bare loop on RabbitMQ: pika's AsyncioConnection by hand, which is the fastest maintained asyncio client for it.
 
-Decode each message in the callback, then acknowledge it; publish persistent messages with a window of unconfirmed ones. No handlers that
-wait, retries, delays, dead letters, reconnection, or errors.
+Decode each message in the callback, then acknowledge it; publish persistent messages with a window of unconfirmed ones. The
+messages are those that Conveyor carries: what waits was published by it, and what is published has its properties and
+headers. No handlers that wait, retries, delays, dead letters, reconnection, or errors.
 """
 
 from __future__ import annotations
@@ -16,15 +17,26 @@ import pika
 from pika.adapters.asyncio_connection import AsyncioConnection
 
 from benchmarks import pings
-from benchmarks.order import BODY, ORDER, TASKS, Countdown, OrderCreated
+from benchmarks.load import orders
+from benchmarks.order import ORDER, TASKS, Countdown, OrderCreated
 from benchmarks.pings import Ping, Waits
 from benchmarks.subject import Load
+from conveyor.brokers.rabbitmq.envelope import properties_of
 
+FILLED: Final = "orders.handle"
+"""The queue that Conveyor made and filled: the same messages in the same queue, taken by another client."""
 QUEUE: Final = "orders"
 PREFETCH: Final = 1_000
 READY: Final = "[0.0]"
 """What a receiver says when it listens."""
-PERSISTENT: Final = pika.BasicProperties(delivery_mode=2, content_type="application/json")
+BODY_ALONE: Final = pika.BasicProperties(delivery_mode=2, content_type="application/json")
+
+
+def _envelope() -> pika.BasicProperties:
+    """What Conveyor publishes beside a body."""
+    [message] = orders(1)
+    properties = properties_of(message)._asdict()
+    return pika.BasicProperties(**{name: value for name, value in properties.items() if value is not None})
 
 
 class _Bare:
@@ -35,8 +47,8 @@ class _Bare:
     def __init__(self) -> None:
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def open(self, url: str, queue_type: str = "classic") -> None:
-        """Connect, and declare the durable queue."""
+    async def open(self, url: str) -> None:
+        """Connect."""
         opened: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._connection = AsyncioConnection(
             pika.URLParameters(url),
@@ -48,8 +60,10 @@ class _Bare:
         opened = asyncio.get_running_loop().create_future()
         self._connection.channel(on_open_callback=opened.set_result)
         self.channel = await opened
-        arguments = {"x-queue-type": queue_type}
-        await self.ask(self.channel.queue_declare, QUEUE, durable=True, arguments=arguments)
+
+    async def declare(self, arguments: Mapping[str, str]) -> None:
+        """A durable queue."""
+        await self.ask(self.channel.queue_declare, QUEUE, durable=True, arguments=dict(arguments))
 
     async def ask(self, method: Any, *arguments: Any, **options: Any) -> None:
         """Call what answers with a callback."""
@@ -63,24 +77,43 @@ class _Bare:
         await self._closed
 
 
-async def _fill(url: str, load: Load, queue_type: str = "classic") -> None:
+async def _consume(url: str, load: Load) -> dict[str, float]:
+    decode = msgspec.json.Decoder(OrderCreated).decode
     bare = _Bare()
-    await bare.open(url, queue_type)
-    await _send(bare, load.ready, BODY)
+    await bare.open(url)
+    await bare.ask(bare.channel.basic_qos, prefetch_count=PREFETCH)
+    countdown = Countdown(load.messages)
+
+    def on_message(channel: Any, method: Any, _: Any, body: bytes) -> None:
+        decode(body)
+        channel.basic_ack(method.delivery_tag)
+        countdown.one()
+
+    bare.channel.basic_consume(FILLED, on_message)
+    await countdown.over.wait()
     await bare.close()
+    return countdown.figures()
 
 
-async def _send(bare: _Bare, messages: int, body: bytes | None) -> None:
-    """Publish so many, with a window of unconfirmed ones; each is encoded anew if no body is given."""
+def consume(url: str, load: Load) -> Mapping[str, float]:
+    """Acknowledge each one after decoding it."""
+    return asyncio.run(_consume(url, load))
+
+
+async def _publish(url: str, load: Load, properties: pika.BasicProperties) -> dict[str, float]:
+    """Publish with a window of unconfirmed messages; each is encoded anew."""
     encode = msgspec.json.Encoder().encode
+    bare = _Bare()
+    await bare.open(url)
+    await bare.declare({"x-queue-type": "classic", "x-queue-mode": "lazy"})
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     sent = 0
     unconfirmed: set[int] = set()
 
     def fill_window() -> None:
         nonlocal sent
-        while sent < messages and len(unconfirmed) < TASKS:
-            bare.channel.basic_publish("", QUEUE, body or encode(ORDER), PERSISTENT, mandatory=True)
+        while sent < load.messages and len(unconfirmed) < TASKS:
+            bare.channel.basic_publish("", QUEUE, encode(ORDER), properties, mandatory=True)
             sent += 1
             unconfirmed.add(sent)
 
@@ -95,72 +128,34 @@ async def _send(bare: _Bare, messages: int, body: bytes | None) -> None:
             done.set_result(None)
 
     await bare.ask(bare.channel.confirm_delivery, on_confirm)
+    countdown = Countdown(load.messages)
     fill_window()
-    if messages:
-        await done
-
-
-def fill(url: str, load: Load) -> None:
-    """A classic durable queue with what waits in it."""
-    asyncio.run(_fill(url, load))
-
-
-def fill_quorum(url: str, load: Load) -> None:
-    """The same, a quorum queue."""
-    asyncio.run(_fill(url, load, "quorum"))
-
-
-async def _consume(url: str, load: Load, queue_type: str) -> dict[str, float]:
-    decode = msgspec.json.Decoder(OrderCreated).decode
-    bare = _Bare()
-    await bare.open(url, queue_type)
-    await bare.ask(bare.channel.basic_qos, prefetch_count=PREFETCH)
-    countdown = Countdown(load.messages)
-
-    def on_message(channel: Any, method: Any, _: Any, body: bytes) -> None:
-        decode(body)
-        channel.basic_ack(method.delivery_tag)
-        countdown.one()
-
-    bare.channel.basic_consume(QUEUE, on_message)
-    await countdown.over.wait()
-    await bare.close()
-    return countdown.figures()
-
-
-def consume(url: str, load: Load) -> Mapping[str, float]:
-    """Acknowledge each one after decoding it."""
-    return asyncio.run(_consume(url, load, "classic"))
-
-
-def consume_quorum(url: str, load: Load) -> Mapping[str, float]:
-    """The same from a quorum queue."""
-    return asyncio.run(_consume(url, load, "quorum"))
-
-
-async def _publish(url: str, load: Load) -> dict[str, float]:
-    bare = _Bare()
-    await bare.open(url)
-    countdown = Countdown(load.messages)
-    await _send(bare, load.messages, None)
+    await done
     figures = countdown.figures()
     await bare.close()
     return figures
 
 
 def publish(url: str, load: Load) -> Mapping[str, float]:
-    """With confirms, 100 of which may be outstanding."""
-    return asyncio.run(_publish(url, load))
+    """With confirms, 100 of which may be outstanding; the same properties and headers as Conveyor's."""
+    return asyncio.run(_publish(url, load, _envelope()))
+
+
+def publish_body(url: str, load: Load) -> Mapping[str, float]:
+    """The same without an envelope."""
+    return asyncio.run(_publish(url, load, BODY_ALONE))
 
 
 async def _latency(url: str, load: Load) -> dict[str, float]:
     encode = msgspec.json.Encoder().encode
     bare = _Bare()
-    await bare.open(url, "quorum")
+    await bare.open(url)
+    await bare.declare({"x-queue-type": "quorum"})
     await bare.ask(bare.channel.confirm_delivery, lambda _: None)
+    properties = _envelope()
 
     async def publish(ping: Ping) -> None:
-        bare.channel.basic_publish("", QUEUE, encode(ping), PERSISTENT, mandatory=True)
+        bare.channel.basic_publish("", QUEUE, encode(ping), properties, mandatory=True)
 
     async with pings.receiver("-m", "benchmarks.bare_pika", url) as process:
         await pings.answer(process)
@@ -179,7 +174,8 @@ async def _receive(url: str) -> None:
     decode = msgspec.json.Decoder(Ping).decode
     waits = Waits()
     bare = _Bare()
-    await bare.open(url, "quorum")
+    await bare.open(url)
+    await bare.declare({"x-queue-type": "quorum"})
 
     def on_message(channel: Any, method: Any, _: Any, body: bytes) -> None:
         waits.note(decode(body))

@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Unpack
 
-from benchmarks.load import CLASSIC, fill_app, url, with_priorities
+from benchmarks.load import classic, fill_app, url, with_priorities
 from benchmarks.order import Countdown, OrderCreated
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.broker import Broker
 from conveyor.brokers.memory import MemoryBroker
-from conveyor.runtime.worker import Native
 
 
-async def _consume(
-    broker: str | Broker, load: Load, *, fill: bool = False, **native: Unpack[Native]
-) -> dict[str, float]:
+async def _consume(broker: str | Broker, load: Load, *, fill: bool = False) -> dict[str, float]:
     app = Conveyor("orders", broker=broker)
     countdown: Countdown
 
-    @app.worker(**native)
+    @app.worker
     async def handle(_: OrderCreated) -> None:
         countdown.one()
 
@@ -55,7 +51,7 @@ def in_memory(_: Path, load: Load) -> Mapping[str, float]:
 
 def on_classic(server: str, load: Load) -> Mapping[str, float]:
     """From a classic durable queue of RabbitMQ."""
-    return asyncio.run(_consume(server, load, **CLASSIC))
+    return asyncio.run(_consume(classic(server), load))
 
 
 def on_priorities(server: str, load: Load) -> Mapping[str, float]:

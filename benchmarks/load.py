@@ -6,18 +6,15 @@ import asyncio
 import os
 import time
 from pathlib import Path
-from typing import Final, Unpack
+from typing import Final
 
 from benchmarks.order import BODY, TOPIC, OrderCreated
 from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.core.message import Message, uuid7
-from conveyor.runtime.worker import Native
 
 LATER_SECONDS: Final = 86_400.0
 FILL_BATCH: Final = 1_000
-CLASSIC: Final[Native] = {"queue_type": "classic"}
-"""A plain classic queue of RabbitMQ, as other programs declare it too."""
 
 
 def url(folder: Path) -> str:
@@ -25,9 +22,14 @@ def url(folder: Path) -> str:
     return f"sqlite:///{folder / 'orders.queue'}?durability=full"
 
 
-def with_priorities(server: str) -> str:
-    """RabbitMQ with Conveyor's own classic queues, which have priorities."""
+def classic(server: str) -> str:
+    """RabbitMQ with classic queues."""
     return f"{server}?queue_type=classic"
+
+
+def with_priorities(server: str) -> str:
+    """RabbitMQ with classic queues that have priorities."""
+    return f"{server}?queue_type=priority"
 
 
 def orders(number: int, due: float = 0.0) -> list[Message]:
@@ -44,19 +46,19 @@ async def fill_app(app: Conveyor, load: Load) -> None:
             await app.broker.publish(orders(min(FILL_BATCH, number - start), due))
 
 
-def consumer(broker: str, **native: Unpack[Native]) -> Conveyor:
+def consumer(broker: str) -> Conveyor:
     """An application whose only worker receives orders."""
     app = Conveyor("orders", broker=broker)
 
-    @app.worker(**native)
+    @app.worker
     async def handle(_: OrderCreated) -> None:
         pass
 
     return app
 
 
-async def _fill(broker: str, load: Load, **native: Unpack[Native]) -> None:
-    async with consumer(broker, **native) as app:
+async def _fill(broker: str, load: Load) -> None:
+    async with consumer(broker) as app:
         await fill_app(app, load)
 
 
@@ -67,7 +69,7 @@ def fill(folder: Path, load: Load) -> None:
 
 def fill_classic(server: str, load: Load) -> None:
     """A classic durable queue with what waits in it."""
-    asyncio.run(_fill(server, load, **CLASSIC))
+    asyncio.run(_fill(classic(server), load))
 
 
 def fill_with_priorities(server: str, load: Load) -> None:

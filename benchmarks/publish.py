@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.load import CLASSIC, consumer, url
+from benchmarks.load import classic, consumer, url
 from benchmarks.order import ORDER, from_tasks
 from benchmarks.subject import Load
 from conveyor import Conveyor
@@ -41,7 +41,7 @@ def in_memory(folder: Path, load: Load) -> Mapping[str, float]:
 
 def on_classic(server: str, load: Load) -> Mapping[str, float]:
     """To a classic durable queue of RabbitMQ, every message confirmed when it returns."""
-    return asyncio.run(_publish(consumer(server, **CLASSIC), load))
+    return asyncio.run(_publish(consumer(classic(server)), load))
 
 
 def on_quorum(server: str, load: Load) -> Mapping[str, float]:

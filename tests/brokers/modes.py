@@ -32,6 +32,7 @@ def _rabbitmq(request: pytest.FixtureRequest, queue_type: str) -> Makers:
     return Makers(partial(from_url, f"{server.url()}?queue_type={queue_type}"), lease_seconds=2.0)
 
 
+with_priorities = partial(_rabbitmq, queue_type="priority")
 # To prove another broker, or another mode of one, add one line.
 MODES: Final[Mapping[str, Callable[[pytest.FixtureRequest], Makers]]] = {
     "memory": lambda _: Makers(partial(MemoryBroker, store=MemoryStore())),

@@ -572,7 +572,7 @@ def test_a_url_names_hosts_virtual_host_and_user() -> None:
     ("url", "why"),
     [
         ("amqp://host/a/b", "%2F"),
-        ("amqp://host?queue_type=mirrored", "quorum or classic"),
+        ("amqp://host?queue_type=mirrored", "quorum, classic, priority"),
         ("amqp://host?no_such=1", "no_such"),
         ("amqp://host?heartbeat=soon", "seconds"),
         ("amqp://host?exchange=amq.topic", "amq."),

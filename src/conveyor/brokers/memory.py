@@ -21,7 +21,7 @@ from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Qu
 from conveyor.core.message import Message, redriven
 from conveyor.core.settle import Dead, Done, Release, RetryAt
 from conveyor.core.words import counted
-from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, QueueConflict
+from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, QueueConflict, QueueInUse
 
 log = logging.getLogger("conveyor.memory")
 
@@ -69,7 +69,7 @@ class MemoryStore:
         return True
 
     def remove(self, queue: _Queue) -> None:
-        """A temporary queue and what waits in it are gone."""
+        """A queue and what is in it are gone; its dead letters are not."""
         del self.queues[queue.name]
         for topic in queue.topics:
             self.topics[topic].remove(queue)
@@ -642,6 +642,16 @@ class MemoryBroker:
     async def purge(self, queue: str) -> int:
         """See conveyor.broker.Broker."""
         return self._queue(queue).purge(self.clock())
+
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        """See conveyor.broker.Broker."""
+        removed = self._queue(queue)
+        if removed.subscriptions:
+            raise QueueInUse(queue, consumers=len(removed.subscriptions))
+        if removed.dead and not discard_dead:
+            raise QueueInUse(queue, dead=removed.dead)
+        self.store.dead = {place: letter for place, letter in self.store.dead.items() if letter.queue != queue}
+        self.store.remove(removed)
 
     async def risks(self) -> list[str]:
         """See conveyor.broker.Broker. There are none but what is missing."""

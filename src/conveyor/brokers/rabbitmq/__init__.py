@@ -96,7 +96,7 @@ class RabbitBroker:
         self.topology = Topology(self.connection, options.exchange)
         self.publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
         self._catalog = Catalog(
-            self.connection, self.publisher.send_all, f"{options.exchange}.catalog", options.queue_type
+            self.connection, self.publisher.send_all, f"{options.exchange}.catalog", options.replicated
         )
         self._renewals = Renewals(self, options.consumer_timeout_seconds)
         self._exchanges = frozenset({options.exchange, self.topology.later_exchange})
@@ -248,7 +248,7 @@ class RabbitBroker:
             return
         async with self._catalog.changing() as catalog:
             for spec in lasting:
-                check_conflict(spec, catalog.get(spec.name) or self.specs.get(spec.name))
+                check_conflict(spec, (catalog if self._catalog.available else self.specs).get(spec.name))
             for spec in lasting:
                 there = catalog.get(spec.name)
                 combined = merged(spec, there)
@@ -336,6 +336,21 @@ class RabbitBroker:
         self._check_open()
         return await self._operating.purge(await self.known(queue, fresh=True))
 
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        """See conveyor.broker.Broker.
+
+        What others have made stays: a passive queue, an exchange, a dead-letter queue with a name of its own. Conveyor forgets it.
+        """
+        self._check_open()
+        spec = await self.known(queue, fresh=True)
+        if spec.temporary:
+            await self._operating.remove(spec, discard_dead=discard_dead)
+        else:
+            async with self._catalog.changing() as catalog:
+                await self._operating.remove(spec, discard_dead=discard_dead)
+                catalog.pop(queue, None)
+        self.specs.pop(queue, None)
+
     async def dead_letters(self, which: DeadFilter, *, limit: int, after: str | None = None) -> list[DeadLetter]:
         """See conveyor.broker.Broker. Reading takes no letter away, but nobody else can read the same ones meanwhile."""
         self._check_open()
@@ -365,15 +380,18 @@ class RabbitBroker:
 
     async def all_specs(self) -> list[Spec]:
         """Every queue that there is, fresh from the catalog, and this object's own temporary ones."""
-        self.specs.update(await self._catalog.read())
-        return [self.specs[name] for name in sorted(self.specs)]
+        there = await self._catalog.read()
+        self.specs.update(there)
+        found = [spec for spec in self.specs.values() if spec.temporary or spec.name in there or not self._catalog.available]
+        return sorted(found, key=lambda spec: spec.name)
 
     async def known(self, queue: str, *, fresh: bool = False) -> Spec:
         """A declared queue; fresh looks it up anew."""
         spec = self.specs.get(queue)
         if spec is None or (fresh and not spec.temporary):
-            self.specs.update(await self._catalog.read())
-            spec = self.specs.get(queue)
+            there = await self._catalog.read()
+            self.specs.update(there)  # what is gone stays known to whoever has something of it in his hands
+            spec = there.get(queue) if self._catalog.available else self.specs.get(queue)
         if spec is None:
             raise BrokerError(f"there is no queue {queue!r}; declare it first")
         return spec
@@ -388,6 +406,8 @@ def _missing(queue_type: str) -> Mapping[Feature, str]:
         Feature.RECLAIM: "RabbitMQ gives back what a dead process held by itself, at once; from a living one nobody can take it",
         Feature.AGE: "AMQP cannot look at a message without delivering it",
     }
-    if queue_type == "quorum":
-        missing[Feature.PRIORITY] = "quorum queues have no strict priorities; classic ones do (?queue_type=classic)"
+    if queue_type != "priority":
+        missing[Feature.PRIORITY] = (
+            "a queue has priorities, at twice the cost, where it is declared with them (?queue_type=priority)"
+        )
     return missing

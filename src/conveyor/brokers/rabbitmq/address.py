@@ -16,7 +16,7 @@ DEFAULT_HEARTBEAT_SECONDS: Final = 10.0
 """The server gives up a silent client after two of these: sooner than the default lease ends."""
 DEFAULT_CONSUMER_TIMEOUT_SECONDS: Final = 1800.0
 """RabbitMQ's own default for how long a delivery may stay unsettled; the server does not tell it over AMQP."""
-QUEUE_TYPES: Final = ("quorum", "classic")
+QUEUE_TYPES: Final = ("quorum", "classic", "priority")
 OPTIONS: Final = ("queue_type", "exchange", "heartbeat", "consumer_timeout", "cafile", "certfile", "keyfile", "verify")
 
 
@@ -26,7 +26,7 @@ class Options:
 
     Parameters:
         addresses: the servers, tried in turn.
-        queue_type: of the queues that are declared: quorum (replicated) or classic.
+        queue_type: of the queues that are declared: quorum (replicated), classic, or priority (classic with priorities).
         exchange: the topic exchange of all of Conveyor's topics.
         heartbeat_seconds: either side that hears nothing for two of these gives the other up.
         consumer_timeout_seconds: the server's setting of this name; longer deliveries are renewed well before.
@@ -37,6 +37,11 @@ class Options:
     exchange: str = DEFAULT_EXCHANGE
     heartbeat_seconds: float = DEFAULT_HEARTBEAT_SECONDS
     consumer_timeout_seconds: float = DEFAULT_CONSUMER_TIMEOUT_SECONDS
+
+    @property
+    def replicated(self) -> bool:
+        """Its queues are quorum queues."""
+        return self.queue_type == "quorum"
 
 
 def read_url(url: str) -> Options:
@@ -58,7 +63,7 @@ def read_url(url: str) -> Options:
         raise ConfigurationError(f"unknown option {unknown[0]!r} of a RabbitMQ URL; known are {', '.join(OPTIONS)}")
     queue_type = options.get("queue_type", "quorum")
     if queue_type not in QUEUE_TYPES:
-        raise ConfigurationError(f"queue_type is quorum or classic, not {queue_type!r}")
+        raise ConfigurationError(f"queue_type is {', '.join(QUEUE_TYPES)}, not {queue_type!r}")
     exchange = options.get("exchange", DEFAULT_EXCHANGE)
     if not exchange or exchange.startswith("amq."):
         raise ConfigurationError(f"exchange={exchange!r}: a name that is not empty and does not begin with amq.")

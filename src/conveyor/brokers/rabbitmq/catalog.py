@@ -83,7 +83,7 @@ class Catalog:
         connection: gives the living connection.
         send: publishes, and returns when it is confirmed.
         name: the queue's name.
-        queue_type: quorum or classic.
+        replicated: the list is in a quorum queue.
     """
 
     def __init__(
@@ -91,14 +91,15 @@ class Catalog:
         connection: Callable[[], Awaitable[Connection]],
         send: Callable[[list[Outgoing]], Awaitable[None]],
         name: str,
-        queue_type: str,
+        replicated: bool,
     ) -> None:
         self._connection = connection
         self._send = send
         self._name = name
-        self._queue_type = queue_type
+        self._queue_type = "quorum" if replicated else "classic"
         self._turn = asyncio.Lock()
-        self._available = True
+        self.available = True
+        """There is one; else every broker object knows its own queues only."""
 
     async def open(self) -> None:
         """Make sure that there is one."""
@@ -112,7 +113,7 @@ class Catalog:
                 there = await channel.queue_declare(self._name, passive=True)
             except ChannelClosed:
                 log.warning("there is no catalog of queues, and we may not create one: %s", error.text)
-                self._available = False
+                self.available = False
                 return
         await channel.close()
         if not there.messages:
@@ -132,7 +133,7 @@ class Catalog:
         Raises:
             BrokerUnavailable: the server does not give it out, and what is not known cannot be compared.
         """
-        if not self._available:
+        if not self.available:
             yield {}
             return
         connection = await self._connection()

@@ -94,6 +94,9 @@ def published(message: Message) -> Properties | bytes:
 def properties_of(message: Message, notes: Mapping[str, FieldValue] | None = None) -> Properties:
     """What is published beside a message's body, with Conveyor's notes."""
     headers: dict[str, FieldValue] = dict(to_headers(message, PREFIX))
+    correlation_id = _short(message.correlation_id)
+    if correlation_id is not None:
+        del headers[_CORRELATION]  # the property says it
     content_type = str(headers.pop("content-type", JSON))
     if message.key is not None:
         headers[SLOT] = slot_of(message.key)
@@ -107,7 +110,7 @@ def properties_of(message: Message, notes: Mapping[str, FieldValue] | None = Non
         headers=headers,
         delivery_mode=PERSISTENT,
         priority=message.priority or None,
-        correlation_id=_short(message.correlation_id),
+        correlation_id=correlation_id,
         message_id=_short(message.id),
         timestamp=int(message.created) if message.created >= 1 else None,
         type=_short(message.topic),
@@ -135,7 +138,7 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
     found = plain.decode(incoming, _KNOWN)
     if found is None:
         return None
-    content_type, headers = found
+    content_type, correlation_id, headers = found
     if headers.get(_TYPE) != incoming.routing_key:
         return None
     try:
@@ -146,7 +149,7 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
             body=incoming.body,
             key=get(_KEY, "" if SLOT in headers else None),
             content_type=content_type or JSON,
-            correlation_id=get(_CORRELATION),
+            correlation_id=get(_CORRELATION, correlation_id),
             causation_id=get(_CAUSATION),
             created=datetime.fromisoformat(get(_TIME)).timestamp(),
         )

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Final
 
 from conveyor.broker import DeadFilter, DeadLetter, QueueInfo
 from conveyor.brokers.rabbitmq import dead
+from conveyor.brokers.rabbitmq.catalog import locked
+from conveyor.brokers.rabbitmq.settle import end
 from conveyor.brokers.rabbitmq.spec import Spec
 from conveyor.core.message import redriven
+from conveyor.errors import QueueInUse
 
 if TYPE_CHECKING:
     from conveyor.brokers.rabbitmq import RabbitBroker
@@ -75,6 +78,25 @@ class Operating:
             deleted += await self._broker.topology.purge(name)
         return deleted
 
+    async def remove(self, spec: Spec, *, discard_dead: bool) -> None:
+        """A queue goes, with all that belongs to it and to nobody else."""
+        broker = self._broker
+        receivers = [each for each in broker.subscriptions if each.queue == spec.name]
+        if not receivers and (keyed := broker.keys.pop(spec.name, None)) is not None:
+            await keyed.close()
+        counts = await broker.topology.counts([spec.name, spec.later, *spec.partitions])
+        consumers = sum((each or (0, 0))[1] for name, each in counts.items() if name != spec.name or not spec.passive)
+        if consumers or receivers:
+            raise QueueInUse(spec.name, consumers=max(consumers, len(receivers)))
+        own_dead = not spec.temporary and "dead_queue" not in spec.native
+        async with self._reading, locked(await broker.connection(), f"{spec.dead}.lock"):
+            dead = await broker.topology.count(spec.dead) if own_dead else None
+            if dead is not None and dead.messages and not discard_dead:
+                raise QueueInUse(spec.name, dead=dead.messages)
+            await broker.topology.remove(spec, dead=own_dead)
+        for held in [each for each in broker.leases.all() if each.queue == spec.name]:
+            end(held)
+
     async def dead_letters(self, which: DeadFilter, limit: int, after: str) -> list[DeadLetter]:
         """A page of dead letters, oldest first, beginning behind the position after."""
         found: list[DeadLetter] = []
@@ -127,10 +149,10 @@ class Operating:
             for queue, problem in movers
             if problem is not None
         ]
-        if self._broker.options.queue_type == "classic" and len(self._broker.options.addresses) > 1:
+        if not self._broker.options.replicated and len(self._broker.options.addresses) > 1:
             found.append(
                 "Classic queues live on one node of the cluster: when it is down they cannot be used, and what it loses is lost. "
-                "Use quorum queues (leave ?queue_type=classic away)."
+                "Use quorum queues (leave ?queue_type away)."
             )
         return found
 

@@ -44,7 +44,6 @@ _NAMES: Final = {
         "type": "type",
         "time": "time",
         "key": "partitionkey",
-        "correlation_id": "correlationid",
         "causation_id": "causationid",
     }.items()
 }
@@ -96,7 +95,6 @@ def encode(message: Message, slot: bytes) -> bytes | None:
         table += (_NAMES["key"], _SIZE.pack(len(raw)), raw)
     if correlation:
         raw = correlation.encode()
-        table += (_NAMES["correlation_id"], _SIZE.pack(len(raw)), raw)
         if len(raw) > LONGEST:
             return None
         flags |= _CORRELATION_ID
@@ -126,8 +124,8 @@ def encode(message: Message, slot: bytes) -> bytes | None:
 _JSON_TYPE: Final = _short(JSON.encode())
 
 
-def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, dict[str, str | int]] | None:
-    """The media type and the headers of a message of Conveyor's own, where all of them are known ones; None where any is not.
+def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, str | None, dict[str, str | int]] | None:
+    """The media type, correlation id and headers of a message of Conveyor's own, where all of them are known ones; None where any is not.
 
     Parameters:
         known: the headers' names as they travel, and what they are called in the answer.
@@ -160,6 +158,10 @@ def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, dict[st
                 start = position + 1
                 position = start + _INTEGERS[kind]
                 found[name] = int.from_bytes(raw[start:position], "big", signed=True)
+        correlation = None
+        if flags & _CORRELATION_ID:
+            start = stop + bool(flags & _DELIVERY_MODE) + bool(flags & _PRIORITY) + 1
+            correlation = raw[start : start + raw[start - 1]].decode() or None
     except (KeyError, IndexError, struct.error, UnicodeDecodeError):
         return None
-    return content_type, found
+    return content_type, correlation, found

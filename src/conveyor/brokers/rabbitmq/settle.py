@@ -69,7 +69,7 @@ class Settling:
         """Nobody extended these: give them back, counted."""
         there = [held for held in ended if held.state is State.HELD]
         for held in there:
-            _gone(held)
+            end(held)
         there = [held for held in there if not held.work.lost]
         if there:
             self._broker.spawn(self._give_back(there), "giving back what was not extended")
@@ -134,7 +134,7 @@ class Settling:
                 lost += [held.delivery() for held in those]
         by_keyed: dict[Keyed, list[Place]] = {}
         for held in helds:
-            _gone(held)
+            end(held)
             if held.place is not None:
                 by_keyed.setdefault(held.subscription.broker.keyed(held.queue), []).append(held.place)
         for keyed, places in by_keyed.items():
@@ -155,7 +155,7 @@ class Settling:
             else:
                 keyed.put_back(held.place, verdict.due, held.deliveries - 1, held.attempts, held.error)
             by_keyed.setdefault(keyed, []).append(held.place)
-            _gone(held)
+            end(held)
         for keyed, places in by_keyed.items():
             await keyed.note(places)
         return others
@@ -189,11 +189,12 @@ def _held(delivery: Delivery) -> Held | None:
     if not isinstance(held, Held) or held.state is not State.HELD:
         return None
     if held.work.lost:
-        _gone(held)
+        end(held)
         return None
     return held
 
 
-def _gone(held: Held) -> None:
+def end(held: Held) -> None:
+    """It is in our hands no more."""
     held.state = State.GONE
     held.subscription.let_go(held)

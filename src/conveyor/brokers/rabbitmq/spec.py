@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from conveyor.broker import DEFAULT_LEASE_SECONDS, Queue
+from conveyor.brokers.rabbitmq.address import QUEUE_TYPES
 from conveyor.errors import ConfigurationError, QueueConflict
 
 PARTITIONS: Final = 4
@@ -21,7 +22,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """A queue as Conveyor knows it: what was declared, and how it was created.
 
     Parameters:
-        queue_type: quorum or classic.
+        queue_type: quorum, classic, or priority (classic with priorities).
         rungs: its delay ladder exists.
         version: grows with each change.
     """
@@ -72,6 +73,11 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         return [self.rung(step) for step in range(len(RUNGS))] if self.rungs else []
 
     @property
+    def replicated(self) -> bool:
+        """Its queues are quorum queues."""
+        return self.queue_type == "quorum"
+
+    @property
     def passive(self) -> bool:
         """It is another's: used, never declared."""
         return self.native.get("passive") == "true"
@@ -88,8 +94,8 @@ def spec_of(queue: Queue, queue_type: str) -> Spec:
             f"the queue {queue.name!r} has the native setting {unknown[0]!r}; RabbitMQ knows {', '.join(NATIVE)}"
         )
     chosen = "classic" if queue.temporary else queue.native.get("queue_type", queue_type)
-    if chosen not in {"quorum", "classic"}:
-        raise ConfigurationError(f"the queue {queue.name!r}: queue_type is quorum or classic, not {chosen!r}")
+    if chosen not in QUEUE_TYPES:
+        raise ConfigurationError(f"the queue {queue.name!r}: queue_type is {', '.join(QUEUE_TYPES)}, not {chosen!r}")
     if queue.native.get("passive", "false") not in {"true", "false"}:
         raise ConfigurationError(f"the queue {queue.name!r}: passive is 'true' or 'false'")
     return Spec(

@@ -53,7 +53,7 @@ class RabbitSubscription:
         self.stream = Stream(
             queue,
             prefetch,
-            lambda: broker.specs[queue].queue_type != "quorum",
+            lambda: not broker.specs[queue].replicated,
             lambda: self._ended is not None,
             self._untouched,
             broker.spawn,
@@ -270,7 +270,7 @@ class RabbitSubscription:
                     staying = [incoming for incoming, _ in come]
                     await asyncio.shield(self.broker.spawn(self._untouched(work, staying), "release"))
                 raise
-        counts_itself = spec.queue_type == "quorum"
+        counts_itself = spec.replicated
         since = asyncio.get_running_loop().time()
         helds: list[Held] = []
         for incoming, what in come:
@@ -296,7 +296,7 @@ class RabbitSubscription:
             return moved_copy(incoming, what, "")._replace(exchange=spec.keyed)
         if what.due > now and not self._early:
             return moved_copy(incoming, what, spec.name if spec.passive else spec.later)
-        if incoming.redelivered and spec.queue_type != "quorum" and not waited:
+        if incoming.redelivered and not spec.replicated and not waited:
             # A classic queue does not count. So the copy says what this delivery was, and is the next one.
             notes: dict[str, FieldValue] = {
                 DELIVERIES: what.noted + 1,

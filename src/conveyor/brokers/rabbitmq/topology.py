@@ -133,7 +133,7 @@ class Topology:
                 "x-dead-letter-exchange": "",
                 "x-dead-letter-routing-key": spec.later,
             }
-            if spec.queue_type == "quorum":
+            if spec.replicated:
                 arguments |= {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
             try:
                 await self._declare(spec, spec.rung(step), arguments)
@@ -149,9 +149,30 @@ class Topology:
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": spec.name,
         }
-        if spec.queue_type == "quorum":
+        if spec.replicated:
             arguments |= {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
         await self._declare(spec, queue, arguments)
+
+    async def remove(self, spec: Spec, *, dead: bool) -> None:
+        """A queue goes, with all that belongs to it; the queue itself last, so that a removal that breaks off can be done again.
+
+        Parameters:
+            dead: its dead letters go, too.
+        """
+        queues = [spec.later, *(spec.rung(step) for step in range(len(RUNGS)))]
+        queues += [name for partition in spec.partitions for name in (partition, notes_of(partition))]
+        queues += ([spec.dead] if dead else []) + ([] if spec.passive else [spec.name])
+
+        async def forget(channel: Channel) -> None:
+            for exchange in (spec.keyed, spec.unkeyed) if spec.ordered else ():
+                await channel.exchange_delete(exchange)
+            for queue in queues:
+                await channel.queue_delete(queue)
+
+        try:
+            await self.ask(forget)
+        except ChannelClosed as error:
+            raise BrokerError(f"the server does not let the queue {spec.name!r} be removed: {error.text}") from error
 
     async def delete(self, queue: str) -> None:
         """A queue goes, with what is in it."""
@@ -167,12 +188,16 @@ class Topology:
             raise
 
     def _arguments(self, spec: Spec, *, bounded: bool = False, own: bool = True) -> dict[str, FieldValue]:
-        arguments: dict[str, FieldValue] = {"x-queue-type": spec.queue_type}
-        if spec.queue_type == "quorum" and self.version >= UNLIMITED_SINCE:
+        arguments: dict[str, FieldValue] = {"x-queue-type": "quorum" if spec.replicated else "classic"}
+        if spec.replicated and self.version >= UNLIMITED_SINCE:
             arguments["x-delivery-limit"] = -1
+        if not spec.replicated and own and "queue_type" not in spec.native:
+            arguments["x-queue-mode"] = (
+                "lazy"  # as all are since 3.12; before, what waits fills the server's memory, and is slower
+            )
         if bounded and spec.max_length is not None:
             arguments |= {"x-max-length": spec.max_length, "x-overflow": "drop-head"}
-        if bounded and spec.queue_type == "classic" and own and "queue_type" not in spec.native:
+        if bounded and spec.queue_type == "priority":
             arguments["x-max-priority"] = HIGHEST_PRIORITY
         return arguments
 

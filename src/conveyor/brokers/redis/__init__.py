@@ -27,7 +27,7 @@ from conveyor.brokers.redis.link import Address, Link, Refused, text
 from conveyor.brokers.redis.sending import Publishing, Settling
 from conveyor.brokers.redis.subscription import RedisSubscription, topics_of
 from conveyor.core.message import Message
-from conveyor.errors import BrokerError, BrokerUnavailable, QueueConflict
+from conveyor.errors import BrokerError, BrokerUnavailable, QueueConflict, QueueInUse
 
 __all__ = ["RedisBroker", "RedisSubscription", "from_url"]
 
@@ -223,6 +223,14 @@ class RedisBroker:
             if gone < PURGED_AT_ONCE:
                 return purged
 
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        """See conveyor.broker.Broker."""
+        self._check_open()
+        await self._remove(queue, discard_dead=discard_dead, only_look=True)
+        await self.purge(queue)  # in parts: the server serves others between them
+        await self._remove(queue, discard_dead=discard_dead, only_look=False)
+        self._declared.pop(queue, None)
+
     async def risks(self) -> list[str]:
         """See conveyor.broker.Broker."""
         self._check_open()
@@ -300,6 +308,13 @@ class RedisBroker:
             place, ordered, temporary, holder = conflict
             declared = queues[(place - 2) // 6]
             raise _conflict(declared, text(ordered) == "1", text(temporary) == "1", text(holder), self.owner)
+
+    async def _remove(self, queue: str, *, discard_dead: bool, only_look: bool) -> None:
+        consumers, dead = await self._ask(scripts.REMOVE, queue, int(discard_dead), int(only_look))
+        if consumers:
+            raise QueueInUse(queue, consumers=consumers)
+        if dead and not discard_dead:
+            raise QueueInUse(queue, dead=dead)
 
     async def _ask(self, script: scripts.Script, queue: str, *arguments: Any) -> Any:
         """Run a script on one queue, which must be there."""

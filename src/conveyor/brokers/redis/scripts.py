@@ -41,9 +41,11 @@ PUBLISH: Final = _load("publish")
 PURGE: Final = _load("purge")
 QUEUES: Final = _load("queues")
 REDRIVE: Final = _load("redrive")
+REMOVE: Final = _load("remove")
 SETTLE: Final = _load("settle")
 VOID: Final = _load("void")
 
 ALL: Final = (
-    *(ATTEND, BEAT, BURY, CLAIM, DECLARE, EXTEND, GIVE_BACK, LEAVE, PUBLISH, PURGE, QUEUES, REDRIVE, SETTLE, VOID),
+    *(ATTEND, BEAT, BURY, CLAIM, DECLARE, EXTEND, GIVE_BACK, LEAVE, PUBLISH, PURGE, QUEUES, REDRIVE, REMOVE, SETTLE),
+    VOID,
 )

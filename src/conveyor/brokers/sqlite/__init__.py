@@ -345,6 +345,12 @@ class SqliteBroker:
             purged += number
         return purged
 
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        """See conveyor.broker.Broker."""
+        await self._call(lambda store: store.check_unused(queue, discard_dead=discard_dead))
+        await self.purge(queue)  # in parts: others have their turn between them
+        await self._call(lambda store: store.remove(queue, discard_dead=discard_dead))
+
     async def risks(self) -> list[str]:
         """See conveyor.broker.Broker. Of a broker that is not open, only what its settings say."""
         risks: list[str] = []

@@ -190,6 +190,9 @@ DELETE FROM binding WHERE queue = :queue;
 DELETE FROM subscription WHERE queue = :queue;
 DELETE FROM queue WHERE id = :queue
 
+-- name: receivers
+SELECT socket FROM subscription JOIN owner ON owner.id = subscription.owner WHERE subscription.queue = ?1
+
 -- name: set_bounded
 UPDATE message SET bounded = ?2 WHERE queue = ?1 AND bounded <> ?2
 

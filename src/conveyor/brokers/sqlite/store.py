@@ -14,7 +14,7 @@ from conveyor.brokers.sqlite.queue_file import SQL, QueueFile
 from conveyor.brokers.sqlite.wake import WakeSockets
 from conveyor.core.message import JSON, NO_HEADERS, Message, redriven
 from conveyor.core.settle import Dead, Done, RetryAt
-from conveyor.errors import BrokerError, BrokerUnavailable, QueueConflict
+from conveyor.errors import BrokerError, BrokerUnavailable, QueueConflict, QueueInUse
 
 Receipt = tuple[int, int]
 """A message's row, and the token of its lease; all messages of one claim have one token."""
@@ -416,6 +416,23 @@ class Store:
         if purged and row.ordered:  # the next part may never come
             self._db.execute(SQL["next_of_queue"], (row.id, self._now))
         return purged
+
+    def check_unused(self, queue: str, *, discard_dead: bool) -> None:
+        """Raise QueueInUse where somebody receives from a queue, or it has dead letters that are to stay."""
+        row = self._declared(queue)
+        sockets = self.file.rows(SQL["receivers"], row.id)
+        if consumers := sum(self._sockets.is_alive(name) for [name] in sockets):
+            raise QueueInUse(queue, consumers=consumers)
+        [[dead]] = self.file.rows("SELECT count(*) FROM dead_letter WHERE queue = ?", queue)
+        if dead and not discard_dead:
+            raise QueueInUse(queue, dead=dead)
+
+    def remove(self, queue: str, *, discard_dead: bool) -> None:
+        """A queue goes, with all that is in it."""
+        self.check_unused(queue, discard_dead=discard_dead)
+        self._db.execute("DELETE FROM dead_letter WHERE queue = ?", (queue,))
+        self._db.execute(SQL["remove_queue"], {"queue": self._by_name[queue].id})
+        self._changed()
 
     def bury(self, letters: Iterable[DeadLetter]) -> None:
         """Keep dead letters that came from elsewhere."""

@@ -292,6 +292,19 @@ local function remove(name)
   known[name] = false
 end
 
+-- How many live subscriptions a queue has; those of the dead are forgotten.
+local function consumers_of(name)
+  local consumers, there = 0, call('HGETALL', prefix .. 'consumers:' .. name)
+  for i = 1, #there, 2 do
+    if call('EXISTS', prefix .. 'owner:' .. there[i]) == 1 then
+      consumers = consumers + there[i + 1]
+    else
+      call('HDEL', prefix .. 'consumers:' .. name, there[i])
+    end
+  end
+  return consumers
+end
+
 -- Temporary queues whose owner gives no sign of life vanish.
 local function sweep()
   local held = call('HGETALL', prefix .. 'temporary')

@@ -29,17 +29,9 @@ for _, name in ipairs(call('SMEMBERS', KEYS[1])) do
       end
     end
   end
-  local consumers, there = 0, call('HGETALL', prefix .. 'consumers:' .. name)
-  for i = 1, #there, 2 do
-    if call('EXISTS', prefix .. 'owner:' .. there[i]) == 1 then
-      consumers = consumers + there[i + 1]
-    else
-      call('HDEL', prefix .. 'consumers:' .. name, there[i])
-    end
-  end
   all[#all + 1] = {
     name, call('HGET', prefix .. 'settings:' .. name, 'topics'), fresh + ready + passed + leased - alive, alive,
-    later - passed + behind, call('XLEN', queue.dead), since < 0 and -1 or math.max(0, now - since), consumers,
+    later - passed + behind, call('XLEN', queue.dead), since < 0 and -1 or math.max(0, now - since), consumers_of(name),
     queue.ordered and 1 or 0, queue.max or -1, queue.holder ~= '' and 1 or 0, queue.lease,
   }
 end
