@@ -1,0 +1,335 @@
+"""What happened to messages: the entries of the journal, and what they add up to. The order in which they arrive does not matter."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+
+class Kind(enum.StrEnum):
+    """What an entry tells."""
+
+    PUBLISHED = "published"
+    """It was published; by a worker's handler, or by a program."""
+    STARTED = "started"
+    """An attempt was running at that moment; short ones are only noted by their end."""
+    PROGRESSED = "progressed"
+    """How far the running attempt says it is."""
+    SUCCEEDED = "succeeded"
+    """The attempt succeeded."""
+    DUPLICATE = "duplicate"
+    """The ledger knew it already: nothing was done again."""
+    RETRIED = "retried"
+    """The attempt failed, and another one comes at due."""
+    RELEASED = "released"
+    """It went back to its queue, uncounted."""
+    CANCELLED = "cancelled"
+    """Somebody cancelled it; it is not handled any more."""
+    DEAD = "dead"
+    """It was given up, and is a dead letter."""
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One thing that happened to one message. New fields go to the end, with a default.
+
+    Parameters:
+        at: Unix seconds.
+        worker: the identity (``<application>.<name>``) of the worker that did it; "" is a program that published.
+        process: where: ``<host>/<pid>``.
+        queue: where the message waited; "" where that does not matter.
+        attempt: 1 is the first; 0 where none was made.
+        crashes: earlier hand-overs that ended without a word, because their process died.
+        correlation_id: as the message has it, and so causation_id.
+        started: Unix seconds when the attempt began; None where none was made.
+        due: Unix seconds before which nobody receives the message; 0.0 is at once.
+        reason: why it is dead; see conveyor.core.settle.Reason.
+        error: what the attempt failed with, its type and what it says.
+        traceback: where, bounded.
+        done: progress: so much, in any unit.
+        total: progress: of so much; None where nobody knows.
+        note: progress in words.
+        result: what the job returned, as JSON; None where it returned nothing that is kept.
+    """
+
+    kind: Kind
+    at: float
+    message_id: str
+    topic: str
+    worker: str = ""
+    process: str = ""
+    queue: str = ""
+    attempt: int = 0
+    crashes: int = 0
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    started: float | None = None
+    due: float = 0.0
+    reason: str = ""
+    error: str = ""
+    traceback: str = ""
+    done: float | None = None
+    total: float | None = None
+    note: str = ""
+    result: bytes | None = None
+
+    @property
+    def journey(self) -> str:
+        """The id of the journey that its message belongs to."""
+        return self.correlation_id or self.message_id
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """What travels from a process to the keeper in one message."""
+
+    entries: tuple[Entry, ...]
+
+
+class Status(enum.StrEnum):
+    """Where a job is."""
+
+    WAITING = "waiting"
+    """In its queue."""
+    RUNNING = "running"
+    """A worker is at it."""
+    RETRYING = "retrying"
+    """It failed, and waits for its next attempt."""
+    DONE = "done"
+    """It succeeded."""
+    FAILED = "failed"
+    """Given up at once, because its error is not one to try again after, or its payload makes no sense; a dead letter."""
+    DEAD = "dead"
+    """Given up after every attempt, or because its processes died or its time was over; a dead letter."""
+    CANCELLED = "cancelled"
+    """Somebody cancelled it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens by itself."""
+        return self in ENDED
+
+
+ENDED: Final = frozenset({Status.DONE, Status.FAILED, Status.DEAD, Status.CANCELLED})
+GIVEN_UP_AT_ONCE: Final = frozenset({"rejected", "invalid"})
+"""The reasons (conveyor.core.settle.Reason) that no further attempt could have changed."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A message and what one worker made of it so far.
+
+    Parameters:
+        id: the message's.
+        worker: the identity of the worker; "" while none has had it.
+        process: where it ran last.
+        attempts: begun so far, as far as is known.
+        crashes: processes that died while they handled it.
+        created: Unix seconds when it was published; None where that is not known.
+        due: Unix seconds of the next attempt; 0.0 is at once.
+        started: Unix seconds when the last attempt began; None where none did.
+        ended: Unix seconds when it was over; None while it is not.
+        error: what the last failed attempt failed with; "" where it is done, or none has failed.
+        done, total, note: the last progress of the last attempt.
+        result: what it returned, as JSON.
+    """
+
+    id: str
+    topic: str
+    worker: str = ""
+    process: str = ""
+    queue: str = ""
+    status: Status = Status.WAITING
+    attempts: int = 0
+    crashes: int = 0
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    created: float | None = None
+    due: float = 0.0
+    started: float | None = None
+    ended: float | None = None
+    reason: str = ""
+    error: str = ""
+    traceback: str = ""
+    done: float | None = None
+    total: float | None = None
+    note: str = ""
+    result: bytes | None = None
+
+
+class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs are meant; what is None does not restrict.
+
+    Parameters:
+        ids: of their messages.
+        worker: a worker's identity, or its name alone.
+        topic: what they were published under.
+        since: Unix seconds; something happened to them since then.
+    """
+
+    ids: tuple[str, ...] | None = None
+    status: Status | None = None
+    worker: str | None = None
+    topic: str | None = None
+    since: float | None = None
+
+    def fits(self, job: Job) -> bool:
+        """Whether a job is one of these; since is for whoever knows the entries."""
+        return (
+            (self.ids is None or job.id in self.ids)
+            and (self.status is None or job.status is self.status)
+            and (self.worker is None or self.worker in (job.worker, job.worker.rpartition(".")[2]))
+            and (self.topic is None or job.topic == self.topic)
+        )
+
+
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """The same entries, each once, as they happened."""
+    return sorted(set(entries), key=_order)
+
+
+def job_of(entries: Iterable[Entry]) -> Job:
+    """What the entries of one message, by one worker, add up to; those of several workers are jobs_of()'s.
+
+    Raises:
+        ValueError: there are none.
+    """
+    known = in_order(entries)
+    if not known:
+        raise ValueError("nothing is known about this job")
+    published = [entry for entry in known if entry.kind is Kind.PUBLISHED]
+    handled = [entry for entry in known if entry.kind is not Kind.PUBLISHED]
+    any_one = known[0]
+    job = Job(
+        id=any_one.message_id,
+        topic=any_one.topic,
+        created=published[0].at if published else None,
+        due=published[0].due if published else 0.0,
+        correlation_id=any_one.correlation_id,
+        causation_id=any_one.causation_id,
+    )
+    return job if not handled else _handled(job, handled)
+
+
+def jobs_of(entries: Iterable[Entry]) -> list[Job]:
+    """The jobs that these entries tell of, the newest first: one for each message and worker that had it."""
+    published: dict[str, list[Entry]] = {}
+    handled: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        if entry.kind is Kind.PUBLISHED:
+            published.setdefault(entry.message_id, []).append(entry)
+        else:
+            handled.setdefault((entry.message_id, entry.worker), []).append(entry)
+    had = {id for id, _ in handled}
+    jobs = [job_of([*published.get(id, ()), *own]) for (id, _), own in handled.items()]
+    jobs += [job_of(own) for id, own in published.items() if id not in had]
+    return sorted(jobs, key=lambda job: (-(job.ended or job.started or job.created or 0.0), job.id, job.worker))
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """A message on a journey: what happened to it, and where it led.
+
+    Parameters:
+        entries: as they happened.
+        leads_to: the messages that its handlers published, as they happened.
+    """
+
+    message_id: str
+    topic: str
+    entries: tuple[Entry, ...]
+    leads_to: tuple[Stop, ...] = ()
+
+
+def stops(entries: Iterable[Entry]) -> list[Stop]:
+    """A journey as a tree by causation; its roots are the messages whose cause is not among them."""
+    of: dict[str, list[Entry]] = {}
+    for entry in in_order(entries):
+        of.setdefault(entry.message_id, []).append(entry)
+    caused: dict[str, list[str]] = {}
+    first: list[str] = []
+    for id, own in of.items():
+        cause = next((entry.causation_id for entry in own if entry.causation_id in of), None)
+        (first if cause is None else caused.setdefault(cause, [])).append(id)
+    roots: list[str] = []
+    walked: dict[str, list[str]] = {}
+    # Ids that come from elsewhere may form a circle, which no root leads to: it is cut at what came first.
+    for root in (*first, *of):
+        if root in walked:
+            continue
+        roots.append(root)
+        walked[root] = []
+        waiting = [root]
+        while waiting:  # no recursion: a journey may have more hops than Python has frames
+            id = waiting.pop()
+            for child in caused.get(id, ()):
+                if child not in walked:
+                    walked[child] = []
+                    walked[id].append(child)
+                    waiting.append(child)
+    made: dict[str, Stop] = {}
+    for id in reversed(walked):
+        made[id] = Stop(id, of[id][0].topic, tuple(of[id]), tuple(made[child] for child in walked[id]))
+    return [made[root] for root in roots]
+
+
+_RANK: Final = {kind: place for place, kind in enumerate(Kind)}
+
+
+def _order(entry: Entry) -> tuple[object, ...]:
+    """By time; what carries the same one, by what must have come first, and then by anything that tells them apart."""
+    return (
+        entry.at,
+        _RANK[entry.kind],
+        entry.attempt,
+        -1.0 if entry.done is None else entry.done,
+        *(str(getattr(entry, field)) for field in entry.__struct_fields__),
+    )
+
+
+def _handled(job: Job, handled: Sequence[Entry]) -> Job:
+    """A job with what became of it."""
+    last = handled[-1]
+    succeeded = next((e for e in handled if e.kind is Kind.SUCCEEDED), None)
+    duplicate = next((e for e in handled if e.kind is Kind.DUPLICATE), None)
+    cancelled = next((e for e in handled if e.kind is Kind.CANCELLED), None)
+    # What succeeded stays done, whatever a repeated delivery did behind it; a dead letter may be redriven.
+    end = succeeded or duplicate or cancelled or (last if last.kind is Kind.DEAD else None)
+    decisive = end or last
+    failure = next((e for e in reversed(handled) if e.error), None)
+    begun = max((e.started for e in handled if e.started is not None), default=None)
+    progress = next((e for e in reversed(handled) if e.done is not None), None)
+    return msgspec.structs.replace(
+        job,
+        worker=decisive.worker,
+        process=decisive.process,
+        queue=decisive.queue,
+        status=_status(decisive),
+        attempts=max(e.attempt for e in handled),
+        crashes=max(e.crashes for e in handled),
+        due=decisive.due,
+        started=decisive.started if end is not None and decisive.started is not None else begun,
+        ended=None if end is None else end.at,
+        reason=decisive.reason,
+        error="" if failure is None or _status(decisive) is Status.DONE else failure.error,
+        traceback="" if failure is None or _status(decisive) is Status.DONE else failure.traceback,
+        done=None if progress is None else progress.done,
+        total=None if progress is None else progress.total,
+        note="" if progress is None else progress.note,
+        result=None if succeeded is None else succeeded.result,
+    )
+
+
+def _status(entry: Entry) -> Status:
+    match entry.kind:
+        case Kind.SUCCEEDED | Kind.DUPLICATE:
+            return Status.DONE
+        case Kind.DEAD:
+            return Status.FAILED if entry.reason in GIVEN_UP_AT_ONCE else Status.DEAD
+        case Kind.CANCELLED:
+            return Status.CANCELLED
+        case Kind.STARTED | Kind.PROGRESSED:
+            return Status.RUNNING
+        case Kind.RETRIED:
+            return Status.RETRYING
+        case _:
+            return Status.WAITING

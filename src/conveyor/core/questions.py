@@ -1,0 +1,67 @@
+"""What can be asked about the journal, and what is answered."""
+
+from __future__ import annotations
+
+import msgspec
+
+from conveyor.core.journal import Entry, Job, JobFilter
+
+
+class JourneyOf(msgspec.Struct, frozen=True, tag="journey", omit_defaults=True):
+    """The whole journey of a message.
+
+    Parameters:
+        id: of the message, or of the journey (its correlation id); the beginning of one is enough where only one begins so.
+    """
+
+    id: str
+
+
+class JobsOf(msgspec.Struct, frozen=True, tag="jobs", omit_defaults=True):
+    """Jobs, the newest first, without their results."""
+
+    which: JobFilter = JobFilter()
+    limit: int = 100
+
+
+class EndOf(msgspec.Struct, frozen=True, tag="end", omit_defaults=True):
+    """The jobs of these messages, with their results, as soon as one has ended; at until (Unix seconds), as they are then."""
+
+    ids: tuple[str, ...]
+    until: float
+
+
+Request = JourneyOf | JobsOf | EndOf
+
+
+class Question(msgspec.Struct, frozen=True):
+    """A request on its way.
+
+    Parameters:
+        id: the answer carries it.
+        reply_to: the queue that the answer goes to.
+    """
+
+    id: str
+    reply_to: str
+    request: Request
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one keeper knows.
+
+    Parameters:
+        to: the question's id.
+        entries: of the journey, in any order.
+        jobs: those that were asked for.
+        others: journeys that begin with the id as well, so that it is not clear which is meant.
+        more: there is more than fits into an answer.
+        problem: why it knows less than it should; "" where it does not.
+    """
+
+    to: str
+    entries: tuple[Entry, ...] = ()
+    jobs: tuple[Job, ...] = ()
+    others: tuple[str, ...] = ()
+    more: bool = False
+    problem: str = ""
