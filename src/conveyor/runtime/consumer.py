@@ -103,6 +103,7 @@ class Consumer:
         clock: gives Unix seconds.
         suspect: called with a delivery that has to run alone.
         emitted: called with what a handler has emitted.
+        failed: called with a delivery that ends with an error.
         carries: the headers that go on.
     """
 
@@ -116,6 +117,7 @@ class Consumer:
         clock: Clock,
         suspect: Callable[[Consumer, Delivery], None],
         emitted: Callable[[Sequence[Message]], None],
+        failed: Callable[[Consumer, Delivery, RetryAt | Dead], None],
         carries: Sequence[Carry] = (),
     ) -> None:
         self.worker = worker
@@ -126,6 +128,7 @@ class Consumer:
         self._clock = clock
         self._suspect = suspect
         self._note_emits = emitted
+        self._note_failure = failed
         self._carries = carries
         self._ready: deque[Delivery] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
@@ -145,6 +148,8 @@ class Consumer:
         """Open (set) while messages may be started."""
         self.progressed = time.monotonic()
         """When something was fetched or finished last."""
+        self.paused = False
+        """Nothing is fetched: its queue is paused."""
         self._closing = False
         self._decoders = {topic: codec.decode for topic, codec in worker.codecs.items()}
         # A process of the pool has its own clock, which starts when the attempt does and not while it waits for a free one.
@@ -562,13 +567,14 @@ class Consumer:
             self._tell(delivery, verdict)
         self._settler.add(delivery, verdict)
 
-    def _tell(self, delivery: Delivery, verdict: Verdict) -> None:
+    def _tell(self, delivery: Delivery, verdict: RetryAt | Dead) -> None:
         self._speak_of(delivery)
+        self._note_failure(self, delivery, verdict)
         if isinstance(verdict, RetryAt):
             self.metrics.retried += 1
             wait = max(0.0, verdict.due - self._clock())
             log.warning("attempt %d failed, again in %.1f s: %s", delivery.attempts + 1, wait, verdict.error)
-        elif isinstance(verdict, Dead):
+        else:
             self.metrics.dead += 1
             log.error("dead letter (%s): %s", verdict.reason, verdict.error, extra={"traceback": verdict.traceback})
 

@@ -227,13 +227,12 @@ class Control:
 
     Parameters:
         broker: open.
+        app: the application whose workers run here.
         switches: what is known of paused queues from before.
-        status: gives this runner's status, with its failures behind a number; None where there is nothing to tell.
     """
 
-    def __init__(
-        self, broker: Broker, *, switches: Switches | None = None, status: Callable[[int], Status] | None = None
-    ) -> None:
+    def __init__(self, broker: Broker, app: str = "", *, switches: Switches | None = None) -> None:
+        self.app: Final = app
         self.runner: Final = uuid.uuid4().hex[:12]
         """Names it among all runners."""
         self.switches: Switches = dict(switches or {})
@@ -243,7 +242,8 @@ class Control:
         """Called with the ids of messages that shall not be handled."""
         self.to_cancel: Callable[[], Sequence[str]] = _no_ids
         """Gives the ids that a runner which starts has to be told."""
-        self.status = status
+        self.status: Callable[[int], Status] | None = None
+        """Gives this runner's status, with its failures behind a number; None where there is nothing to tell."""
         self.problem: str | None = None
         """Why nothing can be heard now, in words."""
         self._own_topic = f"{CONTROL}.{self.runner}"

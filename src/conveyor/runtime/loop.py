@@ -32,6 +32,10 @@ class Loops:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.problems: dict[str, str] = {}
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a loop of this name runs."""
+        return name in self._tasks
+
     def start(self, name: str, body: Callable[[], Awaitable[None]]) -> None:
         """Run body in the background under a name that is not in use."""
         if name in self._tasks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,14 +14,15 @@ from typing import Final
 
 from conveyor.broker import Broker, Clock, Delivery, QueueInfo
 from conveyor.core.message import Message
-from conveyor.core.settle import Release, describe
+from conveyor.core.settle import Dead, Release, RetryAt, describe
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
 from conveyor.runtime.consumer import Consumer
+from conveyor.runtime.control import Control, Failure, Status, WorkerStatus
 from conveyor.runtime.health import Health
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS, Loops
-from conveyor.runtime.metrics import Metrics, Snapshot
+from conveyor.runtime.metrics import Metrics, Snapshot, resident_bytes
 from conveyor.runtime.settler import Settler
 from conveyor.runtime.worker import Worker
 
@@ -37,6 +40,10 @@ CANCEL_SECONDS: Final = 1.0
 """How soon a cancelled handler has to end."""
 LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
+RECENT_FAILURES: Final = 20
+"""Failures that are kept for whoever asks how this runner is."""
+LONGEST_TRACE: Final = 4_000
+"""Characters of a traceback that are kept of each, from its end."""
 
 
 class Runner:
@@ -48,6 +55,7 @@ class Runner:
         around: what the handlers share.
         metrics: counts.
         clock: gives Unix seconds.
+        control: what it is told and asked by; None where nobody can. It is started and closed here.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class Runner:
         around: Surroundings,
         metrics: Metrics,
         clock: Clock = time.time,
+        control: Control | None = None,
     ) -> None:
         self._broker = broker
         self._around = around
@@ -76,6 +85,15 @@ class Runner:
         self.was_cut = False
         """Handlers were cancelled because they did not finish in time."""
         self._clock = clock
+        self._alone_at_work = False
+        """No worker may fetch, because a suspect is about to run, or runs."""
+        self._failures: deque[Failure] = deque(maxlen=RECENT_FAILURES)
+        self._turned = asyncio.Event()
+        """A queue was paused, or goes on."""
+        self.control = control
+        if control is not None:
+            control.status = self.status
+            control.on_turn = self._turned.set
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 
     def _consumer(self, worker: Worker) -> Consumer:
@@ -90,6 +108,7 @@ class Runner:
             self._clock,
             self._suspect,
             self._note_emits,
+            self._note_failure,
             self._around.carries,
         )
 
@@ -97,20 +116,30 @@ class Runner:
         """Subscribe and begin."""
         self._bound = _topics(await self._broker.queues())
         try:
+            if self.control is not None:
+                await self.control.start()
             for consumer in self.consumers.values():
                 await consumer.open()
         except BaseException:
             for consumer in self.consumers.values():
                 await consumer.close()
+            if self.control is not None:
+                await self.control.close()
             raise
         self._loops.start("settle", self._settler.run)
         self._loops.start("heartbeat", self._beat)
         self._loops.start("deadlines", self._watch_deadlines)
         self._loops.start("suspects", self._run_suspects)
         self._loops.start("stalls", self._watch_stalls)
-        for name, consumer in self.consumers.items():
-            self._loops.start(f"fetch {name}", consumer.fetch)
         self._state = "running"
+        paused = self._paused()
+        for consumer in self.consumers.values():
+            if consumer.worker.queue.name in paused:
+                consumer.paused = True
+                consumer.gate.clear()
+            else:
+                self._go_on(consumer)
+        self._loops.start("pauses", self._heed_pauses)
 
     async def drain(self, grace_seconds: float | None = DEFAULT_GRACE_SECONDS) -> bool:
         """Stop in order: not ready, fetch no more, give back what has not started, finish what runs, settle, close.
@@ -128,7 +157,7 @@ class Runner:
         for consumer in consumers:
             consumer.gate.clear()
             consumer.release_unstarted()
-        await self._loops.stop("stalls", "suspects", *(f"fetch {name}" for name in self.consumers))
+        await self._loops.stop("stalls", "suspects", "pauses", *(f"fetch {name}" for name in self.consumers))
         for consumer in consumers:
             consumer.gate.clear()
         while self._suspects:
@@ -144,6 +173,8 @@ class Runner:
         for consumer in consumers:
             with contextlib.suppress(BrokerError):
                 await consumer.close()
+        if self.control is not None:
+            await self.control.close()
         await self._loops.stop()
         self._state = "stopped"
         return not self.was_cut
@@ -173,6 +204,13 @@ class Runner:
             unready.append(f"outbox: {self._around.relay.problem}")
         unready.extend(f"{name}: {problem}" for name, problem in self._loops.problems.items())
         notes = [] if self._alone is None else [self._alone]
+        notes.extend(
+            f"worker {name}: its queue {consumer.worker.queue.name} is paused"
+            for name, consumer in self.consumers.items()
+            if consumer.paused
+        )
+        if self.control is not None and self.control.problem:
+            notes.append(f"hears no orders: {self.control.problem}")
         if self._around.ledger is not None and self._metrics.outbox_parked:
             notes.append(
                 f"outbox: {self._metrics.outbox_parked} parked; see: conveyor outbox list {self._around.ledger.app}"
@@ -184,6 +222,93 @@ class Runner:
         for consumer in self.consumers.values():
             consumer.metrics.in_flight = len(consumer.held())
         return self._metrics.snapshot()
+
+    def status(self, seen: int = 0) -> Status:
+        """How it is, for whoever asks over the control plane.
+
+        Parameters:
+            seen: the number of its failures that are known already.
+        """
+        workers = [
+            WorkerStatus(
+                name=name,
+                queue=consumer.worker.queue.name,
+                concurrency=consumer.worker.concurrency,
+                in_flight=len(consumer.held()),
+                handled=consumer.metrics.succeeded,
+                failed=consumer.metrics.failed,
+                retried=consumer.metrics.retried,
+                dead=consumer.metrics.dead,
+                paused=consumer.paused,
+            )
+            for name, consumer in self.consumers.items()
+        ]
+        return Status(
+            runner="" if self.control is None else self.control.runner,
+            app="" if self.control is None else self.control.app,
+            process=self._metrics.process,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=self._metrics.started,
+            at=time.monotonic(),
+            resident_bytes=resident_bytes(),
+            health=self.health(),
+            workers=tuple(workers),
+            switches={} if self.control is None else dict(self.control.switches),
+            failures=tuple(failure for failure in self._failures if failure.number > seen),
+        )
+
+    # --- pauses -------------------------------------------------------------------------------------------------------
+
+    def _paused(self) -> frozenset[str]:
+        return frozenset() if self.control is None else self.control.paused
+
+    def _go_on(self, consumer: Consumer) -> None:
+        """Let a worker fetch, unless something else is against it."""
+        if self._state != "running" or self._alone_at_work or consumer.paused:
+            return
+        consumer.resume()
+        if (loop := f"fetch {consumer.worker.name}") not in self._loops:
+            self._loops.start(loop, consumer.fetch)
+
+    async def _heed_pauses(self) -> None:
+        """Workers of a paused queue fetch nothing, give back what they have not begun, and finish what they have."""
+        while True:
+            paused = self._paused()
+            for name, consumer in self.consumers.items():
+                if consumer.paused == (consumer.worker.queue.name in paused):
+                    continue
+                consumer.paused = not consumer.paused
+                if not consumer.paused:
+                    self._go_on(consumer)
+                    continue
+                consumer.gate.clear()
+                consumer.release_unstarted()
+                await self._loops.stop(f"fetch {name}")  # what it claims in this moment goes back, too
+                self._release_suspects(consumer)
+            await self._turned.wait()
+            self._turned.clear()
+
+    def _release_suspects(self, of: Consumer) -> None:
+        kept = [(consumer, delivery) for consumer, delivery in self._suspects if consumer is not of]
+        for consumer, delivery in self._suspects:
+            if consumer is of:
+                self._settler.add(delivery, Release())
+        self._suspects = deque(kept)
+
+    def _note_failure(self, consumer: Consumer, delivery: Delivery, verdict: RetryAt | Dead) -> None:
+        failure = Failure(
+            number=self._failures[-1].number + 1 if self._failures else 1,
+            at=self._clock(),
+            worker=consumer.worker.name,
+            queue=delivery.queue,
+            message_id=delivery.message.id,
+            attempt=delivery.attempts + 1,
+            error=verdict.error,
+            traceback=verdict.traceback[-LONGEST_TRACE:],
+            dead=isinstance(verdict, Dead),
+        )
+        self._failures.append(failure)
 
     # --- loops --------------------------------------------------------------------------------------------------------
 
@@ -231,7 +356,9 @@ class Runner:
             now = time.monotonic()
             alone = self._alone is not None  # then the others wait on purpose
             idle = [
-                c for c in self.consumers.values() if not (alone or c.busy) and now - c.progressed > STALL_SECONDS / 3
+                c
+                for c in self.consumers.values()
+                if not (alone or c.busy or c.paused) and now - c.progressed > STALL_SECONDS / 3
             ]
             ready = {info.name: info.ready for info in infos}
             hungry = [c for c in idle if ready.get(c.worker.queue.name)]
@@ -271,15 +398,15 @@ class Runner:
             while self._suspects:
                 consumer, delivery = self._suspects.popleft()
                 self._waits_alone = delivery
+                self._alone_at_work = True
                 # A fetch that waits in the broker would take back at once what is released now, and hold it at the crash.
                 await self._loops.stop(*(f"fetch {name}" for name in self.consumers))
                 try:
                     await self._run_alone(consumer, delivery)
                 finally:
-                    for name, other in self.consumers.items():
-                        other.resume()
-                        if self._state == "running":
-                            self._loops.start(f"fetch {name}", other.fetch)
+                    self._alone_at_work = False
+                    for other in self.consumers.values():
+                        self._go_on(other)
 
     async def _run_alone(self, consumer: Consumer, delivery: Delivery) -> None:
         for other in self.consumers.values():
