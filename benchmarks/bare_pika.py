@@ -18,9 +18,10 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 
 from benchmarks import pings
 from benchmarks.load import orders
-from benchmarks.order import ORDER, TASKS, Countdown, OrderCreated
+from benchmarks.order import ORDER, TASKS, TOPIC, Countdown, OrderCreated
 from benchmarks.pings import Ping, Waits
 from benchmarks.subject import Load
+from conveyor.brokers.rabbitmq.address import DEFAULT_EXCHANGE
 from conveyor.brokers.rabbitmq.envelope import properties_of
 
 FILLED: Final = "orders.handle"
@@ -61,9 +62,9 @@ class _Bare:
         self._connection.channel(on_open_callback=opened.set_result)
         self.channel = await opened
 
-    async def declare(self, arguments: Mapping[str, str]) -> None:
-        """A durable queue."""
-        await self.ask(self.channel.queue_declare, QUEUE, durable=True, arguments=dict(arguments))
+    async def declare(self) -> None:
+        """A quorum queue."""
+        await self.ask(self.channel.queue_declare, QUEUE, durable=True, arguments={"x-queue-type": "quorum"})
 
     async def ask(self, method: Any, *arguments: Any, **options: Any) -> None:
         """Call what answers with a callback."""
@@ -100,12 +101,13 @@ def consume(url: str, load: Load) -> Mapping[str, float]:
     return asyncio.run(_consume(url, load))
 
 
-async def _publish(url: str, load: Load, properties: pika.BasicProperties) -> dict[str, float]:
+async def _publish(
+    url: str, load: Load, exchange: str, routing_key: str, properties: pika.BasicProperties
+) -> dict[str, float]:
     """Publish with a window of unconfirmed messages; each is encoded anew."""
     encode = msgspec.json.Encoder().encode
     bare = _Bare()
     await bare.open(url)
-    await bare.declare({"x-queue-type": "classic", "x-queue-mode": "lazy"})
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     sent = 0
     unconfirmed: set[int] = set()
@@ -113,7 +115,7 @@ async def _publish(url: str, load: Load, properties: pika.BasicProperties) -> di
     def fill_window() -> None:
         nonlocal sent
         while sent < load.messages and len(unconfirmed) < TASKS:
-            bare.channel.basic_publish("", QUEUE, encode(ORDER), properties, mandatory=True)
+            bare.channel.basic_publish(exchange, routing_key, encode(ORDER), properties, mandatory=True)
             sent += 1
             unconfirmed.add(sent)
 
@@ -137,20 +139,20 @@ async def _publish(url: str, load: Load, properties: pika.BasicProperties) -> di
 
 
 def publish(url: str, load: Load) -> Mapping[str, float]:
-    """With confirms, 100 of which may be outstanding; the same properties and headers as Conveyor's."""
-    return asyncio.run(_publish(url, load, _envelope()))
+    """With confirms, 100 of which may be outstanding; through the same exchange, with the same properties and headers."""
+    return asyncio.run(_publish(url, load, DEFAULT_EXCHANGE, TOPIC, _envelope()))
 
 
 def publish_body(url: str, load: Load) -> Mapping[str, float]:
-    """The same without an envelope."""
-    return asyncio.run(_publish(url, load, BODY_ALONE))
+    """The same without an envelope, straight to the queue."""
+    return asyncio.run(_publish(url, load, "", FILLED, BODY_ALONE))
 
 
 async def _latency(url: str, load: Load) -> dict[str, float]:
     encode = msgspec.json.Encoder().encode
     bare = _Bare()
     await bare.open(url)
-    await bare.declare({"x-queue-type": "quorum"})
+    await bare.declare()
     await bare.ask(bare.channel.confirm_delivery, lambda _: None)
     properties = _envelope()
 
@@ -175,7 +177,7 @@ async def _receive(url: str) -> None:
     waits = Waits()
     bare = _Bare()
     await bare.open(url)
-    await bare.declare({"x-queue-type": "quorum"})
+    await bare.declare()
 
     def on_message(channel: Any, method: Any, _: Any, body: bytes) -> None:
         waits.note(decode(body))
