@@ -51,12 +51,22 @@ _BEGIN: Final = b"".join(
     _name(PREFIX + attribute) + _SIZE.pack(len(value)) + value.encode()
     for attribute, value in (("specversion", "1.0"), ("source", SOURCE))
 )
+_JSON_TYPE: Final = _short(JSON.encode())
+_BYTES: Final = tuple(bytes([number]) for number in range(LONGEST + 1))
 
 
 @functools.lru_cache(maxsize=1024)
-def _typed(topic: str) -> tuple[bytes, bytes]:
+def _begin(topic: str, id_size: int, time_size: int, others_size: int, correlated: bool) -> tuple[bytes, bytes, bytes]:
+    """What is the same in many messages: up to the id, between id and time, and the end."""
     raw = topic.encode()
-    return _NAMES["type"] + _SIZE.pack(len(raw)) + raw, _short(raw)
+    kind = _NAMES["type"] + _SIZE.pack(len(raw)) + raw
+    until_id = _BEGIN + kind + _NAMES["id"] + _SIZE.pack(id_size)
+    until_time = _NAMES["time"] + _SIZE.pack(time_size)
+    size = len(until_id) + id_size + len(until_time) + time_size + others_size
+    flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _MESSAGE_ID | _TIMESTAMP | _TYPE
+    if correlated:
+        flags |= _CORRELATION_ID
+    return _FLAGS.pack(flags) + _JSON_TYPE + _SIZE.pack(size) + until_id, until_time, _short(raw)
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,48 +90,37 @@ def encode(message: Message, slot: bytes) -> bytes | None:
         slot: the header that tells the slot of its key, encoded; empty where it has no key.
     """
     created = message.created
-    if message.headers or message.due or message.expires is not None or not 1.0 <= created < LATEST:
+    if message.headers or message.due or message.expires is not None or message.priority or not 1.0 <= created < LATEST:
         return None
-    id_, correlation = message.id.encode(), message.correlation_id
-    if not 0 < len(id_) <= LONGEST or message.content_type != JSON or len(message.topic) > LONGEST // 4:
+    id_, correlation = message.id.encode(), (message.correlation_id or "").encode()
+    if message.content_type != JSON or len(message.topic) > LONGEST // 4:
         return None
-    header, kind = _typed(message.topic)
-    time = _rfc_3339(created)
-    table = [_BEGIN, _NAMES["id"], _SIZE.pack(len(id_)), id_, header, _NAMES["time"], _SIZE.pack(len(time)), time]
-    flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _MESSAGE_ID | _TIMESTAMP | _TYPE
-    between = b""
-    if message.key:
-        raw = message.key.encode()
-        table += (_NAMES["key"], _SIZE.pack(len(raw)), raw)
-    if correlation:
-        raw = correlation.encode()
-        if len(raw) > LONGEST:
-            return None
-        flags |= _CORRELATION_ID
-        between = _short(raw)
+    if not 0 < len(id_) <= LONGEST or len(correlation) > LONGEST:
+        return None
+    others = slot
     if message.causation_id:
         raw = message.causation_id.encode()
-        table += (_NAMES["causation_id"], _SIZE.pack(len(raw)), raw)
-    if message.priority:
-        return None
-    table.append(slot)
-    headers = b"".join(table)
+        others = _NAMES["causation_id"] + _SIZE.pack(len(raw)) + raw + others
+    if message.key:
+        raw = message.key.encode()
+        others = _NAMES["key"] + _SIZE.pack(len(raw)) + raw + others
+    time = _rfc_3339(created)
+    until_id, until_time, kind = _begin(message.topic, len(id_), len(time), len(others), bool(correlation))
     return b"".join(
         (
-            _FLAGS.pack(flags),
-            _JSON_TYPE,
-            _SIZE.pack(len(headers)),
-            headers,
+            until_id,
+            id_,
+            until_time,
+            time,
+            others,
             b"\x02",
-            between,
-            _short(id_),
+            _BYTES[len(correlation)] + correlation if correlation else b"",
+            _BYTES[len(id_)],
+            id_,
             _TIME.pack(int(created)),
             kind,
         )
     )
-
-
-_JSON_TYPE: Final = _short(JSON.encode())
 
 
 def decode(incoming: Incoming, known: Mapping[bytes, str]) -> tuple[str, str | None, dict[str, str | int]] | None:
