@@ -32,6 +32,10 @@ class Kind(enum.StrEnum):
     """It was given up, and is a dead letter."""
 
 
+ENDS: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.CANCELLED, Kind.DEAD})
+"""Behind one of these nothing more happens by itself."""
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One thing that happened to one message. New fields go to the end, with a default.
 
@@ -42,7 +46,8 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         queue: where the message waited; "" where that does not matter.
         attempt: 1 is the first; 0 where none was made.
         crashes: earlier hand-overs that ended without a word, because their process died.
-        correlation_id: as the message has it, and so causation_id.
+        correlation_id: of the journey; None where the message begins it.
+        causation_id: of the message whose handler published it; None where no handler did.
         started: Unix seconds when the attempt began; None where none was made.
         due: Unix seconds before which nobody receives the message; 0.0 is at once.
         reason: why it is dead; see conveyor.core.settle.Reason.
@@ -51,7 +56,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         done: progress: so much, in any unit.
         total: progress: of so much; None where nobody knows.
         note: progress in words.
-        result: what the job returned, as JSON; None where it returned nothing that is kept.
+        result: what the job returned, as JSON text; None where nothing is kept of it.
     """
 
     kind: Kind
@@ -73,7 +78,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     done: float | None = None
     total: float | None = None
     note: str = ""
-    result: bytes | None = None
+    result: str | None = None
 
     @property
     def journey(self) -> str:
@@ -131,7 +136,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         ended: Unix seconds when it was over; None while it is not.
         error: what the last failed attempt failed with; "" where it is done, or none has failed.
         done, total, note: the last progress of the last attempt.
-        result: what it returned, as JSON.
+        result: what it returned, as JSON text.
     """
 
     id: str
@@ -154,7 +159,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     done: float | None = None
     total: float | None = None
     note: str = ""
-    result: bytes | None = None
+    result: str | None = None
 
 
 class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,10 +180,11 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
 
     def fits(self, job: Job) -> bool:
         """Whether a job is one of these; since is for whoever knows the entries."""
+        who = job.worker or job.topic  # a task's topic is its worker's identity
         return (
             (self.ids is None or job.id in self.ids)
             and (self.status is None or job.status is self.status)
-            and (self.worker is None or self.worker in (job.worker, job.worker.rpartition(".")[2]))
+            and (self.worker is None or self.worker in (who, who.rpartition(".")[2]))
             and (self.topic is None or job.topic == self.topic)
         )
 

@@ -36,9 +36,16 @@ class Reason(enum.StrEnum):
 
 
 class Done(msgspec.Struct, frozen=True, gc=False):
-    """The handler succeeded; emits are published with it, or it is not done."""
+    """The handler succeeded; emits are published with it, or it is not done.
+
+    Parameters:
+        result: what a job returned, as JSON text, for the journal; brokers do not care.
+        repeated: nothing was done: the ledger knew the message already.
+    """
 
     emits: tuple[Message, ...] = ()
+    result: str | None = None
+    repeated: bool = False
 
 
 class RetryAt(msgspec.Struct, frozen=True, gc=False):
@@ -68,6 +75,7 @@ class Dead(msgspec.Struct, frozen=True, gc=False):
 
 Verdict = Done | RetryAt | Release | Dead
 DONE: Final = Done()
+REPEATED: Final = Done(repeated=True)
 
 
 def verdict_on_error(
