@@ -247,6 +247,7 @@ OFFERED: Final = frozenset(conveyor.__all__)
 PROMISED: Final = frozenset(
     """
     Conveyor Task event Message Context Transaction Retry Reject RetryPolicy NO_RETRY Call Middleware Next carried Watch
+    Pull Pulled
     ConveyorError ConfigurationError HandlerError PayloadError NoSubscriber BrokerError BrokerUnavailable
     BrokerFull PublishFailed carried
     """.split()

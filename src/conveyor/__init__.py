@@ -24,6 +24,7 @@ from conveyor.errors import (
 from conveyor.runtime.call import Call, Middleware, Next
 from conveyor.runtime.carry import carried
 from conveyor.runtime.context import Context
+from conveyor.runtime.pull import Pull, Pulled
 from conveyor.runtime.task import Task
 from conveyor.runtime.watch import Watch
 
@@ -51,6 +52,9 @@ __all__ = [  # noqa: RUF022 - by concept
     "Middleware",
     "Next",
     "carried",
+    # taking messages one by one
+    "Pull",
+    "Pulled",
     # looking on
     "Watch",
     # errors

@@ -34,6 +34,7 @@ from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
+from conveyor.runtime.pull import HELD, Pull
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.task import Task
 from conveyor.runtime.watch import BUFFER, Watch
@@ -443,6 +444,41 @@ class Conveyor:
         payload: Any = event
         kind = EventType(payload, topic) if topic is not None else event_type(payload)
         return self._connected.watches.watch(kind.topic, codec_for(kind.type), where, buffer)
+
+    def pull(
+        self,
+        event: type[T],
+        *,
+        topic: str | None = None,
+        queue: str | None = None,
+        retry: RetryPolicy | None = None,
+        lease: Seconds = DEFAULT_LEASE_SECONDS,
+        max_length: int | None = None,
+        prefetch: int = HELD,
+    ) -> Pull[T]:
+        """A queue of its own for the events of a type, for code that takes them one by one: ``async with app.pull(Order) as orders``.
+
+        Parameters:
+            topic: instead of the type's own.
+            queue: instead of ``<application>.<topic>``.
+            retry: when a failed attempt is repeated; left out, RetryPolicy().
+            lease: seconds (or timedelta) that a message may be held without a sign of life (Pulled.extend).
+            max_length: how many messages may wait; beyond, the oldest are dropped.
+            prefetch: messages that may be held at once and are not settled.
+        """
+        payload: Any = event
+        kind = EventType(payload, topic) if topic is not None else event_type(payload)
+        declared = Queue(
+            name=check_topic(queue or f"{self.name}.{kind.topic}"),
+            topics=(kind.topic,),
+            max_length=max_length,
+            lease_seconds=_seconds(lease),
+        )
+
+        async def broker() -> Broker:
+            return (await self.connect()).broker
+
+        return Pull(broker, declared, codec_for(kind.type), retry or RetryPolicy(), self._outgoing, prefetch)
 
     # --- running ------------------------------------------------------------------------------------------------------
 

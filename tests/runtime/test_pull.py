@@ -1,0 +1,162 @@
+"""Taking messages one by one: each is handed out once, and ends as its holder says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from conveyor import NO_RETRY, ConfigurationError, Conveyor, PayloadError, Reject, RetryPolicy
+
+if TYPE_CHECKING:
+    from servers.rabbitmq import RabbitMQ
+    from servers.redis import Redis
+
+AT_ONCE = RetryPolicy(attempts=3, initial=0.0, maximum=0.0)
+
+
+class Letter(msgspec.Struct, frozen=True):
+    text: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    text: str
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis", "rabbitmq"])
+async def app(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Conveyor]:
+    """An application that is connected to each kind of broker."""
+    if request.param in {"redis", "rabbitmq"}:
+        server: Redis | RabbitMQ = request.getfixturevalue(request.param)
+        url = server.url()
+    else:
+        url = {"memory": "memory://", "sqlite": f"sqlite:///{tmp_path / 'a.queue'}"}[request.param]
+    async with Conveyor("post", broker=url) as app:
+        yield app
+
+
+async def test_messages_are_taken_one_by_one_and_each_is_gone_when_it_is_done(app: Conveyor) -> None:
+    async with app.pull(Letter) as letters:
+        for text in ("a", "b"):
+            await app.publish(Letter(text))
+        first, second = await letters.take(), await letters.take()
+        assert first is not None
+        assert second is not None
+        assert (first.payload, second.payload) == (Letter("a"), Letter("b"))
+        assert await first.done()
+        assert await second.done()
+        assert await letters.take(0.2) is None
+        info = await letters.info()
+        assert (info.ready, info.in_flight, info.dead) == (0, 0, 0)
+
+
+async def test_what_is_published_with_a_message_goes_out_when_it_is_done_and_not_before(app: Conveyor) -> None:
+    async with app.pull(Letter, retry=AT_ONCE) as letters, app.pull(Answer) as answers:
+        sent = await app.publish(Letter("a"))
+        first = await letters.take()
+        assert first is not None
+        first.publish(Answer("no"))
+        assert await first.failed(ValueError("not now"))
+        again = await letters.take()
+        assert again is not None
+        assert again.attempt == 2
+        again.publish(Answer("yes"))
+        assert await again.done()
+        answer = await answers.take()
+        assert answer is not None
+        assert answer.payload == Answer("yes")
+        assert answer.message.causation_id == sent.id
+
+
+async def test_what_fails_for_good_is_a_dead_letter_that_can_be_sent_back_or_discarded(app: Conveyor) -> None:
+    async with app.pull(Letter, retry=NO_RETRY) as letters:
+        for text in ("a", "b"):
+            await app.publish(Letter(text), id=f"letter-{text}")
+            pulled = await letters.take()
+            assert pulled is not None
+            assert pulled.final(ValueError())
+            await pulled.failed(ValueError("unreadable"))
+        dead = await letters.dead_letters()
+        assert [(letter.message.id, letter.reason) for letter in dead] == [
+            ("letter-a", "exhausted"),
+            ("letter-b", "exhausted"),
+        ]
+        assert "unreadable" in dead[0].error
+        assert letters.decode(dead[0].message) == Letter("a")
+        assert await letters.redrive(await letters.dead_letters(id="letter-b")) == 1
+        again = await letters.take()
+        assert again is not None
+        assert (again.payload, again.attempt) == (Letter("b"), 1)
+        await again.done()
+        assert await letters.discard(await letters.dead_letters()) == 1
+        assert await letters.dead_letters() == []
+
+
+async def test_what_is_given_back_is_taken_again_uncounted(app: Conveyor) -> None:
+    async with app.pull(Letter) as letters:
+        await app.publish(Letter("a"))
+        first = await letters.take()
+        assert first is not None
+        assert await first.give_back()
+        again = await letters.take()
+        assert again is not None
+        assert again.attempt == 1
+        await again.done()
+
+
+async def test_what_is_not_extended_goes_to_others_and_its_first_holder_is_told(app: Conveyor) -> None:
+    async with app.pull(Letter, lease=1.0) as letters:
+        await app.publish(Letter("a"))
+        first = await letters.take()
+        assert first is not None
+        assert await first.extend()
+        again = await letters.take(60)
+        assert again is not None
+        assert again.payload == Letter("a")
+        assert not await first.extend()
+        assert not await first.done()
+        assert await again.done()
+
+
+async def test_what_does_not_decode_becomes_a_dead_letter_and_the_next_one_is_given(app: Conveyor) -> None:
+    async with app.pull(Letter) as letters:
+        await app.publish({"text": 5}, topic="letter")
+        await app.publish(Letter("good"))
+        taken = await letters.take()
+        assert taken is not None
+        assert taken.payload == Letter("good")
+        await taken.done()
+        (dead,) = await letters.dead_letters()
+        assert dead.reason == "invalid"
+        with pytest.raises(PayloadError):
+            letters.decode(dead.message)
+
+
+async def test_rejecting_ends_a_message_at_once() -> None:
+    async with Conveyor("post", broker="memory://") as app, app.pull(Letter, retry=AT_ONCE) as letters:
+        await app.publish(Letter("a"))
+        taken = await letters.take()
+        assert taken is not None
+        assert not taken.final(ValueError())
+        assert taken.final(Reject("never"))
+        await taken.failed(Reject("never"))
+        assert [letter.reason for letter in await letters.dead_letters()] == ["rejected"]
+
+
+async def test_several_that_take_at_once_get_different_messages() -> None:
+    async with Conveyor("post", broker="memory://") as app, app.pull(Letter) as letters:
+        takers = [asyncio.create_task(letters.take()) for _ in range(5)]
+        for number in range(5):
+            await app.publish(Letter(str(number)))
+        taken = [pulled.payload.text for pulled in await asyncio.gather(*takers) if pulled is not None]
+        assert sorted(taken) == ["0", "1", "2", "3", "4"]
+
+
+async def test_nothing_is_pulled_outside_of_its_block() -> None:
+    app = Conveyor("post", broker="memory://")
+    with pytest.raises(ConfigurationError, match="async with"):
+        await app.pull(Letter).take()
