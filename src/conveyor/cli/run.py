@@ -28,6 +28,7 @@ from conveyor.cli.application import broker_url, load_app
 from conveyor.cli.check import unprovided
 from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import Config, LogFormat, LogLevel, place
+from conveyor.core.pause import Switches
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
 from conveyor.core.words import counted
@@ -149,7 +150,7 @@ def run(
         given = {GIVEN["broker"]: broker, GIVEN["database"]: database}
         environment = os.environ | {variable: value for variable, value in given.items() if value is not None}
         return asyncio.run(_supervise(loaded, chosen, settings, child, environment))
-    loaded.owner = link.owner
+    loaded.owner, loaded.switches = link.owner, link.switches
     loaded.metrics = Metrics(link.process)
     return _work(loaded, chosen, settings, link)
 
@@ -383,6 +384,10 @@ def _announce(app: Conveyor, workers: Sequence[str]) -> None:
     log.info("%s is ready", app.name)
 
 
+def _switches(link: ChildLink, runner: Runner | None) -> Switches:
+    return link.switches if runner is None or runner.control is None else runner.control.switches
+
+
 async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
     """Run the workers until a signal or the supervisor asks to end, then until they have drained; gives the exit code."""
     loop = asyncio.get_running_loop()
@@ -415,7 +420,9 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         if not asked.is_set():
             drain(Ask(name, _limits(settings).grace_seconds))
 
-    beats = asyncio.create_task(link.run(health, snapshot, drain), name="signs of life")
+    beats = asyncio.create_task(
+        link.run(health, snapshot, drain, lambda: _switches(link, runner)), name="signs of life"
+    )
     try:
         with _signals(on_signal):
             log.info("starting %s: connecting to %s", app.name, _shown(app))

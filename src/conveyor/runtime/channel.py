@@ -12,17 +12,19 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Final, NoReturn
 
 import msgspec
 
+from conveyor.core.pause import Switch, Switches
 from conveyor.runtime.health import Health
 from conveyor.runtime.metrics import Snapshot
 
 OWNER: Final = "CONVEYOR_OWNER"
 CHANNEL: Final = "CONVEYOR_CHANNEL"
 CHILD: Final = "CONVEYOR_CHILD"
+PAUSED: Final = "CONVEYOR_PAUSED"
 HEARTBEAT_SECONDS: Final = 1.0
 """Between two signs of life."""
 EAGER_SECONDS: Final = 0.1
@@ -38,11 +40,13 @@ class Beat(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Parameters:
         goodbye: the last one: it has finished what it had and holds nothing any more.
+        switches: what it knows of paused queues: its successor has to know it, too.
     """
 
     health: Health
     snapshot: Snapshot
     goodbye: bool = False
+    switches: Mapping[str, Switch] = {}
 
 
 class Ask(msgspec.Struct, frozen=True):
@@ -63,11 +67,13 @@ class ChildLink:
     Parameters:
         owner: the identity under which this process has to hold leases: the supervisor gives them back by this name.
         process: this process' name among its siblings.
+        switches: what earlier processes knew of paused queues.
     """
 
-    def __init__(self, owner: str, process: str, line: socket.socket) -> None:
+    def __init__(self, owner: str, process: str, line: socket.socket, switches: Switches | None = None) -> None:
         self.owner = owner
         self.process = process
+        self.switches: Switches = dict(switches or {})
         self._line = line
         self._unsent = bytearray()
         self._lock = threading.Lock()
@@ -89,15 +95,21 @@ class ChildLink:
         line = socket.socket(fileno=int(environment.pop(CHANNEL)))
         line.set_inheritable(False)
         faulthandler.enable()
-        return cls(environment.pop(OWNER), environment.pop(CHILD), line)
+        switches = msgspec.json.decode(environment.pop(PAUSED, "{}"), type=dict[str, Switch])
+        return cls(environment.pop(OWNER), environment.pop(CHILD), line, switches)
 
     async def run(
-        self, health: Callable[[], Health], snapshot: Callable[[], Snapshot], drain: Callable[[Ask], object]
+        self,
+        health: Callable[[], Health],
+        snapshot: Callable[[], Snapshot],
+        drain: Callable[[Ask], object],
+        switches: Callable[[], Switches] = dict,
     ) -> None:
         """Give signs of life from this event loop until cancelled.
 
         Parameters:
             drain: called in this loop when the supervisor asks; it returns at once and lets the process drain.
+            switches: gives what is known of paused queues.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -107,7 +119,7 @@ class ChildLink:
             drain(ask)
         while True:
             state = health()
-            self._send(Beat(state, snapshot()))
+            self._send(Beat(state, snapshot(), switches=switches()))
             await asyncio.sleep(HEARTBEAT_SECONDS if state.ready else EAGER_SECONDS)
 
     def goodbye(self, health: Health, snapshot: Snapshot) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -19,10 +20,11 @@ from typing import Final
 
 import msgspec
 
+from conveyor.core.pause import Switches, merged
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
 from conveyor.core.words import counted
-from conveyor.runtime.channel import CHANNEL, CHILD, OWNER, Ask, Beat
+from conveyor.runtime.channel import CHANNEL, CHILD, OWNER, PAUSED, Ask, Beat
 from conveyor.runtime.health import STARTING, Health
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Snapshot, ended, merge, resident_bytes
@@ -156,11 +158,15 @@ class Child:
         self.beat: Beat | None = None
         self.was_ready = False
         self.killed_for = ""
+        self.switches: Switches = {}
+        """What it knows of paused queues."""
         self._line = line
         self._writer: asyncio.StreamWriter | None = None
 
     @classmethod
-    def start(cls, command: Sequence[str], name: str, environment: Mapping[str, str]) -> Child:
+    def start(
+        cls, command: Sequence[str], name: str, environment: Mapping[str, str], switches: Switches | None = None
+    ) -> Child:
         """Start a process in a process group of its own: a terminal's Ctrl-C reaches only the supervisor.
 
         Takes a millisecond, and not in a thread: the kernel ends a child with the thread that started it.
@@ -168,6 +174,7 @@ class Child:
         ours, theirs = socket.socketpair()
         owner = uuid.uuid4().hex
         known = {OWNER: owner, CHANNEL: str(theirs.fileno()), CHILD: name}
+        known[PAUSED] = msgspec.json.encode(switches or {}).decode()
         try:
             with theirs:
                 process = subprocess.Popen(  # noqa: S603 - the command is the operator's own
@@ -275,6 +282,7 @@ class Child:
 
     def _hear(self, beat: Beat) -> None:
         self.beat = beat
+        self.switches = merged(self.switches, beat.switches)
         self.was_ready = self.was_ready or beat.health.ready
         self.state.started = True
         self.state.silent_seconds = 0.0
@@ -316,6 +324,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._absent: dict[str, str] = {}
         self._gone = Snapshot(process="ended")
+        self._switches: Switches = {}
+        """What the processes that ended knew of paused queues."""
         self._ever_ready = False
         self._exit_code = 0
         self._signals = 0
@@ -384,7 +394,7 @@ class Supervisor:
         failures = 0
         while not self._stopping.is_set():
             try:
-                child = Child.start(self._command, name, self._environment)
+                child = Child.start(self._command, name, self._environment, self._known_switches())
             except OSError as error:
                 failures += 1
                 wait, why = _wait_seconds(failures, was_ready=False), f"cannot be started: {describe(error)}"
@@ -404,6 +414,7 @@ class Supervisor:
         """Do what the end of a child calls for; say why it ended."""
         self._ever_ready = self._ever_ready or child.was_ready
         self._gone = merge([self._gone, ended(child.snapshot)], process="ended")
+        self._switches = merged(self._switches, child.switches)
         if child.left_in_order:
             why = child.state.asked.why if child.state.asked else "it drained by itself"
             log.info("%s ended in order: %s", child, why)
@@ -420,6 +431,10 @@ class Supervisor:
         elif child.beat is not None:  # one that had not begun held nothing
             self.problems.append(f"{child} was cut: {why}; what it held comes back")
         return why
+
+    def _known_switches(self) -> Switches:
+        """What any of the processes knows, or knew, of paused queues."""
+        return functools.reduce(merged, (child.switches for child in self._children.values()), self._switches)
 
     async def _hand_back(self, owner: str, why: str) -> None:
         tries = 0
