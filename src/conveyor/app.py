@@ -23,6 +23,7 @@ from conveyor.core.codec import codec_for, struct_for
 from conveyor.core.events import EventType, check_topic, event_type
 from conveyor.core.handler import Mode, Plan, plan_task, plan_worker
 from conveyor.core.message import Message
+from conveyor.core.pause import Switches
 from conveyor.core.retry import RetryPolicy
 from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, NoSubscriber
 from conveyor.runtime.background import Background
@@ -30,6 +31,7 @@ from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
+from conveyor.runtime.control import Control
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
@@ -95,6 +97,8 @@ class Conveyor:
         """The identity under which its broker holds leases; a supervisor sets it, so that it can reclaim them."""
         self.max_rss_bytes: int | None = None
         """How large a process of the pool for cpu=True may grow before its attempt is ended; `conveyor run --max-rss` sets it."""
+        self.switches: Switches | None = None
+        """What is known of paused queues: given (if only empty) its runners listen to orders; `conveyor run` sets it."""
         self.metrics: Metrics = Metrics(name, clock=clock)
         self._given_broker: Broker | None = None
         if isinstance(broker, str):
@@ -671,7 +675,10 @@ class Conveyor:
             connection.relay,
             pool,
         )
-        return Runner(workers, connection.broker, around, self.metrics, self._clock)
+        control = None
+        if self.switches is not None:
+            control = Control(connection.broker, self.name, switches=self.switches)
+        return Runner(workers, connection.broker, around, self.metrics, self._clock, control)
 
     @property
     def _lacks_database(self) -> str:
