@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import msgspec
+
 from conveyor.errors import Retry
+from conveyor.runtime import pool
 
 
 def add(one: int, other: int = 0) -> int:
@@ -123,3 +126,61 @@ class Registered:
 @Registered
 def wrapped() -> str:
     return "unwrapped"
+
+
+class Counting:
+    """Calls a function with a way to report progress."""
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        assert pool.inside is not None
+        return function(pool.inside.progress)
+
+
+def report_often(progress: Callable[[float, float | None, str], None]) -> str:
+    for done in range(10_000):
+        progress(done + 1, 10_000, f"step {done + 1}")
+    return "counted"
+
+
+class At(msgspec.Struct, frozen=True):
+    """Calls a function with a way to report progress, and where to meet the test."""
+
+    path: str
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        return function(self.path)
+
+
+def report_and_meet(path: str) -> str:
+    assert pool.inside is not None
+    pool.inside.progress(1, None, "half")
+    return meet(path)
+
+
+def await_the_nod(path: str) -> str:
+    assert pool.inside is not None
+    said = meet(path)
+    deadline = time.monotonic() + 60
+    while not pool.inside.shutting_down.is_set() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return said if pool.inside.shutting_down.is_set() else "nobody nodded"
+
+
+def leave_a_thread_that_reports() -> None:
+    """Such as a handler that does not wait for the threads it has started."""
+
+    def report() -> None:
+        while True:
+            if pool.inside is not None:
+                pool.inside.progress(99, 100, "I am still here")
+            time.sleep(0.001)
+
+    threading.Thread(target=report, daemon=True).start()
+
+
+def kinds(*values: object) -> list[tuple[str, int]]:
+    return [(type(value).__name__, len(value)) for value in values]  # type: ignore[arg-type]
+
+
+def give_back(value: Any) -> Any:
+    return value

@@ -20,6 +20,7 @@ from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout, Retry
 from conveyor.runtime import logs
 from conveyor.runtime.logs import Current
 from conveyor.runtime.pool import CpuPool
+from tests.runtime import jobs
 
 HERE = Path(__file__).parent
 
@@ -112,6 +113,62 @@ async def test_a_task_is_unwrapped(pool: CpuPool) -> None:
 
 async def test_a_large_result_arrives(pool: CpuPool) -> None:
     assert len(await pool.run("jobs:give_much", (20_000_000,))) == 20_000_000
+
+
+@pytest.mark.parametrize("size", [10, 3_000_000])
+async def test_bytes_arrive_as_what_they_are_in_both_directions(pool: CpuPool, size: int) -> None:
+    sent = os.urandom(size)
+    assert await pool.run("jobs:kinds", (sent, bytearray(sent)), {}) == [("bytes", size), ("bytearray", size)]
+    assert await pool.run("jobs:give_back", (), {"value": sent}) == sent
+    assert await pool.run("jobs:give_back", (bytearray(sent),)) == bytearray(sent)
+
+
+async def test_a_process_that_dies_while_it_is_sent_much_fails_alone(pool: CpuPool) -> None:
+    await asyncio.gather(*(pool.run("jobs:add", (1, 1)) for _ in range(2)))
+    stopped = next(iter(pool._all))._process.pid or 0
+    os.kill(stopped, signal.SIGSTOP)
+    both = [asyncio.create_task(pool.run("jobs:kinds", (bytes(30_000_000),))) for _ in range(2)]
+    done, pending = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=60)
+    os.kill(stopped, signal.SIGKILL)
+    assert [job.result() for job in done] == [[("bytes", 30_000_000)]]
+    with pytest.raises(HandlerCrashed, match="killed by SIGKILL"):
+        await pending.pop()
+
+
+async def test_progress_is_seen_while_the_job_runs(pool: CpuPool, meeting: Meeting) -> None:
+    said: asyncio.Queue[tuple[float, float | None, str]] = asyncio.Queue()
+    job = asyncio.create_task(
+        pool.call("jobs:report_and_meet", jobs.At(meeting.path), tell=lambda *news: said.put_nowait(news))
+    )
+    with await meeting.arrival() as line:
+        assert await asyncio.wait_for(said.get(), 60) == (1, None, "half")
+        line.send(b"on")
+    assert await job == "on"
+
+
+async def test_much_progress_is_told_in_few_words_and_the_last_one_always(pool: CpuPool) -> None:
+    said: list[tuple[float, float | None, str]] = []
+    result = await pool.call("jobs:report_often", jobs.Counting(), tell=lambda *news: said.append(news))
+    assert result == "counted"
+    assert said[-1][2] == "step 10000"
+    assert len(said) < 1_000
+    assert said == sorted(said)
+
+
+async def test_a_thread_that_a_job_left_behind_harms_no_later_job() -> None:
+    pool = CpuPool(1)
+    await pool.run("jobs:leave_a_thread_that_reports")
+    for number in range(20):
+        assert await pool.run("jobs:add", (number, 1)) == number + 1
+    await pool.close()
+
+
+async def test_a_job_is_told_that_the_runner_stops(pool: CpuPool, meeting: Meeting) -> None:
+    job = asyncio.create_task(pool.run("jobs:await_the_nod", (meeting.path,)))
+    with await meeting.arrival() as line:
+        pool.drain()
+        line.send(b"goodbye")
+    assert await job == "goodbye"
 
 
 async def test_an_error_arrives_with_its_type_and_its_traceback(pool: CpuPool) -> None:

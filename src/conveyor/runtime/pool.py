@@ -14,10 +14,11 @@ import pickle
 import queue
 import signal
 import socket
-import struct
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from multiprocessing.resource_tracker import ensure_running
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -25,7 +26,7 @@ import msgspec
 
 from conveyor.core.settle import describe
 from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout
-from conveyor.runtime import logs
+from conveyor.runtime import frames, logs
 from conveyor.runtime.channel import die_with_parent
 from conveyor.runtime.metrics import resident_bytes
 
@@ -38,9 +39,15 @@ DEATH_SECONDS: Final = 1.0
 """Between the end of a process' line and its own end."""
 MEMORY_LOOK_SECONDS: Final = 0.5
 """How often the memory of a busy process is looked at."""
-HEADER: Final = struct.Struct("!Q")
-"""Each pickle on the line comes behind its length."""
+NEWS_SECONDS: Final = 0.05
+"""Between two reports of a job's progress: what it says in between is not worth a message, the latest always is."""
 MB: Final = 1_000_000
+
+
+Call = Callable[[Callable[..., Any]], Any]
+"""Calls a function in a process of the pool; it travels there by pickle."""
+Tell = Callable[[float, float | None, str], object]
+"""Takes what a job says about its progress: done, total, note."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -48,17 +55,36 @@ class Job(msgspec.Struct, frozen=True):
 
     Parameters:
         target: "module:qualified name" of a function, from the application's own registration, never from a message.
+        call: calls it.
         about: what its log records are about.
     """
 
     target: str
+    call: Call
+    about: logs.Current | None
+
+
+class Arguments(msgspec.Struct, frozen=True):
+    """Calls a function with these."""
+
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    about: logs.Current | None
+
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        """What the function returns."""
+        return function(*self.args, **self.kwargs)
 
 
 class Started(msgspec.Struct, frozen=True):
     """The function was found; it begins to run."""
+
+
+class Progressed(msgspec.Struct, frozen=True):
+    """How far it has come, as Context.progress was told."""
+
+    done: float
+    total: float | None
+    note: str
 
 
 class Returned(msgspec.Struct, frozen=True):
@@ -115,16 +141,30 @@ class CpuPool:
             HandlerError: the function cannot be found, or its arguments, result or error cannot be sent between processes.
             Exception: what the function raised.
         """
-        try:
-            job = pickle.dumps(Job(target, args, kwargs or {}, logs.current.get()), pickle.HIGHEST_PROTOCOL)
-        except Exception as error:
-            raise HandlerError(
-                f"the arguments of {target} cannot be sent to another process: {describe(error)}"
-            ) from error
+        lent = {name: frames.lent(value) for name, value in (kwargs or {}).items()}
+        call = Arguments(tuple(frames.lent(value) for value in args), lent)
+        return await self.call(target, call, timeout_seconds=timeout_seconds)
+
+    async def call(
+        self, target: str, call: Call, *, timeout_seconds: float | None = None, tell: Tell | None = None
+    ) -> Any:
+        """run() for a call that is more than its arguments.
+
+        Parameters:
+            call: called with the function in the process; what it returns is the result.
+            tell: called with the progress that the function reports by ``inside.progress``.
+        """
         async with self._free:
+            try:
+                job = frames.pack(Job(target, call, logs.current.get()))
+            except Exception as error:
+                raise HandlerError(
+                    f"the arguments of {target} cannot be sent to another process: {describe(error)}"
+                ) from error
+            del call
             process = await self._take()
             try:
-                reply = await process.run(job, target, timeout_seconds, self._max_rss_bytes)
+                reply = await process.run(job, target, timeout_seconds, self._max_rss_bytes, tell)
             except BaseException:
                 self._discard(process, "it was given up")
                 raise
@@ -132,6 +172,11 @@ class CpuPool:
         if isinstance(reply, Raised):
             raise reply.error from RemoteTraceback(reply.traceback)
         return reply.value
+
+    def drain(self) -> None:
+        """Tell what runs that the runner stops: ``inside.shutting_down``."""
+        for process in self._all:
+            process.nod()
 
     async def close(self) -> None:
         """Kill every process, with what it runs, and wait until they have ended."""
@@ -185,11 +230,12 @@ class RemoteTraceback(Exception):
 class _Process:
     """One process, seen from the pool."""
 
-    def __init__(self, process: SpawnProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, process: SpawnProcess, line: socket.socket) -> None:
         self.jobs = 0
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._line = line
+        self._busy = False
+        self._listens = False
         self._killed_for = ""
 
     @classmethod
@@ -206,56 +252,76 @@ class _Process:
                 process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        try:
-            reader, writer = await asyncio.open_connection(sock=ours)
-        except BaseException:
-            process.kill()
-            raise
-        return cls(process, reader, writer)
+        ours.setblocking(False)
+        return cls(process, ours)
 
     @property
     def alive(self) -> bool:
-        return not self._reader.at_eof() and self._process.is_alive()
+        return not self._has_hung_up() and self._process.is_alive()
+
+    def _has_hung_up(self) -> bool:
+        try:
+            return not self._line.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     @property
     def resident_bytes(self) -> int:
         return resident_bytes(self._process.pid)
 
     async def run(
-        self, job: bytes, target: str, timeout_seconds: float | None, max_rss_bytes: int | None
+        self,
+        job: list[frames.Part],
+        target: str,
+        timeout_seconds: float | None,
+        max_rss_bytes: int | None,
+        tell: Tell | None,
     ) -> Returned | Raised:
         """Run one job; after an error the process is of no more use."""
         self.jobs += 1
+        self._busy = True
         watch = asyncio.create_task(self._watch_memory(max_rss_bytes)) if max_rss_bytes is not None else None
         try:
-            self._writer.write(HEADER.pack(len(job)))
-            self._writer.write(job)
-            first = await self._within(START_SECONDS, f"{target} did not start")
+            async with _within(START_SECONDS, f"{target} did not start"):
+                await frames.send_soon(self._line, job)
+                self._listens = True
+                while isinstance(first := await self._receive(), Progressed):
+                    pass  # by a thread that an earlier job has left behind
             if not isinstance(first, Started):
                 return first
-            reply = await self._within(timeout_seconds, f"{target} ran too long")
+            async with _within(timeout_seconds, f"{target} ran too long"):
+                while isinstance(reply := await self._receive(), Progressed):
+                    if tell is not None:
+                        tell(reply.done, reply.total, reply.note)
             assert not isinstance(reply, Started)
             return reply
-        except (asyncio.IncompleteReadError, OSError):
+        except OSError:
             why = await self._why_it_ended()
             raise HandlerCrashed(f"the process that ran {target} died: {why}") from None
         finally:
             if watch is not None:
                 watch.cancel()
+            self._busy = self._listens = False
+            if self._killed_for:
+                self._line.close()
 
-    async def _within(self, seconds: float | None, problem: str) -> Started | Returned | Raised:
-        try:
-            async with asyncio.timeout(seconds):
-                return await self._receive()
-        except TimeoutError:
-            raise HandlerTimeout(f"{problem}: its process was killed after {seconds:g} s") from None
+    def nod(self) -> None:
+        """Tell the job that runs here that the runner stops."""
+        if self._listens:  # else a job is on its way, and no place for anything between its parts
+            with contextlib.suppress(OSError):
+                self._line.send(frames.SIGNAL)
 
     def kill(self, why: str) -> None:
         """End it at once."""
         self._killed_for = self._killed_for or why
         self._process.kill()
-        with contextlib.suppress(RuntimeError):  # at exit its event loop is closed already
-            self._writer.transport.abort()
+        if not self._busy:
+            self._line.close()
+            return
+        with contextlib.suppress(OSError):  # who waits for it is woken, and closes it
+            self._line.shutdown(socket.SHUT_RDWR)
 
     async def ended(self) -> None:
         """Wait for the end of the process, and reap it."""
@@ -272,11 +338,10 @@ class _Process:
         self._process.kill()
         self._process.join()
 
-    async def _receive(self) -> Started | Returned | Raised:
-        (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-        reply = await self._reader.readexactly(length)
+    async def _receive(self) -> Started | Progressed | Returned | Raised:
+        frame = await frames.receive_soon(self._line)
         try:
-            found: Started | Returned | Raised = pickle.loads(reply)  # noqa: S301 - written by our own process
+            found: Started | Progressed | Returned | Raised = frame.value()
         except Exception as error:
             return Raised(HandlerError(f"the result cannot be read in this process: {describe(error)}"), "")
         return found
@@ -297,42 +362,105 @@ class _Process:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+@contextlib.asynccontextmanager
+async def _within(seconds: float | None, problem: str) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise HandlerTimeout(f"{problem}: its process was killed after {seconds:g} s") from None
+
+
 # --- in the other process -----------------------------------------------------------------------------------------------
 
 SHIELDED: Final = (signal.SIGINT, signal.SIGTERM)
 """Meant for the process that owns the pool: it decides what becomes of the jobs."""
 
 
+class Inside:
+    """The pool, seen from one of its processes.
+
+    Parameters:
+        line: to the process that owns the pool.
+    """
+
+    def __init__(self, line: socket.socket) -> None:
+        self.shutting_down: Final = asyncio.Event()
+        """Set when the runner drains."""
+        self.jobs: Final[queue.SimpleQueue[frames.Frame]] = queue.SimpleQueue()
+        self._line = line
+        self._sending = threading.Lock()
+        self._latest: deque[Progressed] = deque(maxlen=1)
+        self._told = threading.Event()
+        self._teller: threading.Thread | None = None
+
+    def listen(self) -> NoReturn:
+        """Take jobs from the line; in a thread, so that the end of the pool ends the process whatever it is doing."""
+        with contextlib.suppress(OSError):
+            while True:
+                frame = frames.receive(self._line)
+                if frame.pickled:
+                    self.jobs.put(frame)
+                else:
+                    self.shutting_down.set()
+                del frame
+        os._exit(0)
+
+    def progress(self, done: float, total: float | None, note: str) -> None:
+        """Report how far the job has come: the first word at once, then the latest every NEWS_SECONDS. Never waits."""
+        self._latest.append(Progressed(done, total, note))
+        if self._teller is None:
+            self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
+            self._teller.start()
+        self._told.set()
+
+    def reply(self, word: Started | Returned | Raised) -> None:
+        """Say what has become of the job, behind the last of its progress."""
+        parts = frames.pack(word)
+        with self._sending:
+            self._send_latest()
+            frames.send(self._line, parts)
+
+    def _tell(self) -> NoReturn:
+        while True:
+            self._told.wait()
+            self._told.clear()
+            with self._sending, contextlib.suppress(OSError):
+                self._send_latest()
+            time.sleep(NEWS_SECONDS)
+
+    def _send_latest(self) -> None:
+        with contextlib.suppress(IndexError):
+            frames.send(self._line, frames.pack(self._latest.pop()))
+
+
+inside: Inside | None = None
+"""In a process of the pool: the way to its owner. None in any other process."""
+
+
 def _serve(line: socket.socket, settings: logs.Settings | None) -> NoReturn:
     """Run jobs until the line ends."""
+    global inside  # noqa: PLW0603 - a process is in one pool, if in any
     die_with_parent()
     for number in SHIELDED:
         signal.signal(number, _ignore)  # not SIG_IGN, which programs started by a handler would inherit
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
     if settings is not None:
         settings.apply()
-    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(line, jobs), name="pool", daemon=True).start()
+    inside = Inside(line)
+    threading.Thread(target=inside.listen, name="pool", daemon=True).start()
     while True:
-        _do(jobs.get(), functools.partial(_send, line))
+        _do(inside.jobs.get(), inside.reply)
 
 
 def _ignore(_number: int, _frame: object) -> None:
     pass
 
 
-def _listen(line: socket.socket, jobs: queue.SimpleQueue[bytes]) -> NoReturn:
-    """Take jobs from the line; a thread, so that the end of the pool ends the process whatever it is doing."""
-    with contextlib.suppress(OSError, struct.error), line.makefile("rb") as stream:
-        while header := stream.read(HEADER.size):
-            jobs.put(stream.read(*HEADER.unpack(header)))
-    os._exit(0)
-
-
-def _do(data: bytes, send: Callable[[Started | Returned | Raised], None]) -> None:
+def _do(frame: frames.Frame, send: Callable[[Started | Returned | Raised], None]) -> None:
     target = "?"
     try:
-        job: Job = pickle.loads(data)  # noqa: S301 - written by our own process
+        job: Job = frame.value()
         target = job.target
         function = _find(target)
     except BaseException as error:  # an import may do anything, sys.exit() too
@@ -341,7 +469,7 @@ def _do(data: bytes, send: Callable[[Started | Returned | Raised], None]) -> Non
     send(Started())
     logs.current.set(job.about)
     try:
-        result = function(*job.args, **job.kwargs)
+        result = job.call(function)
         if inspect.isgenerator(result):
             result = list(result)
     except Exception as error:
@@ -351,15 +479,10 @@ def _do(data: bytes, send: Callable[[Started | Returned | Raised], None]) -> Non
         send(Raised(HandlerCrashed(f"{target} raised {describe(error)}"), _told(error)))
         return
     try:
-        send(Returned(result))
+        send(Returned(frames.lent(result)))
     except Exception as error:
         text = f"what {target} returned cannot be sent to another process: {describe(error)}"
         send(Raised(HandlerError(text), _told(error)))
-
-
-def _send(line: socket.socket, reply: Started | Returned | Raised) -> None:
-    data = pickle.dumps(reply, pickle.HIGHEST_PROTOCOL)
-    line.sendall(HEADER.pack(len(data)) + data)
 
 
 @functools.cache
