@@ -303,6 +303,20 @@ class Broker(Protocol):
         """Delete what waits in a queue (ready and delayed), not what is in flight or dead. Returns how many."""
         ...
 
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        """End a queue for good: no topic leads to it any more, and what is ready, delayed or in flight in it is gone.
+
+        What somebody still holds of it is lost to him. Whoever declares it again has a new one, in which nothing is.
+
+        Parameters:
+            discard_dead: its dead letters go with it; otherwise it is refused where there are any, because nobody could redrive them.
+
+        Raises:
+            QueueInUse: it has live subscriptions, or dead letters that are to stay; nothing was done to it.
+            BrokerError: there is no such queue.
+        """
+        ...
+
     async def risks(self) -> list[str]:
         """What in the server's settings or state endangers messages or work: sentences that say what to do; empty where all is well."""
         ...

@@ -11,11 +11,14 @@ ConveyorError
 │   ├── BrokerUnavailable       not reachable now; trying again may help
 │   ├── BrokerFull              no room: disk, memory or a bound; trying again later may help
 │   ├── QueueConflict           a queue exists with other properties
+│   ├── QueueInUse              a queue cannot be removed now: somebody receives from it, or it has dead letters
 │   └── PublishFailed           some messages of a batch are not (or perhaps not) owned by the broker
 ├── NoSubscriber                a message that somebody had to receive has no queue
 ├── LedgerError                 the application's database refused, or is not set up
 │   ├── LedgerUnavailable       it cannot be reached or is full; trying again helps once that is over
 │   └── LedgerBusy              it had no room or time for this transaction; counts as a failed attempt
+├── JournalError                the journal cannot be kept or read
+│   └── NoKeeper                nobody keeps a journal there, or nobody answers
 ├── HandlerTimeout              a handler ran longer than its worker allows
 └── HandlerCrashed              the process that ran a handler died
 Outcome                         raised by handlers to decide instead of the policy
@@ -86,6 +89,26 @@ class QueueConflict(BrokerError):
     """A queue exists with other properties; the text names both sides."""
 
 
+class QueueInUse(BrokerError):
+    """A queue is not removed: somebody receives from it, or it has dead letters that were not to go with it.
+
+    Parameters:
+        consumers: its live subscriptions.
+        dead: its dead letters.
+    """
+
+    def __init__(self, queue: str, *, consumers: int = 0, dead: int = 0) -> None:
+        why = (
+            f"somebody receives from it (consumers: {consumers}); stop its workers first"
+            if consumers
+            else f"its dead letters would be lost ({dead}); redrive or discard them first, or say that they go with it"
+        )
+        super().__init__(f"the queue {queue!r} is not removed: {why}")
+        self.queue = queue
+        self.consumers = consumers
+        self.dead = dead
+
+
 class PublishFailed(BrokerError):
     """Part of a batch is not owned by the broker.
 
@@ -127,6 +150,14 @@ class LedgerBusy(LedgerError):
     """The application's database works, but not for this transaction: it met a deadlock or conflict, waited too long for a lock or a
     connection, or was silent for too long. Trying again may help; as it may also be the handler's own doing, each time counts.
     """
+
+
+class JournalError(ConveyorError):
+    """The journal cannot be kept or read; the text says why and what to do."""
+
+
+class NoKeeper(JournalError):
+    """A question about the journal found nobody who keeps one, or nobody answered it in time."""
 
 
 class HandlerTimeout(ConveyorError):

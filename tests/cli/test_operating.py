@@ -100,6 +100,31 @@ def test_queues_are_shown_to_people(graveyard: Program) -> None:
     assert line.split()[:5] == ["shop.charge", "0", "0", "0", "3"]
 
 
+def test_a_queue_that_nobody_needs_is_removed(graveyard: Program) -> None:
+    graveyard.declare(Queue(name="shop.empty", topics=("nothing",)))
+    assert "1 queue with 0 messages and 0 dead letters would be removed" in graveyard.ok(
+        "queues", "remove", "shop.empty", "--dry-run", *HERE
+    )
+    assert graveyard.json("queues", "remove", "shop.empty", "--yes", *HERE)["removed"] == ["shop.empty"]
+    assert sorted(counts(graveyard)) == ["shop.charge", "shop.mail"]
+    assert "did you mean shop.mail?" in graveyard.refused("queues", "remove", "shop.mial", "--yes", *HERE, code=1)
+
+
+def test_a_queue_is_not_removed_with_what_is_in_it_unless_told(graveyard: Program) -> None:
+    graveyard.ok("publish", "mail", "--data", "{}", *HERE)
+    refused = ("queues", "remove", "shop.charge", "shop.mail")
+    assert "say --yes" in graveyard.refused(*refused, *HERE)
+    assert "3 dead letters of it would be lost" in graveyard.refused(*refused, "--yes", *HERE, code=1)
+    said = graveyard.refused(*refused, "--with-dead", "--yes", *HERE, code=1)
+    assert "1 message in it would be lost" in said
+    assert "conveyor move" in said
+    assert counts(graveyard) == {"shop.charge": (0, 3), "shop.mail": (1, 2)}
+    assert "2 queues with 1 message and 5 dead letters removed" in graveyard.ok(
+        *refused, "--with-dead", "--with-messages", "--yes", *HERE
+    )
+    assert counts(graveyard) == {}
+
+
 def test_queues_can_be_watched_as_a_stream(graveyard: Program) -> None:
     with subprocess.Popen(
         graveyard.command("queues", "--watch", "--interval", "0.1", "--json", *HERE),

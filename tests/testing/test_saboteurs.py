@@ -77,6 +77,9 @@ CAUGHT_BY: Final[Mapping[type[Honest], str]] = {
     by.BuriesWithoutReason: "a_dead_letter_from_elsewhere_is_kept_whole",
     by.BuriesAnywhere: "dead_letters_of_an_unknown_queue_are_refused",
     by.ForgetsDeclarations: "a_queue_tells_how_it_is_declared",
+    by.HidesTheRemoved: "a_removed_queue_is_gone",
+    by.KeepsWhatWasRemoved: "a_removed_queue_leaves_nothing_behind",
+    by.RemovesTheDead: "dead_letters_keep_their_queue",
     by.PanicsWithoutReason: "risks_are_told_in_sentences",
 }
 

@@ -16,6 +16,7 @@ from cyclopts import App, Parameter, validators
 from conveyor.broker import Broker, DeadFilter, DeadLetter
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
+from conveyor.cli.queues import not_there
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, payload_text, safe, shortened, span
 from conveyor.core.settle import Reason
 from conveyor.core.words import counted
@@ -290,9 +291,7 @@ async def _known(broker: Broker, which: Which) -> None:
         return
     names = [queue.name for queue in await broker.queues()]
     if which.queue not in names:
-        near = difflib.get_close_matches(which.queue, names, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
-        raise BrokerError(f"there is no queue {which.queue!r}; {hint}")
+        raise not_there(which.queue, names)
 
 
 async def _known_reason(broker: Broker, which: Which) -> None:

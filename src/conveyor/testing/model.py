@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -147,7 +147,12 @@ class _BrokerMachine(RuleBasedStateMachine):
     async def _opened(self) -> Broker:
         broker = self.maker()
         await broker.open()
-        queues = {name: tuple(t for t, names in TOPICS.items() if name in names) for name in (PLAIN, ORDERED)}
+        await self._attend(broker, [PLAIN, ORDERED])
+        return broker
+
+    async def _attend(self, broker: Broker, names: Sequence[str]) -> None:
+        """Declare queues, and receive from them."""
+        queues = {name: tuple(t for t, those in TOPICS.items() if name in those) for name in names}
         ordered = Feature.ORDER not in broker.missing
         await broker.declare(
             [
@@ -157,7 +162,6 @@ class _BrokerMachine(RuleBasedStateMachine):
         )
         for name in queues:
             self.subscriptions[broker.owner, name] = await broker.subscribe(name, 1_000)
-        return broker
 
     def _message(self, topic: str, key: str | None, priority: int, wait: float) -> Message:
         now = self.clock()
@@ -365,6 +369,18 @@ class _BrokerMachine(RuleBasedStateMachine):
         waiting = [each for each in self.model.alive if each.queue == queue and each.held is None]
         assert self.do(self.brokers[by].purge(queue)) == len(waiting)
         self.model.alive = [each for each in self.model.alive if each not in waiting]
+
+    @precondition(lambda self: len(self.model.alive) > CROWDED)
+    @rule(by=st.sampled_from(OWNERS), queue=st.sampled_from([PLAIN, ORDERED]))
+    def remove(self, by: int, queue: str) -> None:
+        """A queue goes with all that is in it, and somebody declares it again."""
+        for broker in self.brokers:
+            self.do(self.subscriptions[broker.owner, queue].close())
+        self.do(self.brokers[by].remove(queue, discard_dead=True))
+        self.model.alive = [each for each in self.model.alive if each.queue != queue]
+        self.model.dead = [each for each in self.model.dead if each.queue != queue]
+        for broker in self.brokers:
+            self.do(self._attend(broker, [queue]))
 
     @precondition(lambda self: bool(self.model.dead))
     @rule(by=st.sampled_from(OWNERS), picks=st.lists(st.integers(0, 3), min_size=1, max_size=4), discard=st.booleans())

@@ -41,6 +41,8 @@ class Plot:
     topics: set[str] = field(default_factory=set)
     bounds: dict[str, int] = field(default_factory=dict)
     lengths: Counter[str] = field(default_factory=Counter)
+    removed: set[str] = field(default_factory=set)
+    kept: dict[str, list[Message]] = field(default_factory=dict)
 
 
 class Honest:
@@ -102,6 +104,9 @@ class Honest:
 
     async def purge(self, queue: str) -> int:
         return await self.broker.purge(queue)
+
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        await self.broker.remove(queue, discard_dead=discard_dead)
 
     async def risks(self) -> list[str]:
         return await self.broker.risks()
@@ -589,6 +594,41 @@ class ForgetsDeclarations(Honest):
         ]
 
 
+class HidesTheRemoved(Honest):
+    """Empties a removed queue and shows it to nobody; its topics still lead to it."""
+
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:  # noqa: ARG002 - it is only hidden
+        await self.broker.purge(queue)
+        self.plot.removed.add(queue)
+
+    async def queues(self) -> list[QueueInfo]:
+        return [each for each in await self.broker.queues() if each.name not in self.plot.removed]
+
+
+class KeepsWhatWasRemoved(Honest):
+    """A removed queue that is declared again has in it what it had."""
+
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
+        there = next((each.ready for each in await self.broker.queues() if each.name == queue), 0)
+        if there:
+            subscription = await self.broker.subscribe(queue, there)
+            self.plot.kept[queue] = [each.message for each in await subscription.fetch(there)]
+            await subscription.close()
+        await self.broker.remove(queue, discard_dead=discard_dead)
+
+    async def declare(self, queues: Sequence[Queue]) -> None:
+        await self.broker.declare(queues)
+        for queue in queues:
+            await self.broker.publish(self.plot.kept.pop(queue.name, []), queue=queue.name)
+
+
+class RemovesTheDead(Honest):
+    """Dead letters go with their queue, whatever was asked for."""
+
+    async def remove(self, queue: str, *, discard_dead: bool = False) -> None:  # noqa: ARG002 - that is the sabotage
+        await self.broker.remove(queue, discard_dead=True)
+
+
 class PanicsWithoutReason(Honest):
     """Says that something is wrong, and not what."""
 
@@ -646,5 +686,8 @@ SABOTEURS: Final[tuple[type[Honest], ...]] = (
     BuriesWithoutReason,
     BuriesAnywhere,
     ForgetsDeclarations,
+    HidesTheRemoved,
+    KeepsWhatWasRemoved,
+    RemovesTheDead,
     PanicsWithoutReason,
 )

@@ -382,7 +382,9 @@ class RabbitBroker:
         """Every queue that there is, fresh from the catalog, and this object's own temporary ones."""
         there = await self._catalog.read()
         self.specs.update(there)
-        found = [spec for spec in self.specs.values() if spec.temporary or spec.name in there or not self._catalog.available]
+        found = [
+            spec for spec in self.specs.values() if spec.temporary or spec.name in there or not self._catalog.available
+        ]
         return sorted(found, key=lambda spec: spec.name)
 
     async def known(self, queue: str, *, fresh: bool = False) -> Spec:

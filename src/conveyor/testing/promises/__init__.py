@@ -17,6 +17,7 @@ from conveyor.testing.promises import (  # noqa: F401 - each import registers th
     order,
     priority,
     publishing,
+    removing,
     settling,
     temporary,
 )
