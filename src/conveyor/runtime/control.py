@@ -236,6 +236,8 @@ class Control:
         self.runner: Final = uuid.uuid4().hex[:12]
         """Names it among all runners."""
         self.switches: Switches = dict(switches or {})
+        self.taken = False
+        """A runner uses it."""
         self.on_turn: Callable[[], object] = _nothing
         """Called when a queue is paused that was not, or the reverse."""
         self.on_cancel: Callable[[Sequence[str]], object] = _nothing
@@ -267,8 +269,9 @@ class Control:
                 await self._informed.wait()
 
     async def close(self) -> None:
-        """Hear no more."""
+        """Hear no more; what comes from now on waits for the next start()."""
         await self._loops.stop()
+        self.taken = False
 
     async def _run(self) -> None:
         while True:
