@@ -184,7 +184,7 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
         return (
             (self.ids is None or job.id in self.ids)
             and (self.status is None or job.status is self.status)
-            and (self.worker is None or self.worker in (who, who.rpartition(".")[2]))
+            and (self.worker is None or f".{who}".endswith(f".{self.worker}"))
             and (self.topic is None or job.topic == self.topic)
         )
 
