@@ -57,6 +57,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         total: progress: of so much; None where nobody knows.
         note: progress in words.
         result: what the job returned, as JSON text; None where nothing is kept of it.
+        unkept: why nothing is kept of it; "" where it is, or where it returned nothing.
     """
 
     kind: Kind
@@ -79,17 +80,12 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     total: float | None = None
     note: str = ""
     result: str | None = None
+    unkept: str = ""
 
     @property
     def journey(self) -> str:
         """The id of the journey that its message belongs to."""
         return self.correlation_id or self.message_id
-
-
-class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """What travels from a process to the keeper in one message."""
-
-    entries: tuple[Entry, ...]
 
 
 class Status(enum.StrEnum):
@@ -136,7 +132,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         ended: Unix seconds when it was over; None while it is not.
         error: what the last failed attempt failed with; "" where it is done, or none has failed.
         done, total, note: the last progress of the last attempt.
-        result: what it returned, as JSON text.
+        result: what it returned, as JSON text; None where nothing is kept of it.
+        unkept: why nothing is kept of it; "" where it is, or where it returned nothing.
     """
 
     id: str
@@ -160,6 +157,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     total: float | None = None
     note: str = ""
     result: str | None = None
+    unkept: str = ""
 
 
 class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -322,6 +320,7 @@ def _handled(job: Job, handled: Sequence[Entry]) -> Job:
         total=None if progress is None else progress.total,
         note="" if progress is None else progress.note,
         result=None if succeeded is None else succeeded.result,
+        unkept="" if succeeded is None else succeeded.unkept,
     )
 
 

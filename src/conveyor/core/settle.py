@@ -39,12 +39,14 @@ class Done(msgspec.Struct, frozen=True, gc=False):
     """The handler succeeded; emits are published with it, or it is not done.
 
     Parameters:
-        result: what a job returned, as JSON text, for the journal; brokers do not care.
+        result: what a job returned, as JSON text, for the journal; brokers do not care. None where nothing is kept of it.
+        unkept: why nothing is kept of it; "" where it is, or where it returned nothing.
         repeated: nothing was done: the ledger knew the message already.
     """
 
     emits: tuple[Message, ...] = ()
     result: str | None = None
+    unkept: str = ""
     repeated: bool = False
 
 
