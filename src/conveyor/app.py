@@ -31,6 +31,7 @@ from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
+from conveyor.runtime.control import Control
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
@@ -674,7 +675,9 @@ class Conveyor:
             connection.relay,
             pool,
         )
-        control = None if self.switches is None else connection.control(self.name, self.switches)
+        control = None
+        if self.switches is not None:
+            control = Control(connection.broker, self.name, switches=self.switches)
         return Runner(workers, connection.broker, around, self.metrics, self._clock, control)
 
     @property

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 from conveyor.broker import Broker, Queue
-from conveyor.core.pause import Switches
-from conveyor.runtime.control import Control
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.watch import Watches
 
@@ -27,7 +25,6 @@ class Connection:
         self.ledger = ledger
         self.relay = relay
         self.watches = watches
-        self._controls: list[Control] = []
         self._stack = contextlib.AsyncExitStack()
 
     @classmethod
@@ -62,20 +59,6 @@ class Connection:
             connection = cls(broker, ledger, relay, watches)
             connection._stack = stack.pop_all()
         return connection
-
-    def control(self, app: str, switches: Switches) -> Control:
-        """A runner's end of the control plane. That of a runner that has ended is used again: its queue went on hearing.
-
-        Parameters:
-            app: the application's name.
-            switches: what is known of paused queues.
-        """
-        control = next((each for each in self._controls if not each.taken), None)
-        if control is None:
-            control = Control(self.broker, app, switches=switches)
-            self._controls.append(control)
-        control.taken = True
-        return control
 
     async def close(self) -> None:
         """Close it all, last opened first; what was committed is handed to the broker before."""

@@ -43,6 +43,8 @@ FETCH: Final = 100
 PEERS_SECONDS: Final = 1.0
 """How long a runner that starts waits for what the others know: those that are there answer in milliseconds, and those that
 died without having been noticed never do."""
+REMOVE_SECONDS: Final = 1.0
+"""An end waits no longer for its queue to be removed: it vanishes with this process in any case."""
 REFUSED_SECONDS: Final = 60.0
 """Between two tries where the broker permits no queue for it: it will hardly change its mind sooner."""
 
@@ -188,6 +190,12 @@ class _Inbox:
         """Receive what comes."""
         return await self.broker.subscribe(self._queue.name, FETCH)
 
+    async def remove(self) -> None:
+        """Be there no more, or whoever starts would wait for an answer; where the broker is away, that is all the same."""
+        with contextlib.suppress(BrokerError, TimeoutError):
+            async with asyncio.timeout(REMOVE_SECONDS):
+                await self.broker.remove(self._queue.name)
+
 
 def _decoded(deliveries: Sequence[Delivery], decode: Callable[[bytes], Any]) -> list[Any]:
     found = []
@@ -236,8 +244,6 @@ class Control:
         self.runner: Final = uuid.uuid4().hex[:12]
         """Names it among all runners."""
         self.switches: Switches = dict(switches or {})
-        self.taken = False
-        """A runner uses it."""
         self.on_turn: Callable[[], object] = _nothing
         """Called when a queue is paused that was not, or the reverse."""
         self.on_cancel: Callable[[Sequence[str]], object] = _nothing
@@ -269,9 +275,9 @@ class Control:
                 await self._informed.wait()
 
     async def close(self) -> None:
-        """Hear no more; what comes from now on waits for the next start()."""
+        """Hear no more."""
         await self._loops.stop()
-        self.taken = False
+        await self._inbox.remove()
 
     async def _run(self) -> None:
         while True:
@@ -384,6 +390,7 @@ class Operator:
 
     async def __aexit__(self, *_: object) -> None:
         await self._loops.stop()
+        await self._inbox.remove()
 
     @property
     def paused(self) -> frozenset[str]:
