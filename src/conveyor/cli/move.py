@@ -24,6 +24,7 @@ from conveyor.config import masked
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Release
 from conveyor.errors import BrokerError, ConfigurationError, PublishFailed
+from conveyor.runtime.control import internal
 
 BATCH: Final = 500
 """Messages per step, and what a kill repeats at most: many enough that commits cost little, few enough that the bar moves."""
@@ -290,14 +291,16 @@ def _told_to_stop() -> Iterator[asyncio.Event]:
 
 
 def _chosen(found: Sequence[QueueInfo], names: Sequence[str], output: Output) -> list[QueueInfo]:
-    """The queues that are meant. A temporary one goes with its owner, not with its broker."""
-    known = [each.name for each in found]
+    """The queues that are meant. A temporary one goes with its owner, not with its broker; Conveyor's own stay where they are."""
+    known = [each.name for each in found if not internal(each.name)]
     for name in names:
+        if internal(name):
+            raise BrokerError(f"{name} is Conveyor's own, and of no use on another broker")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
             raise BrokerError(f"there is no queue {name!r}; {hint}")
-    chosen = [each for each in found if not names or each.name in names]
+    chosen = [each for each in found if each.name in (names or known)]
     for each in chosen:
         if each.temporary:
             output.note(f"{each.name} is temporary: it stays with the process that has it")

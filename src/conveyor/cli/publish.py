@@ -23,6 +23,7 @@ from conveyor.core.codec import Codec, codec_for
 from conveyor.core.events import EventType, check_topic
 from conveyor.core.message import JSON, Message
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.runtime.control import internal
 from conveyor.runtime.outgoing import Options, Outgoing
 
 if TYPE_CHECKING:
@@ -213,7 +214,8 @@ async def _publish(url: str, queues: tuple[Queue, ...], message: Message, output
 
 
 async def _nowhere(broker: Broker, topic: str) -> str:
-    topics = sorted({topic for queue in await broker.queues() for topic in queue.topics})
+    queues = [queue for queue in await broker.queues() if not internal(queue.name)]
+    topics = sorted({topic for queue in queues for topic in queue.topics})
     near = difflib.get_close_matches(topic, topics, 1)
     if near:
         return f"did you mean {near[0]}?"

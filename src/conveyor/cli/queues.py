@@ -1,4 +1,4 @@
-"""``conveyor queues``: what waits, what is at work, what is dead; and queues that nobody needs any more."""
+"""``conveyor queues``: what waits, what is at work, what is dead; queues that shall rest, and those that nobody needs any more."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, out, safe, span, table
 from conveyor.config import masked
+from conveyor.core.pause import paused_in
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, QueueInUse
+from conveyor.runtime.control import Operator, internal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +33,8 @@ command = App(
   conveyor queues --broker sqlite:///shop.queue
   conveyor queues --app shop:app --watch
   conveyor queues --json | jq '.queues[] | select(.dead > 0) | .name'
+  conveyor queues pause shop.charge
+  conveyor queues resume shop.charge
   conveyor queues remove shop.old --dry-run
 
 With --watch --json it prints one JSON document per line and look.
@@ -44,6 +48,7 @@ def queues(
     *,
     watch: bool = False,
     interval: Annotated[float, Parameter(validator=validators.Number(gte=0.1))] = 2.0,
+    everything: Annotated[bool, Parameter(name="--all")] = False,
     where: Where = HERE,
     output: Output = PLAIN,
 ) -> int:
@@ -52,8 +57,96 @@ def queues(
     Parameters:
         watch: Look again and again, until Ctrl-C.
         interval: Seconds from one look to the next. Default: 2.
+        everything: Also Conveyor's own queues, whose names begin with conveyor.
     """
-    return asyncio.run(_queues(where.url(), interval if watch else None, output))
+    return asyncio.run(_queues(where.url(), interval if watch else None, output, everything=everything))
+
+
+PAUSING = f"""What runs is finished; what was fetched and not begun goes back, uncounted.
+Runners keep a pause among themselves: it lasts until conveyor queues resume, or
+until none of them is left that knows it.
+
+Fails where no runner answers: then nothing was changed.
+
+{EXIT_CODES}"""
+Names = Annotated[str, Parameter(name="QUEUE")]
+
+
+@command.command(
+    help="Let no worker fetch from queues, until they are resumed.",
+    help_epilogue=f"""Examples:
+  conveyor queues pause shop.charge
+  conveyor queues pause shop.charge shop.mail --app shop:app --json
+
+{PAUSING}""",
+)
+def pause(*names: Names, where: Where = HERE, output: Output = PLAIN) -> int:
+    """Let no worker fetch from queues.
+
+    Parameters:
+        names: The queues.
+    """
+    return _turned(names, where, output, paused=True)
+
+
+@command.command(
+    help="Let workers fetch again from queues that were paused.",
+    help_epilogue=f"""Examples:
+  conveyor queues resume shop.charge
+
+Fails where no runner answers: then nothing was changed.
+
+{EXIT_CODES}""",
+)
+def resume(*names: Names, where: Where = HERE, output: Output = PLAIN) -> int:
+    """Let workers fetch again from queues that were paused.
+
+    Parameters:
+        names: The queues.
+    """
+    return _turned(names, where, output, paused=False)
+
+
+def _turned(names: Sequence[str], where: Where, output: Output, *, paused: bool) -> int:
+    if not names:
+        raise ConfigurationError("which queue? Give its name; conveyor queues lists them")
+    return asyncio.run(_turn(where.url(), list(dict.fromkeys(names)), output, paused=paused))
+
+
+async def _turn(url: str, names: Sequence[str], output: Output, *, paused: bool) -> int:
+    word = "paused" if paused else "going on"
+    async with connected(url) as broker:
+        there = [queue.name for queue in await broker.queues()]
+        for name in names:
+            if name not in there:
+                raise not_there(name, there)
+        async with Operator(broker) as operator:
+            await operator.hear_all()  # a decision has to be later than what they know
+            for name in names:
+                await operator.turn(name, paused=paused)
+            told = await operator.hear_all()
+    heeding = {
+        name: [each for each in told if (name in paused_in(each.switches)) == paused and name in each.queues]
+        for name in names
+    }
+    if output.json:
+        output.document(
+            {
+                "queues": list(names),
+                "paused": paused,
+                "runners": len(told),
+                "working": {name: [f"{each.host}:{each.pid}" for each in found] for name, found in heeding.items()},
+            }
+        )
+    elif told:
+        for name, found in heeding.items():
+            runners = (
+                counted(len(found), "runner") if found else "no runner works on it now; those that do later will know"
+            )
+            output.say(f"{name} is {word}: {runners}")
+    if not told:
+        output.note("no runner answers, and only runners keep a pause: nothing was changed", "red")
+    return OK if told else FAILED
 
 
 @command.command(
@@ -148,15 +241,20 @@ def messages_of(queue: QueueInfo) -> int:
 
 def not_there(name: str, names: Collection[str]) -> BrokerError:
     """What to say of a queue that does not exist: a typing error must not look like good news."""
+    names = [each for each in names if not internal(each)]
     near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(names) or 'none'}"
     return BrokerError(f"there is no queue {name!r}; {hint}")
 
 
-async def _queues(url: str, interval: float | None, output: Output) -> int:
+async def _queues(url: str, interval: float | None, output: Output, *, everything: bool) -> int:
     async with connected(url) as broker:
+
+        async def look() -> list[QueueInfo]:
+            return [queue for queue in await broker.queues() if everything or not internal(queue.name)]
+
         if interval is None:
-            found = await broker.queues()
+            found = await look()
             if output.json:
                 output.document(as_json(url, found))
             elif found:
@@ -166,14 +264,14 @@ async def _queues(url: str, interval: float | None, output: Output) -> int:
             return OK
         if output.json:
             while True:
-                output.line(as_json(url, await broker.queues()))
+                output.line(as_json(url, await look()))
                 await asyncio.sleep(interval)
         from rich.live import Live
 
-        with Live(as_table(await broker.queues()), console=out(), auto_refresh=False, screen=out().is_terminal) as live:
+        with Live(as_table(await look()), console=out(), auto_refresh=False, screen=out().is_terminal) as live:
             while True:
                 await asyncio.sleep(interval)
-                live.update(as_table(await broker.queues()), refresh=True)
+                live.update(as_table(await look()), refresh=True)
 
 
 def as_json(url: str, found: Sequence[QueueInfo]) -> dict[str, Any]:

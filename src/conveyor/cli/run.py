@@ -330,7 +330,8 @@ async def _metrics(supervisor: Supervisor, broker: Broker | None, started: float
     queues: list[QueueInfo] = []
     if broker is not None:
         try:
-            queues = await broker.queues()
+            # Temporary ones are nobody's work, and each of their names would be a series of its own for ever.
+            queues = [queue for queue in await broker.queues() if not queue.temporary]
         except BrokerError as error:  # what the processes did is worth knowing all the more
             log.warning("the metrics are without queues: %s", describe(error))
     return prometheus_text(supervisor.snapshots(), queues, uptime_seconds=time.time() - started)

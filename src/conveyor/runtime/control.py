@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Self
 
 import msgspec
@@ -43,6 +43,10 @@ FETCH: Final = 100
 PEERS_SECONDS: Final = 1.0
 """How long a runner that starts waits for what the others know: those that are there answer in milliseconds, and those that
 died without having been noticed never do."""
+ANSWER_SECONDS: Final = 5.0
+"""How long somebody waits for the first runner to answer; one that stands still never does."""
+LAST_ANSWER_SECONDS: Final = 0.5
+"""How long, after one answer, somebody waits for the next."""
 REMOVE_SECONDS: Final = 1.0
 """An end waits no longer for its queue to be removed: it vanishes with this process in any case."""
 REFUSED_SECONDS: Final = 60.0
@@ -156,6 +160,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     switches: dict[str, Switch] = {}
     failures: tuple[Failure, ...] = ()
 
+    @property
+    def queues(self) -> frozenset[str]:
+        """Where its workers fetch from."""
+        return frozenset(worker.queue for worker in self.workers)
+
 
 def internal(name: str) -> bool:
     """Whether a queue is Conveyor's own: operators look at it only when they ask for everything."""
@@ -164,6 +173,10 @@ def internal(name: str) -> bool:
 
 def _nothing(*_: object) -> None:
     """Where nobody cares."""
+
+
+async def _nothing_to_do() -> None:
+    """Where nobody cares, in a coroutine."""
 
 
 def _no_ids() -> Sequence[str]:
@@ -244,8 +257,8 @@ class Control:
         self.runner: Final = uuid.uuid4().hex[:12]
         """Names it among all runners."""
         self.switches: Switches = dict(switches or {})
-        self.on_turn: Callable[[], object] = _nothing
-        """Called when a queue is paused that was not, or the reverse."""
+        self.on_turn: Callable[[], Awaitable[object]] = _nothing_to_do
+        """Called when a queue is paused that was not, or the reverse; what is asked meanwhile is answered afterwards."""
         self.on_cancel: Callable[[Sequence[str]], object] = _nothing
         """Called with the ids of messages that shall not be handled."""
         self.to_cancel: Callable[[], Sequence[str]] = _no_ids
@@ -310,25 +323,25 @@ class Control:
                 deliveries = await subscription.fetch(FETCH)
                 orders: list[Order] = _decoded(deliveries, self._decode)
                 for order in orders:
-                    self._obey(order)
+                    await self._obey(order)
                 await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
                 await self._answer(orders)
         finally:
             await subscription.close()
 
-    def _obey(self, order: Order) -> None:
+    async def _obey(self, order: Order) -> None:
         match order:
             case Turn(switches):
-                self._learn(switches)
+                await self._learn(switches)
                 self._informed.set()
             case Report(switches=switches):
-                self._learn(switches)
+                await self._learn(switches)
             case Cancel(ids):
                 self.on_cancel(ids)
             case Hello():
                 pass
 
-    def _learn(self, switches: Switches) -> None:
+    async def _learn(self, switches: Switches) -> None:
         before = self.paused
         self.switches = merged(self.switches, switches)
         for queue in self.paused - before:
@@ -336,7 +349,7 @@ class Control:
         for queue in before - self.paused:
             log.info("%s goes on", queue)
         if self.paused != before:
-            self.on_turn()
+            await self.on_turn()
 
     async def _answer(self, orders: Sequence[Order]) -> None:
         answers: dict[str, Message] = {}
@@ -376,6 +389,7 @@ class Operator:
         self._inbox = _Inbox(broker, self._topic, (self._topic,))
         self._decode: Final = msgspec.json.Decoder(Status).decode
         self._switches: Switches = {}
+        self._answered = asyncio.Event()
         self._loops = Loops()
 
     async def __aenter__(self) -> Self:
@@ -405,6 +419,25 @@ class Operator:
         """
         seen = {name: status.failures[-1].number for name, status in self.statuses.items() if status.failures}
         return await tell(self._broker, Report(self._topic, seen, dict(self._switches)))
+
+    async def hear_all(self) -> list[Status]:
+        """Ask every runner for its status, and wait until no more answers come; those that answered.
+
+        Raises:
+            BrokerError: it could not be asked.
+        """
+        self.statuses.clear()
+        self._answered.clear()
+        if not await self.ask():
+            return []
+        wait_seconds = ANSWER_SECONDS
+        with contextlib.suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(wait_seconds):
+                    await self._answered.wait()
+                self._answered.clear()
+                wait_seconds = LAST_ANSWER_SECONDS
+        return list(self.statuses.values())
 
     async def turn(self, queue: str, *, paused: bool) -> bool:
         """Pause a queue, or let it go on. Returns whether there is a runner that heard it.
@@ -443,4 +476,5 @@ class Operator:
         self.statuses[status.runner] = status
         self.heard[status.runner] = time.monotonic()
         self._switches = merged(self._switches, status.switches)
+        self._answered.set()
         self.on_status(status)

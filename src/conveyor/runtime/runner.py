@@ -88,12 +88,10 @@ class Runner:
         self._alone_at_work = False
         """No worker may fetch, because a suspect is about to run, or runs."""
         self._failures: deque[Failure] = deque(maxlen=RECENT_FAILURES)
-        self._turned = asyncio.Event()
-        """A queue was paused, or goes on."""
         self.control = control
         if control is not None:
             control.status = self.status
-            control.on_turn = self._turned.set
+            control.on_turn = self._heed_pauses
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 
     def _consumer(self, worker: Worker) -> Consumer:
@@ -134,12 +132,10 @@ class Runner:
         self._state = "running"
         paused = self._paused()
         for consumer in self.consumers.values():
-            if consumer.worker.queue.name in paused:
-                consumer.paused = True
+            consumer.paused = consumer.worker.queue.name in paused
+            if consumer.paused:
                 consumer.gate.clear()
-            else:
-                self._go_on(consumer)
-        self._loops.start("pauses", self._heed_pauses)
+            self._go_on(consumer)
 
     async def drain(self, grace_seconds: float | None = DEFAULT_GRACE_SECONDS) -> bool:
         """Stop in order: not ready, fetch no more, give back what has not started, finish what runs, settle, close.
@@ -157,7 +153,7 @@ class Runner:
         for consumer in consumers:
             consumer.gate.clear()
             consumer.release_unstarted()
-        await self._loops.stop("stalls", "suspects", "pauses", *(f"fetch {name}" for name in self.consumers))
+        await self._loops.stop("stalls", "suspects", *(f"fetch {name}" for name in self.consumers))
         for consumer in consumers:
             consumer.gate.clear()
         while self._suspects:
@@ -273,21 +269,20 @@ class Runner:
 
     async def _heed_pauses(self) -> None:
         """Workers of a paused queue fetch nothing, give back what they have not begun, and finish what they have."""
-        while True:
-            paused = self._paused()
-            for name, consumer in self.consumers.items():
-                if consumer.paused == (consumer.worker.queue.name in paused):
-                    continue
-                consumer.paused = not consumer.paused
-                if not consumer.paused:
-                    self._go_on(consumer)
-                    continue
-                consumer.gate.clear()
-                consumer.release_unstarted()
-                await self._loops.stop(f"fetch {name}")  # what it claims in this moment goes back, too
-                self._release_suspects(consumer)
-            await self._turned.wait()
-            self._turned.clear()
+        if self._state != "running":
+            return
+        paused = self._paused()
+        for name, consumer in self.consumers.items():
+            if consumer.paused == (consumer.worker.queue.name in paused):
+                continue
+            consumer.paused = not consumer.paused
+            if not consumer.paused:
+                self._go_on(consumer)
+                continue
+            consumer.gate.clear()
+            consumer.release_unstarted()
+            await self._loops.stop(f"fetch {name}")  # what it claims in this moment goes back, too
+            self._release_suspects(consumer)
 
     def _release_suspects(self, of: Consumer) -> None:
         kept = [(consumer, delivery) for consumer, delivery in self._suspects if consumer is not of]
