@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import AsyncIterator, Collection
+from typing import Final
 
-from conveyor.broker import Broker, Clock
-from conveyor.core.journal import Job, JobFilter
-from conveyor.core.questions import Answer
+import msgspec
+
+from conveyor.broker import Broker, Clock, Queue, Settlement
+from conveyor.core.journal import Job, JobFilter, in_order
+from conveyor.core.message import Message, uuid7
+from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
+from conveyor.core.settle import DONE, describe
+from conveyor.errors import BrokerError, NoKeeper
+from conveyor.runtime.journal import MSGPACK
+from conveyor.runtime.keeper import ASK
+from conveyor.runtime.loop import Loops
+
+log = logging.getLogger("conveyor.ask")
+
+ANSWERS: Final = "conveyor.journal.answers"
+"""Begins the names of the queues that answers come to."""
+ANSWER_SECONDS: Final = 5.0
+"""How long a keeper may take to answer what it need not wait for."""
+OTHERS_SECONDS: Final = 0.2
+"""How much longer than the first one other keepers may take: each application has its own, and a journey may lead through several."""
+ASK_AGAIN_SECONDS: Final = 5.0
+"""Who waits asks again so often: a keeper may have died, or come."""
+NOBODY_SECONDS: Final = 0.25
+"""The same where there was no keeper at all."""
+MOST_IDS: Final = 1_000
+"""Ids in one question."""
+FETCH: Final = 100
+ANY: Final = JobFilter()
+
+_answer: Final = msgspec.msgpack.Decoder(Answer).decode
+_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 class Asker:
@@ -17,9 +51,16 @@ class Asker:
         clock: gives Unix seconds.
     """
 
-    def __init__(self, broker: Broker, clock: Clock) -> None: ...
+    def __init__(self, broker: Broker, clock: Clock) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._answers = Queue(name=f"{ANSWERS}.{uuid.uuid4().hex[:12]}", temporary=True, max_length=1_000)
+        self._asked: dict[str, asyncio.Queue[Answer]] = {}
+        self._opening = asyncio.Lock()
+        self._is_open = False
+        self._loops = Loops()
 
-    async def journey(self, id: str, *, timeout_seconds: float = 5.0) -> Answer:
+    async def journey(self, id: str, *, timeout_seconds: float = ANSWER_SECONDS) -> Answer:
         """Everything that is known about a message and all that belongs to its journey.
 
         Parameters:
@@ -28,28 +69,197 @@ class Asker:
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        ...
+        return merged(await self._all(JourneyOf(id), timeout_seconds))
 
     async def jobs(
-        self, which: JobFilter = JobFilter(), *, limit: int = 100, timeout_seconds: float = 5.0
+        self, which: JobFilter = ANY, *, limit: int = 100, timeout_seconds: float = ANSWER_SECONDS
     ) -> list[Job]:
         """Jobs, the newest first, without their results.
 
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        ...
+        return (await self.find(which, limit=limit, timeout_seconds=timeout_seconds))[0]
+
+    async def find(
+        self, which: JobFilter = ANY, *, limit: int = 100, timeout_seconds: float = ANSWER_SECONDS
+    ) -> tuple[list[Job], bool]:
+        """The same as jobs(), and whether there are more.
+
+        Raises:
+            NoKeeper: nobody keeps a journal here, or nobody answers in time.
+        """
+        answer = merged(await self._all(JobsOf(which, limit), timeout_seconds))
+        return list(answer.jobs[:limit]), answer.more or len(answer.jobs) > limit
 
     async def wait(self, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
         """Wait until at least one of these jobs has ended, and give all that is known about any of them (with results) by id.
 
-        A keeper that dies meanwhile, or comes later, makes no difference. What nothing is known about is missing.
+        A keeper that dies meanwhile, or comes later, makes no difference. What nothing is known about is missing; of more than
+        a thousand, only some are looked at.
 
         Returns:
             As they are when the first has ended, or after timeout_seconds.
+
+        Raises:
+            NoKeeper: in all this time nobody who keeps a journal was there, or answered.
         """
-        ...
+        wanted = tuple(ids)[:MOST_IDS]
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        known: dict[str, Job] = {}
+        heard = False
+        while True:
+            left = max(0.0, deadline - loop.time())
+            patience = min(left, ASK_AGAIN_SECONDS)
+            try:
+                async with self._question(
+                    EndOf(wanted, self._clock() + patience), patience + OTHERS_SECONDS
+                ) as answers:
+                    async for answer in answers:
+                        heard = heard or not answer.problem
+                        known = {job.id: job for job in merged([Answer("", jobs=tuple(known.values())), answer]).jobs}
+                        if any(job.status.ended for job in answer.jobs):
+                            return known
+            except NoKeeper:
+                await asyncio.sleep(min(left, NOBODY_SECONDS))
+            if deadline <= loop.time():
+                if not heard:
+                    raise NoKeeper(NOBODY_ANSWERED)
+                return known
 
     async def close(self) -> None:
         """Ask no more."""
-        ...
+        await self._loops.stop()
+        if self._is_open:
+            with contextlib.suppress(TimeoutError, BrokerError):
+                async with asyncio.timeout(1.0):
+                    await self._broker.remove(self._answers.name)
+            self._is_open = False
+
+    async def _all(self, request: Request, timeout_seconds: float) -> list[Answer]:
+        """What the keepers answer: the first within a time, the others soon behind it."""
+        found: list[Answer] = []
+        async with self._question(request, timeout_seconds) as answers:
+            async for answer in answers:
+                found.append(answer)
+                answers.hurry(OTHERS_SECONDS)
+        if not found:
+            raise NoKeeper(NOBODY_ANSWERED)
+        return found
+
+    @contextlib.asynccontextmanager
+    async def _question(self, request: Request, timeout_seconds: float) -> AsyncIterator[_Answers]:
+        """Ask; gives the answers as they come, until the time is over.
+
+        Raises:
+            NoKeeper: nobody hears it.
+        """
+        await self._open()
+        now = self._clock()
+        id = uuid7(now, os.urandom(10))
+        message = Message(
+            id, ASK, _encode(Question(id, self._answers.name, request)), content_type=MSGPACK, created=now
+        )
+        arriving: asyncio.Queue[Answer] = asyncio.Queue()
+        self._asked[id] = arriving
+        try:
+            if await self._broker.publish((message,)):
+                raise NoKeeper(NOBODY_KEEPS)
+            yield _Answers(arriving, timeout_seconds)
+        finally:
+            del self._asked[id]
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if not self._is_open:
+                await self._broker.declare([self._answers])
+                self._loops.start("answers", self._hear)
+                self._is_open = True
+
+    async def _hear(self) -> None:
+        await self._broker.declare([self._answers])
+        subscription = await self._broker.subscribe(self._answers.name, FETCH)
+        try:
+            while True:
+                deliveries = await subscription.fetch(FETCH)
+                for delivery in deliveries:
+                    try:
+                        answer = _answer(delivery.message.body)
+                    except msgspec.MsgspecError as error:
+                        log.debug("left out what is no answer: %s", describe(error))
+                        continue
+                    if answer.to in self._asked:
+                        self._asked[answer.to].put_nowait(answer)
+                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
+        finally:
+            await subscription.close()
+
+
+class _Answers:
+    """The answers to a question, as they come."""
+
+    def __init__(self, arriving: asyncio.Queue[Answer], timeout_seconds: float) -> None:
+        self._arriving = arriving
+        self._until = asyncio.get_running_loop().time() + timeout_seconds
+
+    def hurry(self, seconds: float) -> None:
+        """Wait no longer than that from now on."""
+        self._until = min(self._until, asyncio.get_running_loop().time() + seconds)
+
+    async def __aiter__(self) -> AsyncIterator[Answer]:
+        while True:
+            try:
+                async with asyncio.timeout_at(self._until):
+                    answer = await self._arriving.get()
+            except TimeoutError:
+                return
+            yield answer
+
+
+NOBODY_KEEPS: Final = (
+    "nobody keeps a journal on this broker now; conveyor run does where the journal is on (Conveyor(…, journal=True), or"
+    " CONVEYOR_JOURNAL=1), and so does conveyor journal APP"
+)
+NOBODY_ANSWERED: Final = "no keeper of the journal answered in time; see what the processes log about the journal"
+
+
+def merged(answers: Collection[Answer]) -> Answer:
+    """What several keepers know together: each knows what its own application's processes did.
+
+    Raises:
+        NoKeeper: all of them have problems.
+    """
+    good = [answer for answer in answers if not answer.problem]
+    if answers and not good:
+        raise NoKeeper(next(iter(answers)).problem)
+    jobs: dict[tuple[str, str], Job] = {}
+    for answer in good:
+        for job in answer.jobs:
+            before = jobs.get((job.id, job.worker))
+            if before is None or _knows_more(job, before):
+                jobs[job.id, job.worker] = job
+    had = {id for id, worker in jobs if worker}
+    entries = in_order(entry for answer in good for entry in answer.entries)
+    others = tuple(dict.fromkeys(other for answer in good for other in answer.others))
+    return Answer(
+        "",
+        entries=tuple(entries),
+        jobs=tuple(
+            sorted(
+                # An application that only published it knows of no worker.
+                (job for job in jobs.values() if job.worker or job.id not in had),
+                key=lambda job: -(job.ended or job.started or job.created or 0.0),
+            )
+        ),
+        others=() if entries else others,
+        more=any(answer.more for answer in good),
+    )
+
+
+def _knows_more(job: Job, before: Job) -> bool:
+    return (job.status.ended, job.attempts, job.started or 0.0) > (
+        before.status.ended,
+        before.attempts,
+        before.started or 0.0,
+    )

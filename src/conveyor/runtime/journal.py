@@ -7,15 +7,18 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isfinite
+from time import monotonic
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Queue
-from conveyor.core.journal import Batch, Entry, Kind
+from conveyor.core.journal import Entry, Kind
 from conveyor.core.message import Message, uuid7
-from conveyor.core.settle import Dead, Done, Release, RetryAt, Verdict, describe
+from conveyor.core.settle import DONE, Dead, Done, Reason, Release, RetryAt, Verdict, describe
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics
@@ -24,7 +27,7 @@ log = logging.getLogger("conveyor.journal")
 
 TOPIC: Final = "conveyor.journal"
 """Begins the names of the journal's queues and topics."""
-CONTENT_TYPE: Final = "application/msgpack"
+MSGPACK: Final = "application/msgpack"
 FLUSH_SECONDS: Final = 0.25
 """How long an entry waits for others to travel with; what a killed process had noted since then is lost."""
 SOON_SECONDS: Final = 0.01
@@ -39,10 +42,17 @@ LARGEST_BATCH_BYTES: Final = 256 * 1024
 """Bytes of results and tracebacks after which a batch is full."""
 QUEUE_LENGTH: Final = 2_000
 """Batches that wait for a keeper at most; beyond, the broker drops the oldest."""
+LONGEST_TRACEBACK: Final = 4_000
+"""Characters of a traceback, from its end; the dead letter has more of it."""
+LONGEST_NOTE: Final = 500
+"""Characters of a progress' note."""
 RUNNING_SECONDS: Final = 0.1
 """An attempt that runs for so long is noted while it runs; what ends sooner is noted by its end alone."""
 LAST_FLUSH_SECONDS: Final = 2.0
 """How long the last batches may take when everything else has ended."""
+
+_BEFORE_IT_BEGAN: Final = frozenset({Reason.CRASHED, Reason.EXPIRED})
+_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 def journal_queue(app: str) -> Queue:
@@ -51,21 +61,21 @@ def journal_queue(app: str) -> Queue:
     return Queue(name=name, topics=(name,), max_length=QUEUE_LENGTH)
 
 
-class Running(msgspec.Struct, frozen=True):
+class Running(NamedTuple):
     """An attempt that runs now.
 
     Parameters:
         worker: its identity.
-        started: Unix seconds.
+        begun: when, on the monotonic clock.
     """
 
     worker: str
     delivery: Delivery
-    started: float
+    begun: float
 
 
 class Journal:
-    """Gathers entries and ships them; never waits, never raises, and drops what there is no room for.
+    """Gathers entries and ships them; it never waits, never raises, and drops (and counts) what there is no room for.
 
     Parameters:
         app: whose keeper gets them.
@@ -75,10 +85,10 @@ class Journal:
     """
 
     def __init__(self, app: str, broker: Broker, metrics: Metrics, clock: Clock) -> None:
-        self.clock: Final = clock
         self.process: Final = f"{socket.gethostname()}/{os.getpid()}"
         self.at_work: list[Callable[[], Iterable[Running]]] = []
         """Each gives what runs now; runners add themselves."""
+        self._clock = clock
         self._queue = journal_queue(app)
         self._broker = broker
         self._metrics = metrics
@@ -86,11 +96,13 @@ class Journal:
         self._bytes = 0
         self._progress: dict[str, Entry] = {}
         """The latest of each message since the last flush."""
-        self._told: set[object] = set()
-        """The receipts of what was running at the last flush, and has been noted."""
-        self._unsent: list[Message] = []
-        self._encode = msgspec.msgpack.Encoder().encode
+        self._told: frozenset[Any] = frozenset()
+        """The receipts of what ran at the last flush: it is noted."""
+        self._unsent: deque[tuple[int, Message]] = deque()
+        """Batches under way, each with the number of its entries."""
+        self._failures = 0
         self._soon = asyncio.Event()
+        self._shipping = asyncio.Lock()
         self._loops = Loops()
 
     # --- noting -------------------------------------------------------------------------------------------------------
@@ -101,11 +113,15 @@ class Journal:
         Parameters:
             soon: somebody may be waiting for it: ship it at once.
         """
-        weight = len(entry.traceback) if entry.result is None else len(entry.result)
-        if len(self._entries) >= CAPACITY or self._bytes + weight > CAPACITY_BYTES:
+        if len(self._entries) >= CAPACITY:
             self._drop(1)
             return
-        self._bytes += weight
+        if entry.result is not None or entry.traceback:
+            weight = _weight(entry)
+            if self._bytes + weight > CAPACITY_BYTES:
+                self._drop(1)
+                return
+            self._bytes += weight
         self._entries.append(entry)
         if soon:
             self._soon.set()
@@ -116,32 +132,233 @@ class Journal:
         Parameters:
             worker: the identity of the worker whose handler did it; "" is a program.
         """
-        ...
+        id, journey = message.id, message.correlation_id
+        self.note(
+            Entry(
+                Kind.PUBLISHED,
+                message.created,
+                id,
+                message.topic,
+                worker,
+                self.process,
+                "",
+                0,
+                0,
+                None if journey == id else journey,
+                message.causation_id,
+                None,
+                message.due,
+            )
+        )
 
-    def settled(self, worker: str, delivery: Delivery, verdict: Verdict, started: float | None, *, soon: bool) -> None:
-        """A delivery has ended, and so (unless it is released or tried again) has the message.
+    def settled(
+        self, worker: str, delivery: Delivery, verdict: Verdict, begun: float | None, *, soon: bool = False
+    ) -> None:
+        """A delivery has ended, and with it perhaps the message. What it emits is noted, too.
 
         Parameters:
             worker: the identity of the worker that had it.
-            started: Unix seconds when the attempt began; None where none was made.
+            begun: when the attempt began, on the monotonic clock; None where none was made.
             soon: somebody may be waiting for its result.
         """
-        ...
+        now = self._clock()
+        started = None if begun is None else now - (monotonic() - begun)
+        message = delivery.message
+        id, journey, attempt = message.id, message.correlation_id, delivery.attempts + 1
+        kind, due, reason, error, traceback = Kind.SUCCEEDED, 0.0, "", "", ""
+        result, unkept = None, ""
+        if type(verdict) is Done:
+            if verdict is not DONE:
+                result, unkept = verdict.result, verdict.unkept
+                if verdict.repeated:
+                    kind = Kind.DUPLICATE
+                for emitted in verdict.emits:
+                    self.published(emitted, worker)
+        elif type(verdict) is RetryAt:
+            kind, due, error, traceback = Kind.RETRIED, verdict.due, verdict.error, verdict.traceback
+        elif type(verdict) is Dead:
+            kind, reason, error, traceback = Kind.DEAD, verdict.reason, verdict.error, verdict.traceback
+            if reason in _BEFORE_IT_BEGAN:
+                started, attempt = None, delivery.attempts
+        elif type(verdict) is Release:
+            if begun is None:
+                return  # nobody had looked at it
+            kind, due = Kind.RELEASED, verdict.due
+        self.note(
+            Entry(
+                kind,
+                now,
+                id,
+                message.topic,
+                worker,
+                self.process,
+                delivery.queue,
+                attempt,
+                delivery.deliveries - delivery.attempts - 1,
+                None if journey == id else journey,
+                message.causation_id,
+                started,
+                due,
+                reason,
+                error,
+                traceback[-LONGEST_TRACEBACK:],
+                None,
+                None,
+                "",
+                result,
+                unkept,
+            ),
+            soon=soon,
+        )
 
-    def progressed(self, worker: str, delivery: Delivery, done: float, total: float | None, note: str) -> None:
+    def progressed(
+        self, worker: str, delivery: Delivery, done: float, total: float | None = None, note: str = ""
+    ) -> None:
         """The attempt that runs says how far it is; of several between two flushes the last one counts."""
-        ...
+        if len(self._progress) >= CAPACITY and delivery.message.id not in self._progress:
+            self._drop(1)
+            return
+        self._progress[delivery.message.id] = self._of(
+            Kind.PROGRESSED,
+            self._clock(),
+            worker,
+            delivery,
+            done=done if isfinite(done) else 0.0,
+            total=total if total is not None and isfinite(total) else None,
+            note=note[:LONGEST_NOTE],
+        )
+
+    def _of(self, kind: Kind, at: float, worker: str, delivery: Delivery, **more: Any) -> Entry:
+        message = delivery.message
+        return Entry(
+            kind,
+            at,
+            message.id,
+            message.topic,
+            worker,
+            self.process,
+            delivery.queue,
+            delivery.attempts + 1,
+            delivery.crashes,
+            None if message.correlation_id == message.id else message.correlation_id,
+            message.causation_id,
+            **more,
+        )
+
+    def _drop(self, entries: int) -> None:
+        if self._metrics.journal_dropped == 0:
+            log.warning(
+                "the journal cannot keep up, or its broker is away: entries are dropped (said once; see the metrics)"
+            )
+        self._metrics.journal_dropped += entries
 
     # --- shipping -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin to ship."""
-        ...
+        self._loops.start("journal", self._run)
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await self._soon.wait()
+                    await asyncio.sleep(SOON_SECONDS)
+            self._soon.clear()
+            await self.flush()
 
     async def flush(self) -> None:
-        """Ship now what has gathered."""
-        ...
+        """Ship what has gathered; what the broker cannot take now stays for the next time, within bounds."""
+        async with self._shipping:
+            if not self._unsent:
+                self._gather()
+            while self._unsent and await self._ship(*self._unsent[0]):
+                self._unsent.popleft()
 
     async def close(self) -> None:
         """Ship what is left, without waiting long, and end."""
-        ...
+        await self._loops.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_FLUSH_SECONDS):
+                await self.flush()
+                await self.flush()  # where something was unsent, that alone went before
+        if left := len(self._entries) + sum(count for count, _ in self._unsent):
+            self._drop(left)
+
+    def _gather(self) -> None:
+        """Make batches of all that is to tell."""
+        told = []
+        for source in self.at_work:
+            for worker, delivery, begun in source():
+                if (ran := monotonic() - begun) >= RUNNING_SECONDS:
+                    told.append(delivery.receipt)
+                    if delivery.receipt not in self._told:
+                        began = self._clock() - ran
+                        self.note(self._of(Kind.STARTED, began, worker, delivery, started=began))
+        self._told = frozenset(told)
+        entries, self._entries, self._bytes = [*self._entries, *self._progress.values()], [], 0
+        self._progress.clear()
+        for batch in _batches(entries):
+            now = self._clock()
+            self._unsent.append(
+                (
+                    len(batch),
+                    Message(
+                        uuid7(now, os.urandom(10)), self._queue.name, _encoded(batch), content_type=MSGPACK, created=now
+                    ),
+                )
+            )
+
+    async def _ship(self, count: int, batch: Message) -> bool:
+        """Give one batch to the broker; False where it should be tried again later."""
+        try:
+            await self._broker.publish((batch,), queue=self._queue.name)
+        except (BrokerUnavailable, BrokerFull) as error:
+            self._say(error)
+            return False
+        except BrokerError as error:  # perhaps somebody deleted the queue
+            self._say(error)
+            self._drop(count)
+            with contextlib.suppress(BrokerError):
+                await self._broker.declare([self._queue])
+        else:
+            self._failures = 0
+        return True
+
+    def _say(self, error: BrokerError) -> None:
+        self._failures += 1
+        log.log(
+            logging.WARNING if self._failures == 1 else logging.DEBUG,
+            "the journal cannot be shipped, work goes on: %s",
+            describe(error),
+        )
+
+
+def _weight(entry: Entry) -> int:
+    return len(entry.traceback) + (0 if entry.result is None else len(entry.result))
+
+
+def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    weight = 0
+    for entry in entries:
+        batch.append(entry)
+        weight += _weight(entry)
+        if len(batch) == LARGEST_BATCH or weight >= LARGEST_BATCH_BYTES:
+            yield batch
+            batch, weight = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(batch: list[Entry]) -> bytes:
+    try:
+        return _encode(batch)
+    except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
+        return _encode([_clean(entry) for entry in batch])
+
+
+def _clean(entry: Entry) -> Entry:
+    texts = {name: getattr(entry, name) for name in entry.__struct_fields__}
+    clean = {name: text.encode("utf-8", "replace").decode() for name, text in texts.items() if type(text) is str}
+    return msgspec.structs.replace(entry, **clean)

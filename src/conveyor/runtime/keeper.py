@@ -2,9 +2,321 @@
 
 from __future__ import annotations
 
-from typing import Final
+import asyncio
+import contextlib
+import functools
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, ParamSpec, Self, TypeVar
 
-from conveyor.broker import Broker, Clock
+import msgspec
 
-ASK_TOPIC: Final = "conveyor.journal.ask"
-"""Questions are published under it (conveyor.core.questions); every keeper hears them in a temporary queue of its own."""
+from conveyor.broker import Broker, Clock, Delivery, Queue, Settlement
+from conveyor.core.journal import ENDS, Entry, Job, jobs_of
+from conveyor.core.message import Message, uuid7
+from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
+from conveyor.core.settle import DONE, describe
+from conveyor.errors import BrokerError, JournalError
+from conveyor.runtime.archive import IN_MEMORY, Archive
+from conveyor.runtime.health import Health
+from conveyor.runtime.journal import MSGPACK, journal_queue
+from conveyor.runtime.loop import Loops
+
+log = logging.getLogger("conveyor.keeper")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ASK: Final = "conveyor.journal.ask"
+"""The topic of questions; every keeper hears it in a temporary queue of its own."""
+FETCH: Final = 32
+"""Batches, or questions, taken from the broker at once."""
+SPOILT_DELIVERIES: Final = 5
+"""A batch that was handed over so often has ended its keepers; it is dropped."""
+AGAIN_SECONDS: Final = 2.0
+"""Between two tries to write to an archive that cannot be written."""
+TIDY_SECONDS: Final = 10.0
+"""Between two looks at what is too old, or too much."""
+LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
+"""Bytes of texts and results in an answer."""
+MOST_WAITS: Final = 10_000
+"""Ids that are waited for at most, over all questions."""
+DRAIN_SECONDS: Final = 3.0
+"""How long the keeper takes in what is still in its queue when it is asked to end."""
+LONGEST_WAIT_SECONDS: Final = 60.0
+"""A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
+
+_batch: Final = msgspec.msgpack.Decoder(list[Entry]).decode
+_question: Final = msgspec.msgpack.Decoder(Question).decode
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class _Wait:
+    """A question that waits for an end."""
+
+    def __init__(self, question: Question, ids: Iterable[str]) -> None:
+        self.question = question
+        self.ids = frozenset(ids)
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Keeper:
+    """Keeps the journal of one application, while its block (``async with``) lasts.
+
+    Parameters:
+        app: whose.
+        broker: open.
+        archive: where it is kept; opened and closed here.
+        clock: gives Unix seconds.
+    """
+
+    def __init__(self, app: str, broker: Broker, archive: Archive, clock: Clock) -> None:
+        self.archive: Final = archive
+        self.problem: str | None = None
+        """Why nothing can be kept now, in words."""
+        self._app = app
+        self._broker = broker
+        self._clock = clock
+        self._queue = journal_queue(app)
+        self._questions = Queue(
+            name=f"{ASK}.{app}.{uuid.uuid4().hex[:12]}", topics=(ASK,), temporary=True, max_length=1_000
+        )
+        # A question may take long, and must hold up no entry.
+        self._reader = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
+        self._writing = ThreadPoolExecutor(1, "conveyor archive")
+        self._reading = self._writing if self._reader is archive else ThreadPoolExecutor(1, "conveyor archive reader")
+        self._waits: dict[str, set[_Wait]] = {}
+        self._loops = Loops()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._write(self.archive.open)
+            if self._reader is not self.archive:
+                await self._read(functools.partial(self._reader.open, create=False))
+            await self._broker.declare([self._queue, self._questions])
+        except BaseException:
+            self._close()
+            raise
+        self._loops.start("journal", self._take)
+        self._loops.start("questions", self._hear)
+        self._loops.start("tidy", self._tidy)
+        log.info("the journal of %s is kept in %s", self._app, self.archive.path)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with contextlib.suppress(TimeoutError, BrokerError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._drained()
+        await self._loops.stop()
+        for wait in {wait for waits in self._waits.values() for wait in waits}:
+            self._end(wait)
+        with contextlib.suppress(TimeoutError, BrokerError):
+            async with asyncio.timeout(1.0):
+                await self._broker.remove(self._questions.name)
+        await asyncio.get_running_loop().run_in_executor(None, self._close)
+
+    def health(self) -> Health:
+        """How it is."""
+        unready = [] if self.problem is None else [f"journal: {self.problem}"]
+        unready += [f"{name}: {problem}" for name, problem in self._loops.problems.items()]
+        return Health(unready=tuple(unready))
+
+    def _close(self) -> None:
+        for thread, archive in ((self._reading, self._reader), (self._writing, self.archive)):
+            if archive is not self.archive or thread is self._writing:
+                with contextlib.suppress(RuntimeError):
+                    thread.submit(archive.close).result()
+            thread.shutdown()
+
+    async def _drained(self) -> None:
+        """Wait until nothing is left in the queue."""
+        while True:
+            infos = await self._broker.queues()
+            left = next((info for info in infos if info.name == self._queue.name), None)
+            if left is None or self.problem is not None or not left.ready + left.in_flight:
+                return
+            await asyncio.sleep(0.05)
+
+    async def _write(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._writing, functools.partial(work, *args, **kwargs))
+
+    async def _read(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._reading, functools.partial(work, *args, **kwargs))
+
+    # --- keeping ------------------------------------------------------------------------------------------------------
+
+    async def _take(self) -> None:
+        """Take batches in, for ever: each is settled when it is kept."""
+        await self._broker.declare([self._queue])
+        subscription = await self._broker.subscribe(self._queue.name, FETCH)
+        try:
+            while True:
+                deliveries = await subscription.fetch(FETCH)
+                batches = [(delivery.message.id, self._entries(delivery)) for delivery in deliveries]
+                await self._keep(batches, deliveries)
+                if self._waits:
+                    await self._tell({e.message_id for _, entries in batches for e in entries if e.kind in ENDS})
+                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
+        finally:
+            await subscription.close()
+
+    def _entries(self, delivery: Delivery) -> list[Entry]:
+        """What is in a batch; nothing where that cannot be read, or where it ends whoever reads it."""
+        try:
+            if delivery.deliveries > SPOILT_DELIVERIES:
+                raise ValueError(f"handed over {delivery.deliveries} times")
+            return _batch(delivery.message.body)
+        except (ValueError, msgspec.MsgspecError) as error:
+            log.error("a batch of the journal is dropped, it makes no sense: %s", describe(error))
+            return []
+
+    async def _keep(self, batches: Sequence[tuple[str, list[Entry]]], deliveries: Sequence[Delivery]) -> None:
+        """Write batches, however long it takes until that is possible."""
+        while True:
+            try:
+                await self._write(self.archive.write, batches)
+                await self._write(self.archive.prune, always=False)
+            except JournalError as error:
+                if self.problem is None:
+                    log.error("%s", error)
+                self.problem = str(error)
+                await asyncio.sleep(AGAIN_SECONDS)
+                await self._broker.extend(deliveries)
+            else:
+                if self.problem is not None:
+                    log.info("the journal is kept again")
+                self.problem = None
+                return
+
+    async def _tidy(self) -> None:
+        while True:
+            with contextlib.suppress(JournalError):  # writing says the same
+                while await self._write(self.archive.prune):
+                    pass
+            await asyncio.sleep(TIDY_SECONDS)
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    async def _hear(self) -> None:
+        """Answer questions, for ever."""
+        await self._broker.declare([self._questions])
+        subscription = await self._broker.subscribe(self._questions.name, FETCH)
+        try:
+            while True:
+                deliveries = await subscription.fetch(FETCH)
+                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
+                for delivery in deliveries:
+                    try:
+                        question = _question(delivery.message.body)
+                    except msgspec.MsgspecError as error:  # of another version, or of anybody: the topic is open to all
+                        log.debug("left out what is no question: %s", describe(error))
+                        continue
+                    try:
+                        await self._consider(question)
+                    except JournalError as error:
+                        await self._reply(question, Answer(question.id, problem=str(error)))
+        finally:
+            await subscription.close()
+
+    async def _consider(self, question: Question) -> None:
+        match question.request:
+            case JourneyOf(id):
+                found = await self._read(self._reader.journey, id)
+                entries, cut = _fitting(found.entries)
+                answer = Answer(question.id, entries=entries, others=found.others, more=found.more or cut)
+                await self._reply(question, answer)
+            case JobsOf(which, limit):
+                jobs, more = await self._read(self._reader.jobs, which, limit)
+                fitting, cut = _fitting(jobs)
+                await self._reply(question, Answer(question.id, jobs=fitting, more=more or cut))
+            case EndOf(ids, until):
+                await self._wait(_Wait(question, ids[:MOST_WAITS]), until)
+
+    async def _wait(self, wait: _Wait, until: float) -> None:
+        """Answer when one of them has ended, or at the deadline."""
+        room = max(0, MOST_WAITS - len(self._waits))
+        for each in list(wait.ids)[:room]:
+            self._waits.setdefault(each, set()).add(wait)  # before looking, so that no end falls between
+        jobs = await self._known(wait)
+        seconds = min(until - self._clock(), LONGEST_WAIT_SECONDS)
+        if seconds <= 0 or any(job.status.ended for job in jobs):
+            await self._answer(wait, jobs)
+        else:
+            wait.timer = asyncio.get_running_loop().call_later(
+                seconds, lambda: self._loops.start(f"answer {id(wait)}", functools.partial(self._late, wait))
+            )
+
+    async def _late(self, wait: _Wait) -> None:
+        await self._answer(wait, await self._known(wait))
+
+    async def _tell(self, ended: set[str]) -> None:
+        """Answer those who wait for one of these."""
+        for wait in {wait for id in ended & self._waits.keys() for wait in self._waits[id]}:
+            with contextlib.suppress(JournalError):  # it cannot be read now; it is answered at its deadline
+                await self._answer(wait, await self._known(wait))
+
+    async def _known(self, wait: _Wait) -> list[Job]:
+        return jobs_of(await self._read(self._reader.of, wait.ids))
+
+    async def _answer(self, wait: _Wait, jobs: Sequence[Job]) -> None:
+        self._end(wait)
+        # What has ended comes first: for the rest it can be asked again.
+        fitting, cut = _fitting(sorted(jobs, key=lambda job: not job.status.ended))
+        await self._reply(wait.question, Answer(wait.question.id, jobs=fitting, more=cut))
+
+    def _end(self, wait: _Wait) -> None:
+        if wait.timer is not None:
+            wait.timer.cancel()
+        for id in wait.ids & self._waits.keys():
+            self._waits[id].discard(wait)
+            if not self._waits[id]:
+                del self._waits[id]
+
+    async def _reply(self, question: Question, answer: Answer) -> None:
+        now = self._clock()
+        message = Message(
+            uuid7(now, os.urandom(10)), question.reply_to, _encode(answer), content_type=MSGPACK, created=now
+        )
+        try:
+            await self._broker.publish((message,), queue=question.reply_to)
+        except BrokerError as error:  # whoever asked is gone, or will ask again
+            log.debug("an answer reached nobody: %s", describe(error))
+
+
+T = TypeVar("T", Entry, Job)
+
+
+def _fitting(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
+    """As many as an answer may hold, and whether that leaves some out."""
+    room = LARGEST_ANSWER_BYTES
+    fitting: list[T] = []
+    for each in found:
+        room -= 300 + len(each.error) + len(each.traceback) + len(each.note) + len(each.result or "")
+        if room < 0 and fitting:
+            return tuple(fitting), True
+        fitting.append(each)
+    return tuple(fitting), False
+
+
+def place(app: str, said: bool | str | Path, broker_url: str | None) -> Path | str:
+    """Where an application's journal is kept.
+
+    Parameters:
+        said: a path; or True, for the usual place: beside the queue file, in memory where the messages are, else in the
+            working directory.
+        broker_url: of its broker; None for one that was made in code.
+    """
+    from urllib.parse import unquote, urlsplit
+
+    if not isinstance(said, bool):
+        return said if said == IN_MEMORY else Path(said)
+    parts = urlsplit(broker_url or "memory://")
+    if parts.scheme == "memory":
+        return IN_MEMORY
+    if parts.scheme == "sqlite":
+        return Path(f"{unquote(parts.path[1:])}.journal")
+    return Path(f"{app}.journal")

@@ -102,6 +102,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         outbox_pending: outbox rows not handed to the broker yet; None where there is no ledger.
         outbox_parked: those of them that the broker refuses for good.
         deaths: processes that ended otherwise than asked.
+        journal_dropped: entries of the journal that there was no room for.
     """
 
     process: str
@@ -114,6 +115,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     outbox_pending: int | None = None
     outbox_parked: int | None = None
     deaths: int = 0
+    journal_dropped: int = 0
 
     @property
     def received(self) -> int:
@@ -137,6 +139,7 @@ class Metrics:
         self.unrouted = 0
         self.outbox_pending: int | None = None
         self.outbox_parked: int | None = None
+        self.journal_dropped = 0
 
     def worker(self, name: str) -> WorkerMetrics:
         """The counters of one worker, always the same object."""
@@ -154,6 +157,7 @@ class Metrics:
             unrouted=self.unrouted,
             outbox_pending=self.outbox_pending,
             outbox_parked=self.outbox_parked,
+            journal_dropped=self.journal_dropped,
         )
 
 
@@ -199,6 +203,7 @@ def merge(snapshots: Iterable[Snapshot], *, process: str = "all") -> Snapshot:
         outbox_pending=max((s.outbox_pending for s in snapshots if s.outbox_pending is not None), default=None),
         outbox_parked=max((s.outbox_parked for s in snapshots if s.outbox_parked is not None), default=None),
         deaths=sum(s.deaths for s in snapshots),
+        journal_dropped=sum(s.journal_dropped for s in snapshots),
     )
 
 
@@ -338,6 +343,9 @@ def _of_processes(snapshots: Sequence[Snapshot], total: Snapshot) -> Iterator[Me
     )
     yield CounterMetricFamily(
         "conveyor_messages_unrouted", "Published messages whose topic no queue receives.", value=total.unrouted
+    )
+    yield CounterMetricFamily(
+        "conveyor_journal_dropped", "Entries of the journal that there was no room for.", value=total.journal_dropped
     )
     if total.outbox_pending is not None:
         yield GaugeMetricFamily(

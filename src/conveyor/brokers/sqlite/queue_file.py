@@ -202,7 +202,7 @@ def _check_place(path: Path, *, network_filesystem: bool) -> None:
         )
     try:
         if not path.exists():
-            _create(path)
+            create(path)
     except PermissionError as error:
         raise BrokerError(
             f"cannot open {path}: no permission to create it; change the folder's owner or mode, or the broker's URL"
@@ -214,7 +214,7 @@ def _check_place(path: Path, *, network_filesystem: bool) -> None:
             )
 
 
-def _create(path: Path) -> None:
+def create(path: Path) -> None:
     """An empty file of mode 0600, whatever the umask. It has its name only when we have closed it: a close drops SQLite's locks."""
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
