@@ -1,0 +1,477 @@
+"""The archive: an application's journal in a SQLite file, bounded in age and size."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self, cast
+
+import apsw
+import msgspec
+
+from conveyor.broker import Clock
+from conveyor.brokers.sqlite import queue_file
+from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, jobs_of
+from conveyor.errors import JournalError
+
+DEFAULT_AGE_SECONDS: Final = 7 * 86_400.0
+"""A week: time to come back from a weekend and look."""
+DEFAULT_SIZE_BYTES: Final = 1024**3
+"""About three million messages."""
+IN_MEMORY: Final = ":memory:"
+"""Instead of a path: it goes with the object."""
+
+APPLICATION_ID: Final = 0x436E764A
+"""'CnvJ' in the file's header: it is a journal."""
+SCHEMA_VERSION: Final = 1
+BUSY_SECONDS: Final = 5.0
+"""How long to wait for another keeper of the same file."""
+QUESTION_SECONDS: Final = 3.0
+"""A question that takes longer is answered with what was found by then."""
+ROWS_AT_ONCE: Final = (200, 20, 1)
+"""Rows in one statement: the connection gives up the interpreter's lock at every step, and behind a busy event loop each return of
+it may take milliseconds."""
+PRUNED_AT_ONCE: Final = 10_000
+"""Entries that one step of pruning deletes at most: nobody waits long behind it."""
+PRUNE_TO: Final = 0.95
+"""Share of the permitted size that is left when it was exceeded, so that this is not so at once again."""
+LOOK_AFTER: Final = 5_000
+"""Entries after which the size is looked at."""
+LONGEST_JOURNEY: Final = 5_000
+"""Entries of one journey that are read at most."""
+PAGE: Final = 200
+"""Jobs that are looked at in one step."""
+KEPT_FREE_BYTES: Final = 2 * queue_file.LOW_DISK_BYTES
+KEPT_FREE_SHARE: Final = 2 * queue_file.LOW_DISK_SHARE
+"""Nothing is written while less than both of the disk is free: the queue file may be on it, and needs the room more."""
+
+FIELDS: Final = Entry.__struct_fields__
+COLUMNS: Final = ", ".join(FIELDS)
+BRIEF: Final = COLUMNS.replace("traceback", "'' AS traceback").replace("result", "NULL AS result")
+"""Without what may be long."""
+SCHEMA: Final = f"""
+CREATE TABLE batches (
+    seq INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,    -- of the message that brought it: a repeat changes nothing
+    arrived REAL NOT NULL,      -- Unix seconds
+    last_entry INTEGER NOT NULL -- the seq of its last one: whole batches are pruned
+);
+CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, {COLUMNS}); -- AUTOINCREMENT: a seq is never given twice
+CREATE INDEX entries_by_message ON entries (message_id);
+CREATE INDEX entries_by_journey ON entries (correlation_id) WHERE correlation_id IS NOT NULL;
+CREATE INDEX entries_by_rare_kind ON entries (kind) WHERE kind NOT IN ('published', 'succeeded');
+"""
+
+_decode: Final = msgspec.json.Decoder(list[Entry]).decode
+
+
+class Found(NamedTuple):
+    """What is known about a journey.
+
+    Parameters:
+        more: there are more entries than these.
+        others: the journeys that the id may mean, where that is not clear.
+    """
+
+    entries: list[Entry]
+    more: bool = False
+    others: tuple[str, ...] = ()
+
+
+class Jobs(NamedTuple):
+    """The jobs that were found; more tells that there may be others."""
+
+    jobs: list[Job]
+    more: bool
+
+
+class Archive:
+    """The file and one connection to it; used by one thread at a time.
+
+    Parameters:
+        path: the file, or IN_MEMORY.
+        age_seconds: how long entries are kept.
+        size_bytes: how large the file may become; then the oldest entries go.
+        clock: gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        age_seconds: float = DEFAULT_AGE_SECONDS,
+        size_bytes: int = DEFAULT_SIZE_BYTES,
+        clock: Clock = time.time,
+    ) -> None:
+        self.path: Final = path if path == IN_MEMORY else Path(path).absolute()
+        self._age_seconds = age_seconds
+        self._size_bytes = size_bytes
+        self._clock = clock
+        self._unlooked = 0
+        self._inode = 0
+        self._may_create = True
+
+    def open(self, *, create: bool = True) -> Self:
+        """Open it, or create it where that is wanted.
+
+        Raises:
+            JournalError: it is not there, cannot be used, or is not safe to use; says what to do.
+        """
+        self._may_create = create
+        try:
+            if isinstance(self.path, Path):
+                if create:
+                    _check_place(self.path)
+                elif not self.path.exists():
+                    raise JournalError(f"there is no journal {self.path}")
+            flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if self.path == IN_MEMORY else 0)
+            self._db = apsw.Connection(str(self.path), flags=flags, statementcachesize=32)
+            try:
+                self._db.set_busy_timeout(int(BUSY_SECONDS * 1000))
+                self._check_content(create=create)
+                # An entry may get lost with the power; syncing every commit would take the disk from the queues.
+                self._db.execute("PRAGMA synchronous = normal")
+            except BaseException:
+                self._db.close()
+                raise
+            if isinstance(self.path, Path):
+                self._inode = self.path.stat().st_ino
+        except (apsw.Error, OSError) as error:
+            raise JournalError(self._explain(error)) from error
+        return self
+
+    def close(self) -> None:
+        """Close it."""
+        self._db.close()
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, batches: Iterable[tuple[str, Sequence[Entry]]]) -> None:
+        """Keep batches, each with its id, in one transaction; what was kept before is left out.
+
+        Raises:
+            JournalError: it cannot be written now; nothing was.
+        """
+        try:
+            self._check_same()
+            self._check_room()
+            with self._db:  # a transaction
+                for id, entries in batches:
+                    self._write(id, entries)
+        except (apsw.Error, OSError) as error:
+            raise JournalError(self._explain(error)) from error
+
+    def _write(self, id: str, entries: Sequence[Entry]) -> None:
+        new = self._rows(
+            "INSERT OR IGNORE INTO batches (id, arrived, last_entry) VALUES (?, ?, 0) RETURNING seq", id, self._clock()
+        )
+        if not new:
+            return
+        rows = [msgspec.structs.astuple(entry) for entry in entries]
+        at = 0
+        for size in ROWS_AT_ONCE:
+            statement = _insert(size)
+            while len(rows) - at >= size:
+                self._db.execute(statement, [value for row in rows[at : at + size] for value in row])
+                at += size
+        self._rows("UPDATE batches SET last_entry = (SELECT coalesce(max(seq), 0) FROM entries) WHERE seq = ?", *new[0])
+        self._unlooked += len(rows)
+
+    def prune(self, *, always: bool = True) -> bool:
+        """Delete what is too old, or too much; a step of it, so that nobody waits long.
+
+        Parameters:
+            always: look even where little was written since the last time.
+
+        Returns:
+            Whether there is more to do.
+
+        Raises:
+            JournalError: it cannot be done now.
+        """
+        if not always and self._unlooked < LOOK_AFTER:
+            return False
+        self._unlooked = 0
+        try:
+            return self._prune()
+        except (apsw.Error, OSError) as error:
+            raise JournalError(self._explain(error)) from error
+
+    def _prune(self) -> bool:
+        first, last = self._rows("SELECT coalesce(min(seq), 1), coalesce(max(seq), 0) FROM entries")[0]
+        old = self._rows(
+            "SELECT coalesce(max(last_entry), 0) FROM batches WHERE arrived < ?", self._clock() - self._age_seconds
+        )[0][0]
+        if (used := self._used_bytes()) > self._size_bytes:
+            # The file has so many bytes an entry; whole batches go, at least one.
+            spare = (used - PRUNE_TO * self._size_bytes) / used * (last - first + 1)
+            wanted = self._rows("SELECT min(last_entry) FROM batches WHERE last_entry >= ?", first + int(spare))[0][0]
+            old = max(old, wanted or last)
+        until = min(old, first + PRUNED_AT_ONCE - 1)
+        if first <= until and first <= last:
+            with self._db:
+                self._rows("DELETE FROM entries WHERE seq <= ?", until)
+                self._rows("DELETE FROM batches WHERE last_entry <= ? AND last_entry < ?", until, last)
+        self._rows(f"PRAGMA incremental_vacuum({PRUNED_AT_ONCE // 10})")
+        return bool(until < min(old, last)) or int(self._pragma("freelist_count")) > PRUNED_AT_ONCE
+
+    def _used_bytes(self) -> int:
+        pages = self._pragma("page_count") - self._pragma("freelist_count")
+        return int(pages * self._pragma("page_size"))
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def journey(self, id: str) -> Found:
+        """All entries of a journey.
+
+        Parameters:
+            id: of the journey, or of a message on it; the beginning of one is enough where only one journey fits.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        with self._asking():
+            return self._journey(id)
+
+    def _journey(self, id: str) -> Found:
+        journeys = self._rows(
+            "SELECT DISTINCT coalesce(correlation_id, message_id) FROM entries WHERE message_id = ?1"
+            " UNION SELECT ?1 WHERE EXISTS (SELECT 1 FROM entries WHERE correlation_id = ?1)",
+            id,
+        ) or self._rows(
+            "SELECT DISTINCT coalesce(correlation_id, message_id) FROM entries WHERE message_id >= ?1 AND message_id < ?2"
+            " UNION SELECT correlation_id FROM entries WHERE correlation_id >= ?1 AND correlation_id < ?2 LIMIT 11",
+            id,
+            id + "\U0010ffff",
+        )
+        if len(journeys) > 1:
+            return Found([], len(journeys) > 10, tuple(journey for (journey,) in journeys[:10]))
+        if not journeys:
+            return Found([])
+        entries = self._entries(
+            f"SELECT {COLUMNS} FROM entries WHERE correlation_id = ?1"
+            f" UNION ALL SELECT {COLUMNS} FROM entries WHERE message_id = ?1 AND correlation_id IS NOT ?1"
+            f" LIMIT {LONGEST_JOURNEY + 1}",
+            journeys[0][0],
+        )
+        return Found(entries[:LONGEST_JOURNEY], len(entries) > LONGEST_JOURNEY)
+
+    def of(self, ids: Iterable[str], *, results: bool = True) -> list[Entry]:
+        """The entries of these messages.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._asking():
+            return self._of(ids, results=results)
+
+    def _of(self, ids: Iterable[str], *, results: bool) -> list[Entry]:
+        columns = COLUMNS if results else BRIEF
+        wanted = msgspec.json.encode(list(ids)).decode()
+        return self._entries(
+            f"SELECT {columns} FROM entries WHERE message_id IN (SELECT value FROM json_each(?))", wanted
+        )
+
+    def jobs(self, which: JobFilter, limit: int) -> Jobs:
+        """Jobs, the newest first, without results and tracebacks; what cannot be found soon is left out.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        found: list[Job] = []
+        try:
+            with self._asking():
+                if which.ids is not None:
+                    found = [job for job in jobs_of(self._of(which.ids, results=False)) if which.fits(job)]
+                    return Jobs(found[:limit], len(found) > limit)
+                seen: set[str] = set()
+                before = 2**62
+                while len(found) <= limit:
+                    ids, before = self._candidates(which, before)
+                    if not ids:
+                        return Jobs(found, more=False)
+                    fresh = [id for id in dict.fromkeys(ids) if id not in seen]
+                    seen.update(fresh)
+                    of: dict[str, list[Job]] = {}
+                    for job in jobs_of(self._of(fresh, results=False)):
+                        of.setdefault(job.id, []).append(job)
+                    found += [job for id in fresh for job in of.get(id, ()) if which.fits(job)]
+                return Jobs(found[:limit], more=True)
+        except _TooLong:
+            return Jobs(found[:limit], more=True)
+
+    def _candidates(self, which: JobFilter, before: int) -> tuple[list[str], int]:
+        """A page of messages that may be meant, the newest first, and where the next page begins."""
+        conditions, values = _conditions(which)
+        rows = self._rows(
+            "SELECT coalesce(json_group_array(message_id), '[]'), min(seq) FROM (SELECT message_id, seq FROM entries"
+            f" WHERE seq < ? {''.join(f' AND {each}' for each in conditions)} ORDER BY seq DESC LIMIT {PAGE})",
+            before,
+            *values,
+        )
+        return msgspec.json.decode(rows[0][0], type=list[str]), rows[0][1] or 0
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """A question: it is given up after a while, and errors are said in words."""
+        deadline = time.monotonic() + QUESTION_SECONDS
+        self._check_same()
+        self._db.set_progress_handler(lambda: time.monotonic() > deadline, 20_000)
+        try:
+            with self._db:  # one moment of the file
+                yield
+        except apsw.InterruptError as error:
+            raise _TooLong(f"the question to {self.path} took more than {QUESTION_SECONDS:g} s") from error
+        except (apsw.Error, OSError) as error:
+            raise JournalError(self._explain(error)) from error
+        finally:
+            self._db.set_progress_handler(None)
+
+    def _entries(self, select: str, *values: object) -> list[Entry]:
+        """The entries of a selection of all columns, in one step; see ROWS_AT_ONCE."""
+        found = self._rows(f"SELECT json_group_array(json_array({COLUMNS})) FROM ({select})", *values)
+        return _decode(found[0][0])
+
+    # --- the file -----------------------------------------------------------------------------------------------------
+
+    def _check_content(self, *, create: bool) -> None:
+        deadline = time.monotonic() + BUSY_SECONDS
+        while not self._is_ours():
+            if self._rows("SELECT 1 FROM sqlite_schema") and not self._is_ours():
+                raise JournalError(f"cannot open {self.path}: it is a database of another program; name another file")
+            if not create:
+                raise JournalError(f"{self.path} is no journal")
+            try:
+                self._db.execute("PRAGMA auto_vacuum = incremental")
+                self._rows("PRAGMA journal_mode = wal")
+                self._db.execute("BEGIN IMMEDIATE")
+                if not self._is_ours():
+                    self._db.execute(SCHEMA)
+                    self._db.execute(
+                        f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
+                    )
+                self._db.execute("COMMIT")
+            except apsw.BusyError:  # another keeper makes it in this moment; changing the journal mode does not wait
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if (version := self._pragma("user_version")) != SCHEMA_VERSION:
+            raise JournalError(
+                f"cannot open {self.path}: a later version of Conveyor made it (file version {version}); upgrade Conveyor here"
+            )
+
+    def _is_ours(self) -> bool:
+        return bool(self._pragma("application_id") == APPLICATION_ID)
+
+    def _check_same(self) -> None:
+        """Go on with a new file where somebody deleted the old one."""
+        if not isinstance(self.path, Path):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_ino == self._inode:
+                return
+        self._db.close()
+        self.open(create=self._may_create)
+
+    def _check_room(self) -> None:
+        if not isinstance(self.path, Path):
+            return
+        disk = os.statvfs(self.path.parent)
+        free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+        if free < min(KEPT_FREE_BYTES, size * KEPT_FREE_SHARE):
+            raise JournalError(
+                f"the disk of {self.path} is almost full ({free // 1024} kB free): the journal waits, work goes on;"
+                " free some space, or let the journal keep less"
+            )
+
+    def _rows(self, statement: str, *values: object) -> list[Any]:
+        return self._db.execute(statement, cast("Any", values)).fetchall()
+
+    def _pragma(self, name: str) -> Any:
+        return self._rows(f"PRAGMA {name}")[0][0]
+
+    def _explain(self, error: Exception) -> str:
+        path = self.path
+        if isinstance(error, apsw.FullError):
+            return f"the disk of {path} is full: the journal waits, work goes on; free some space"
+        if isinstance(error, apsw.BusyError):
+            return f"another process has held the write lock of {path} for more than {BUSY_SECONDS:g} s"
+        if isinstance(error, apsw.NotADBError):
+            return f"{path} is no journal; move it away, or name another file"
+        if isinstance(error, apsw.CorruptError):
+            return f"{path} is damaged ({error}); move it away, and a new one is begun"
+        return f"{path}: {type(error).__name__}: {error}"
+
+
+class _TooLong(JournalError):
+    """A question was given up."""
+
+
+def _insert(rows: int) -> str:
+    row = f"({', '.join('?' * len(FIELDS))})"
+    return f"INSERT INTO entries ({COLUMNS}) VALUES {', '.join([row] * rows)}"
+
+
+_KINDS: Final = {
+    Status.DONE: (Kind.SUCCEEDED, Kind.DUPLICATE),
+    Status.FAILED: (Kind.DEAD,),
+    Status.DEAD: (Kind.DEAD,),
+    Status.CANCELLED: (Kind.CANCELLED,),
+    Status.RETRYING: (Kind.RETRIED,),
+    Status.RUNNING: (Kind.STARTED, Kind.PROGRESSED),
+    Status.WAITING: (Kind.PUBLISHED, Kind.RELEASED),
+}
+"""The kinds of the entries that make a job what it is."""
+
+
+def _conditions(which: JobFilter) -> tuple[list[str], list[object]]:
+    """What an entry has to be for its job to be one that is meant."""
+    conditions: list[str] = []
+    values: list[object] = []
+    if which.status is not None:
+        kinds = _KINDS[which.status]
+        if not {Kind.PUBLISHED, Kind.SUCCEEDED} & set(kinds):
+            conditions.append("kind NOT IN ('published', 'succeeded')")  # so that its index is used
+        conditions.append(f"kind IN ({', '.join('?' * len(kinds))})")
+        values += kinds
+    if which.status is Status.WAITING:
+        conditions.append(
+            "NOT EXISTS (SELECT 1 FROM entries AS later WHERE later.message_id = entries.message_id"
+            " AND later.kind NOT IN ('published', 'released'))"
+        )
+    if which.worker is not None:
+        # A task's topic is its worker's identity.
+        who = "CASE kind WHEN 'published' THEN topic ELSE worker END"
+        conditions.append(f"substr('.' || {who}, -length(?)) = ?")
+        values += [f".{which.worker}"] * 2
+    if which.topic is not None:
+        conditions.append("topic = ?")
+        values.append(which.topic)
+    if which.since is not None:
+        conditions.append("at >= ?")
+        values.append(which.since)
+    return conditions, values
+
+
+def _check_place(path: Path) -> None:
+    """Fail where no journal can be; create an empty file where there is none."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise JournalError(f"cannot keep the journal {path}: the folder {folder} does not exist")
+    if path.is_dir():
+        raise JournalError(
+            f"cannot keep the journal {path}: it is a folder; name a file, such as {path / 'shop.journal'}"
+        )
+    kind = queue_file.file_system(folder.resolve(), Path("/proc/self/mountinfo"))
+    if kind in queue_file.REMOTE or kind.startswith("fuse."):
+        raise JournalError(
+            f"cannot keep the journal {path}: it is on a network file system ({kind}), where locks do not hold; name a local file"
+        )
+    if not path.exists():
+        queue_file.create(path)
+    for place in (path, folder):
+        if not os.access(place, os.R_OK | os.W_OK):
+            raise JournalError(f"cannot keep the journal {path}: no permission to write {place}")
