@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -218,6 +219,41 @@ async def test_a_dead_letter_queue_of_others_is_used_as_it_is(url: str) -> None:
         await broker.settle([Settlement(await one(broker, "orders"), Dead("rejected", "ValueError: no"))])
         [letter] = await broker.dead_letters(DeadFilter(queue="orders"), limit=10)
         assert letter.message.id == "m-1"
+
+
+async def test_a_removed_queue_takes_all_with_it_but_what_others_have_made(rabbitmq: RabbitMQ, url: str) -> None:
+    def there() -> set[str]:
+        names = "rabbit_amqqueue:list_names() ++ rabbit_exchange:list_names()"
+        said = rabbitmq.evaluate(f'[Name || {{resource, <<"{urlsplit(url).path[1:]}">>, _, Name}} <- {names}]')
+        return set(re.findall(r'<<"(.*?)">>', said))
+
+    def others(channel: BlockingChannel) -> None:
+        channel.queue_declare("theirs", durable=True)
+        channel.queue_declare("their.dead", durable=True)
+
+    await plainly(url, others)
+    async with opened(url) as broker:
+        before = await asyncio.to_thread(there)
+        mine = [
+            Queue(name="plain", topics=("t",), native={"dead_queue": "their.dead"}),
+            Queue(name="keyed", topics=("t",), ordered=True),
+            Queue(name="theirs", native={"passive": "true"}),
+        ]
+        await broker.declare(mine)
+        await broker.publish([Message("m", "t", b"{}", key="k")])
+        for queue in mine[:2]:
+            subscription = await broker.subscribe(queue.name, 10)
+            [delivery] = await subscription.fetch(1)
+            await broker.settle([Settlement(delivery, RetryAt(broker.clock() + 3600.0, "later"))])
+            await subscription.close()
+        await broker.bury([DeadLetter(
+            position="", queue="keyed", message=Message("d", "t", b"{}"), reason="rejected", error="", traceback="",
+            deliveries=1, attempts=0, died=0.0
+        )])  # fmt: skip
+        for queue in mine:
+            await broker.remove(queue.name, discard_dead=True)
+        assert await asyncio.to_thread(there) == before
+        assert await broker.queues() == []
 
 
 async def test_a_passive_queue_that_does_not_exist_is_an_error(url: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -9,7 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from conveyor import brokers
+from conveyor.broker import Queue
+from conveyor.core.message import Message
 from servers.redis import Redis
+from tests.cli.conftest import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -30,8 +37,8 @@ def a_redis_with(folder: Path, **settings: str) -> Iterator[Redis]:
 
 @pytest.mark.parametrize(
     ("broker", "options", "not_asked"),
-    [("redis", "", set()), ("rabbitmq", "", {"priority"}), ("rabbitmq", "?queue_type=classic", set())],
-    ids=["redis", "rabbitmq, quorum", "rabbitmq, classic"],
+    [("redis", "", set()), ("rabbitmq", "", {"priority"}), ("rabbitmq", "?queue_type=priority", set())],
+    ids=["redis", "rabbitmq, quorum", "rabbitmq, priority"],
 )
 def test_a_server_keeps_the_promises_that_doctor_asks_for(
     conveyor: Program, request: pytest.FixtureRequest, broker: str, options: str, not_asked: set[str]
@@ -44,9 +51,41 @@ def test_a_server_keeps_the_promises_that_doctor_asks_for(
     assert {each["verdict"] for each in found["promises"]} <= {"passed", "skipped"}
     assert not_asked <= set(found["missing"])
     assert "guest:guest" not in str(found)
-    # It works with names of its own, and takes its messages with it.
-    left = conveyor.json("queues", "--broker", url)["queues"]
-    assert sum(each["ready"] + each["delayed"] + each["in_flight"] + each["dead"] for each in left) == 0
+    # It works with queues of its own, and takes them with it.
+    assert conveyor.json("queues", "--broker", url)["queues"] == []
+
+
+async def test_doctor_removes_what_a_run_left_that_was_killed(conveyor: Program, redis: Redis) -> None:
+    url, now = redis.url(), int(time.time())
+    old, young = f"promise-{now - 3600:x}-0123456789ab.1", f"promise-{now:x}-0123456789ab.1"
+    names = [old, young, "promise-of-somebody-else.1"]
+    broker = brokers.from_url(url)
+    await broker.open()
+    await broker.declare([Queue(name=name, topics=(name,)) for name in names])
+    await broker.publish([Message("m", old, b"left")])
+    await asyncio.to_thread(conveyor.ok, "doctor", "--broker", url, "--only", NONE_PUBLISHED)
+    assert {each.name for each in await broker.queues()} == {young, "promise-of-somebody-else.1"}
+    await broker.close()
+
+
+def test_doctor_stops_when_the_server_dies_under_it(conveyor: Program, tmp_path: Path) -> None:
+    with closing(Redis(tmp_path)) as server:
+        examining = subprocess.Popen(
+            conveyor.command("doctor", "--broker", server.url()),
+            cwd=conveyor.folder,
+            env=conveyor.environment | {"PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        with examining:
+            assert examining.stdout is not None
+            while b"  kept " not in examining.stdout.readline():
+                pass
+            server.kill()
+            _, said = examining.communicate(timeout=PATIENCE_SECONDS)
+    assert examining.returncode == 1
+    assert "the server went away after" in said.decode()
+    assert "Traceback" not in said.decode()
 
 
 def test_what_is_risky_about_a_redis_is_said_in_words(conveyor: Program, redis: Redis, tmp_path: Path) -> None:

@@ -9,23 +9,23 @@ import glob
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from cyclopts import App
 
 from conveyor import brokers
-from conveyor.broker import Feature
+from conveyor.broker import Broker, Feature
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where
 from conveyor.cli.terminal import FAILED, OK, Output, errors, out, safe, span
 from conveyor.config import masked
-from conveyor.errors import ConfigurationError
-from conveyor.testing.promises import PROMISES, Ended, Makers, Result
-from conveyor.testing.promises import run as prove_all
-from conveyor.testing.promises.suite import SHORT_LEASE_SECONDS
+from conveyor.errors import BrokerUnavailable, ConfigurationError
+from conveyor.testing.promises import PROMISES, Ended, Makers, Result, prove
+from conveyor.testing.promises.suite import SHORT_LEASE_SECONDS, sweep
 
 HERE = Where()
 PLAIN = Output()
@@ -43,6 +43,13 @@ HELD: Final = {"amqp": ("RabbitMQ", "consumer_timeout", 1_800.0), "amqps": ("Rab
 FAIR_LEASE_SECONDS: Final = {"amqp": 2.0, "amqps": 2.0}
 """Scheme → the shortest lease that it is fair to prove promises with: AMQP's heartbeats come once a second at most."""
 
+LOOK_SECONDS: Final = 1.0
+"""Between two looks whether the server is still there."""
+AWAY_SECONDS: Final = 10.0
+"""A server that has not answered for so long is gone: what is proved on it now proves nothing. Longer than its restart may be felt."""
+TIDY_SECONDS: Final = 5.0
+"""How long a proof that is broken off may take to end."""
+
 command = App(
     name="doctor",
     help_epilogue=f"""Examples:
@@ -53,8 +60,9 @@ command = App(
 With --app, handlers that may take longer than the server lets a message be held
 are among the risks.
 
-It works with names that nobody else uses, and deletes its messages afterwards;
-on SQLite in a file of its own beside yours. It takes a minute or two.
+It works with queues that nobody else uses, and removes them afterwards, also those
+of an earlier run that was killed; on SQLite in a file of its own beside yours.
+It takes a minute or two.
 
 {EXIT_CODES}""",
 )
@@ -95,7 +103,7 @@ async def _examine(url: str, app: str | None, only: Sequence[str] | None, output
     with _workplace(url) as place:
         lease_seconds = FAIR_LEASE_SECONDS.get(parts.scheme, SHORT_LEASE_SECONDS)
         makers = Makers(functools.partial(brokers.from_url, place), lease_seconds)
-        results = await _prove(makers, only, output)
+        results = await _prove(makers, only, output, watched=parts.scheme not in {"sqlite", "memory"})
     failed = [result for result in results if result.ended is Ended.FAILED]
     kept = sum(result.ended is Ended.PASSED for result in results)
     if output.json:
@@ -176,20 +184,63 @@ def _file(url: str) -> Path:
     return Path(unquote(urlsplit(url).path[1:]))
 
 
-async def _prove(makers: Makers, only: Sequence[str] | None, output: Output) -> list[Result]:
+async def _prove(makers: Makers, only: Sequence[str] | None, output: Output, *, watched: bool) -> list[Result]:
     chosen = [p for p in PROMISES.values() if only is None or p.name in only or p.area in only]
-    with output.progress() as bar:
+    results: list[Result] = []
+    with output.progress() as bar, _overheard():  # the proofs provoke warnings on purpose
         task = bar.add_task("proving", total=len(chosen))
 
-        def tell(result: Result) -> None:
-            bar.advance(task)
-            if not output.json:
-                _print(result)
-            elif errors().is_terminal:
-                output.note(f"{result.promise.name}: {WORDS[result.ended]}")
+        async def ask(server: Broker | None) -> None:
+            for promise in chosen:
+                result = await prove(promise, makers)
+                if result.ended is Ended.FAILED and server is not None:
+                    await server.risks()  # where it does not answer, that is why
+                results.append(result)
+                bar.advance(task)
+                if not output.json:
+                    _print(result)
+                elif errors().is_terminal:
+                    output.note(f"{promise.name}: {WORDS[result.ended]}")
 
-        with _overheard():  # the proofs provoke warnings on purpose
-            return await prove_all(makers, only, tell=tell)
+        if not watched:
+            await ask(None)
+            return results
+        server = makers.broker()
+        await server.open()
+        asking = asyncio.create_task(ask(server), name="proving")
+        watching = asyncio.create_task(_away(server), name="watching the server")
+        try:
+            await sweep(server, time.time())
+            ended, _ = await asyncio.wait([asking, watching], return_when=asyncio.FIRST_COMPLETED)
+            for each in ended:
+                each.result()
+            await sweep(server, time.time())
+        except BrokerUnavailable as error:
+            raise BrokerUnavailable(
+                f"the server went away after {len(results)} of {len(chosen)} promises, so the others were not asked: {error}"
+            ) from error
+        finally:
+            watching.cancel()
+            asking.cancel()
+            await asyncio.wait([asking, watching], timeout=TIDY_SECONDS)
+            await server.close()
+    return results
+
+
+async def _away(server: Broker) -> NoReturn:
+    """Raise BrokerUnavailable when the server has given no answer for a while."""
+    loop = asyncio.get_running_loop()
+    last = loop.time()
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        try:
+            async with asyncio.timeout(AWAY_SECONDS):
+                await server.risks()
+            last = loop.time()
+        except (BrokerUnavailable, TimeoutError) as error:
+            if loop.time() - last > AWAY_SECONDS:
+                said = str(error) or f"no answer for {AWAY_SECONDS:g} s"
+                raise BrokerUnavailable(said) from error
 
 
 def _print(result: Result) -> None:

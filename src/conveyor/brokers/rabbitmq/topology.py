@@ -166,8 +166,7 @@ class Topology:
         async def forget(channel: Channel) -> None:
             for exchange in (spec.keyed, spec.unkeyed) if spec.ordered else ():
                 await channel.exchange_delete(exchange)
-            for queue in queues:
-                await channel.queue_delete(queue)
+            await asyncio.gather(*(channel.queue_delete(queue) for queue in queues))  # done in this order
 
         try:
             await self.ask(forget)
@@ -187,8 +186,7 @@ class Topology:
         async def forget(channel: Channel) -> None:
             for exchange in (spec.keyed, spec.unkeyed) if spec.ordered else ():
                 await channel.exchange_delete(exchange)
-            for queue in queues:
-                await channel.queue_delete(queue)
+            await asyncio.gather(*(channel.queue_delete(queue) for queue in queues))  # done in this order
 
         try:
             await self.ask(forget)

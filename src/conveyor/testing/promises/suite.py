@@ -7,6 +7,7 @@ import contextlib
 import enum
 import itertools
 import os
+import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
@@ -27,6 +28,10 @@ LONG_LEASE_SECONDS: Final = 300.0
 """A lease that is not meant to end, however busy the machine is."""
 PROOF_PATIENCES: Final = 4
 """A whole proof may take so many times as long as anything in it."""
+LONGEST_PROOF_SECONDS: Final = (PROOF_PATIENCES + 2) * PATIENCE_SECONDS
+"""With its beginning and its end. What is older was left by a process that died."""
+NAMES: Final = re.compile(r"promise-([0-9a-f]+)-[0-9a-f]{12}\.")
+"""Every name of a world says in which second it began."""
 MARK: Final = "(mark)"
 """Says that what was published before it must have come."""
 PREFETCH: Final = 10_000
@@ -71,7 +76,7 @@ class World:
     def __init__(self, makers: Makers) -> None:
         self.makers = makers
         self.lease_seconds = makers.lease_seconds
-        self._name = f"promise-{os.urandom(6).hex()}"
+        self._name = f"promise-{int(time.time()):x}-{os.urandom(6).hex()}"
         self._numbers = itertools.count(1)
         self._brokers: list[Broker] = []
         self._declared: list[str] = []
@@ -315,6 +320,22 @@ async def work(
     for error in ended:
         if isinstance(error, Exception):
             raise error
+
+
+async def sweep(broker: Broker, now: float) -> int:
+    """Remove the queues of proofs whose process died in their midst; how many. Those of living ones stay.
+
+    Parameters:
+        now: Unix seconds.
+    """
+    removed = 0
+    for queue in await broker.queues():
+        began = NAMES.match(queue.name)
+        if began is not None and int(began[1], 16) < now - LONGEST_PROOF_SECONDS:
+            with contextlib.suppress(BrokerError):  # somebody else has removed it, or looks into it
+                await broker.remove(queue.name, discard_dead=True)
+                removed += 1
+    return removed
 
 
 Body = Callable[[World], Awaitable[None]]
