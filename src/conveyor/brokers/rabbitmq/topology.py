@@ -173,26 +173,6 @@ class Topology:
         except ChannelClosed as error:
             raise BrokerError(f"the server does not let the queue {spec.name!r} be removed: {error.text}") from error
 
-    async def remove(self, spec: Spec, *, dead: bool) -> None:
-        """A queue goes, with all that belongs to it; the queue itself last, so that a removal that breaks off can be done again.
-
-        Parameters:
-            dead: its dead letters go, too.
-        """
-        queues = [spec.later, *(spec.rung(step) for step in range(len(RUNGS)))]
-        queues += [name for partition in spec.partitions for name in (partition, notes_of(partition))]
-        queues += ([spec.dead] if dead else []) + ([] if spec.passive else [spec.name])
-
-        async def forget(channel: Channel) -> None:
-            for exchange in (spec.keyed, spec.unkeyed) if spec.ordered else ():
-                await channel.exchange_delete(exchange)
-            await asyncio.gather(*(channel.queue_delete(queue) for queue in queues))  # done in this order
-
-        try:
-            await self.ask(forget)
-        except ChannelClosed as error:
-            raise BrokerError(f"the server does not let the queue {spec.name!r} be removed: {error.text}") from error
-
     async def delete(self, queue: str) -> None:
         """A queue goes, with what is in it."""
         await self.ask(lambda channel: channel.queue_delete(queue))
