@@ -63,6 +63,8 @@ Seconds = float | timedelta
 
 BATCHES_AT_ONCE: Final = 1
 """A batch is made to be large; two at once would each be half of it."""
+PORTABLE: Final = (Context, Message)
+"""What the runner can also hand to a handler in another process."""
 
 
 class Conveyor:
@@ -191,7 +193,7 @@ class Conveyor:
         names = frame.f_locals if frame.f_locals is not frame.f_globals else None
 
         def register(function: F) -> F:
-            plan = plan_worker(function, topic=topic, batch=batch is not None, cpu=cpu, names=names)
+            plan = plan_worker(function, topic=topic, batch=batch is not None, cpu=cpu, portable=PORTABLE, names=names)
             known_as = check_topic(name or function.__name__)
             self._check_batch(plan, batch)
             lanes = self._concurrency(
@@ -280,12 +282,14 @@ class Conveyor:
             _at_least_one(function, prefetch=prefetch, max_length=max_length)
             _positive(function, lease=lease, timeout=timeout)
             _check_retry(function, retry)
-            plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
+            plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, portable=PORTABLE, names=names)
             known_as = check_topic(name or function.__name__)
             own = check_topic(queue or f"{self.name}.{known_as}")
 
             def build() -> Worker:  # only when it is used: a provider may be declared below the task
-                plan = plan_task(function, injectable=_Injectable(self._providers), cpu=cpu, names=names)
+                plan = plan_task(
+                    function, injectable=_Injectable(self._providers), cpu=cpu, portable=PORTABLE, names=names
+                )
                 struct = struct_for(known_as, [(p.name, p.type, p.default) for p in plan.fields or ()])
                 lanes = self._concurrency(function, plan.mode, concurrency)
                 held = prefetch or lanes * PREFETCH_PER_SLOT

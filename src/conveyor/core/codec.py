@@ -70,6 +70,15 @@ def codec_for(tp: Any) -> Codec:
         return _make_codec(tp)
 
 
+def result_codec_for(tp: Any) -> Codec:
+    """The codec of what a job returns: always JSON, also where the whole of it is bytes (base64).
+
+    Raises:
+        HandlerError: a type that has no form in JSON; names the field and says what to do.
+    """
+    return _json_codec(bytes) if tp is bytes else codec_for(tp)
+
+
 def _make_codec(tp: Any) -> Codec:
     if tp is bytes:
         return Codec(bytes, BYTES, bytes, _encode_bytes)

@@ -57,6 +57,7 @@ class Plan:
         injected: the parameters that the runner fills in by their type.
         emits: the events that it may return or yield.
         silent: it may also return None.
+        returns: the type of a job's result; Any where its annotations do not say, or for a worker.
     """
 
     function: Callable[..., Any]
@@ -69,6 +70,7 @@ class Plan:
     injected: tuple[Parameter, ...]
     emits: tuple[EventType, ...]
     silent: bool = True
+    returns: Any = Any
 
 
 def plan_worker(
@@ -77,6 +79,7 @@ def plan_worker(
     topic: str | None = None,
     batch: bool = False,
     cpu: bool = False,
+    portable: abc.Container[Any] = (),
     names: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a worker: its first parameter is the payload, its return type what it publishes.
@@ -86,6 +89,7 @@ def plan_worker(
         topic: given by hand; a payload of dict or bytes needs one.
         batch: the first parameter is a list of payloads.
         cpu: it runs in a process of its own.
+        portable: types that can be handed in there.
         names: what annotations may name beside the function's globals (types local to another function).
 
     Raises:
@@ -110,7 +114,7 @@ def plan_worker(
             raise HandlerError(f"{who} has batch=…, so its first parameter must be a list: {first.name}: list[…]")
     receives = _received(payload, who, first.name, topic)
     mode, yields = _mode(function, who, cpu=cpu)
-    _check_injected(injected, who, mode)
+    _check_injected(injected, who, mode, portable)
     emits = _emitted(returns, who, yields=yields)
     silent = yields or not emits or type(None) in _members(_bare(returns))
     return Plan(function, mode, yields, receives, payload, batch, None, tuple(injected), emits, silent)
@@ -121,22 +125,27 @@ def plan_task(
     *,
     injectable: abc.Container[Any],
     cpu: bool = False,
+    portable: abc.Container[Any] = (),
     names: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a job: its own parameters are the payload, except those of an injectable type.
+
+    What it returns is its result: it is kept for whoever sent it, and not published.
 
     Raises:
         HandlerError: the signature cannot work; says what to change.
     """
     who = _who(function)
-    parameters, _ = _signature(function, who, names)
+    parameters, returns = _signature(function, who, names)
     fields = tuple(p for p in parameters if not _is_in(_plain(p.type), injectable))
     injected = [Parameter(p.name, _plain(p.type), p.default) for p in parameters if _is_in(_plain(p.type), injectable)]
     mode, yields = _mode(function, who, cpu=cpu)
     if yields:
         raise HandlerError(f"{who} is a task and yields; a task returns its result (a worker may yield events)")
-    _check_injected(injected, who, mode)
-    return Plan(function, mode, False, (), None, False, fields, tuple(injected), ())
+    _check_injected(injected, who, mode, portable)
+    if "return" not in function.__annotations__:
+        returns = Any
+    return Plan(function, mode, False, (), None, False, fields, tuple(injected), (), returns=returns)
 
 
 def _signature(function: Callable[..., Any], who: str, names: Mapping[str, Any] | None) -> tuple[list[Parameter], Any]:
@@ -224,11 +233,15 @@ def _emitted(returns: Any, who: str, *, yields: bool) -> tuple[EventType, ...]:
     return tuple(dict.fromkeys(emits))
 
 
-def _check_injected(injected: abc.Sequence[Parameter], who: str, mode: Mode) -> None:
-    if mode is Mode.PROCESS and injected:
-        raise HandlerError(
-            f"{who} has cpu=True and runs in another process, so {injected[0].name!r} cannot be handed in; take the payload only"
-        )
+def _check_injected(injected: abc.Sequence[Parameter], who: str, mode: Mode, portable: abc.Container[Any]) -> None:
+    if mode is not Mode.PROCESS:
+        return
+    for parameter in injected:
+        if not _is_in(parameter.type, portable):
+            raise HandlerError(
+                f"{who} has cpu=True and runs in another process, so {parameter.name!r} cannot be handed in; "
+                "take the payload, the Message and the Context only"
+            )
 
 
 def _bare(kind: Any) -> Any:

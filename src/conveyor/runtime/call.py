@@ -5,25 +5,37 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from conveyor.broker import Broker, Delivery
+from conveyor.core.codec import Codec, result_codec_for
 from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
-from conveyor.errors import AlreadyHandled, HandlerError
+from conveyor.core.settle import DONE, Done
+from conveyor.errors import AlreadyHandled, HandlerError, PayloadError
+from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted
 from conveyor.runtime.carry import Carry
-from conveyor.runtime.context import Context
+from conveyor.runtime.context import Context, Tell, from_thread
+from conveyor.runtime.frames import lent
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Emitter, Outgoing, collected
 from conveyor.runtime.threads import Threads
 from conveyor.runtime.worker import Worker
 
 if TYPE_CHECKING:
+    from conveyor.runtime.journal import Journal
     from conveyor.runtime.ledger import Ledger
     from conveyor.runtime.pool import CpuPool
     from conveyor.runtime.relay import Relay
+
+
+RESULT_LIMIT: Final = 256 * 1024
+"""Bytes of a job's result, as JSON, that the journal keeps at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,7 @@ class Surroundings:
         provided: type → the object that parameters of this type receive.
         carries: the headers that go on.
         shutting_down: set when the runner drains.
+        journal: where progress and results go; None where nobody keeps them.
     """
 
     outgoing: Outgoing
@@ -74,6 +87,7 @@ class Surroundings:
     relay: Relay | None = None
     pool: CpuPool | None = None
     shutting_down: asyncio.Event = field(default_factory=asyncio.Event)
+    journal: Journal | None = None
 
 
 class Caller:
@@ -99,6 +113,11 @@ class Caller:
         if typed_dicts:
             self._emits[dict] = typed_dicts[0]
         self._transactional = any(is_transaction(p.type) for p in plan.injected)
+        self._contexts: dict[Any, Context] = {}
+        """By receipt: of the attempts that run now and have one."""
+        self._forms = self._portable_forms()
+        self.takes_body: Final = bool(self._forms)
+        """Its payload is the message's body as it came: a process of the pool decodes it."""
         self._plain = (
             not plan.injected
             and not around.middleware
@@ -107,11 +126,11 @@ class Caller:
             and plan.fields is None
         )
 
-    async def __call__(self, deliveries: tuple[Delivery, ...], payload: Any) -> tuple[Message, ...]:
+    async def __call__(self, deliveries: tuple[Delivery, ...], payload: Any) -> Done:
         """Run one attempt.
 
         Returns:
-            What it emits, to be published with the settlement.
+            The settlement, with what it emits and, of a job, what it returned.
 
         Raises:
             AlreadyDone: nothing was run, or what was run has been rolled back: it had been done before.
@@ -120,16 +139,21 @@ class Caller:
         if self._plain:
             result = await self._plan.function(payload)
             if result is None and self._plan.silent:
-                return ()
+                return DONE
             emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
             self._collect(result, emitter)
-            return tuple(emitter.messages)
+            return Done(tuple(emitter.messages))
         if self._transactional:
-            await self._in_transaction(deliveries, payload)
-            return ()
+            return self._done((), await self._in_transaction(deliveries, payload))
         emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
-        self._collect(await self._handle(deliveries, payload, emitter, None), emitter)
-        return tuple(emitter.messages)
+        result = await self._handle(deliveries, payload, emitter, None)
+        self._collect(result, emitter)
+        return self._done(tuple(emitter.messages), result)
+
+    def tell_cancelled(self, delivery: Delivery) -> None:
+        """Let the attempt that runs on it know why it is about to be stopped."""
+        if (context := self._contexts.get(delivery.receipt)) is not None:
+            context.cancelled.set()
 
     @property
     def stuck(self) -> int:
@@ -141,8 +165,12 @@ class Caller:
         if self._threads:
             self._threads.close()
 
-    async def _in_transaction(self, deliveries: tuple[Delivery, ...], payload: Any) -> None:
-        """Run the handler in the ledger's transaction, which holds its writes, what it emits, and the note that it did this."""
+    async def _in_transaction(self, deliveries: tuple[Delivery, ...], payload: Any) -> Any:
+        """Run the handler in the ledger's transaction, which holds its writes, what it emits, and the note that it did this.
+
+        Returns:
+            What the handler returned.
+        """
         ledger, relay = self._around.ledger, self._around.relay
         if ledger is None or relay is None:
             raise HandlerError(f"worker {self._worker.name} takes a Transaction, but the application has no database")
@@ -155,7 +183,8 @@ class Caller:
             ids = tuple(delivery.message.id for delivery in deliveries)
             try:
                 async with ledger.transaction(inbox=(name, ids), make=emitter.make_now) as transaction:
-                    self._collect(await self._handle(deliveries, payload, emitter, transaction), emitter)
+                    result = await self._handle(deliveries, payload, emitter, transaction)
+                    self._collect(result, emitter)
                     transaction.add(emitter.take())
             except AlreadyHandled as repeat:
                 self._metrics.duplicates += len(repeat.message_ids)
@@ -165,59 +194,140 @@ class Caller:
                 deliveries, payload = tuple(deliveries[i] for i in fresh), [payload[i] for i in fresh]
             else:
                 relay.hand_off(transaction.committed)
-                return
+                return result
 
     async def _handle(self, deliveries: tuple[Delivery, ...], payload: Any, emitter: Emitter, transaction: Any) -> Any:
         arguments: dict[str, Any] = {}
+        first, context = deliveries[0], None
         for parameter in self._plan.injected:
             if parameter.type is Context:
-                arguments[parameter.name] = Context(
-                    deliveries[0],
-                    self._worker.name,
-                    self._worker.identity,
-                    emitter,
-                    self._around.broker,
-                    self._around.shutting_down,
-                )
+                arguments[parameter.name] = context = context or self._context(first, emitter)
             elif parameter.type is Message:
-                arguments[parameter.name] = deliveries[0].message
+                arguments[parameter.name] = first.message
             elif is_transaction(parameter.type):
                 arguments[parameter.name] = transaction
             else:
                 arguments[parameter.name] = self._around.provided[parameter.type]
-        step: Next = functools.partial(self._run, arguments)
+        step: Next = functools.partial(self._run, arguments, emitter)
         for middleware in reversed(self._around.middleware):
             step = functools.partial(_around, middleware, step)
-        return await step(Call(self._worker.name, deliveries, payload))
+        call = Call(self._worker.name, deliveries, payload)
+        if context is None:
+            return await step(call)
+        self._contexts[first.receipt] = context
+        try:
+            return await step(call)
+        finally:
+            del self._contexts[first.receipt]
 
-    def _runner(self) -> Callable[[dict[str, Any], Call], Awaitable[Any]]:
+    def _context(self, delivery: Delivery, emitter: Emitter) -> Context:
+        tell: Tell | None = None
+        if self._around.journal is not None:
+            tell = functools.partial(self._around.journal.progressed, self._worker.identity, delivery)
+            if self._plan.mode is Mode.THREAD:
+                tell = from_thread(tell)
+        return Context(
+            delivery.message,
+            delivery.attempts + 1,
+            self._worker.name,
+            self._worker.identity,
+            emitter,
+            self._around.broker,
+            self._around.shutting_down,
+            tell,
+        )
+
+    def _runner(self) -> Callable[[dict[str, Any], Emitter, Call], Awaitable[Any]]:
         plan, function, threads = self._plan, self._plan.function, self._threads
         unpack = functools.partial(_unpack, plan)
 
-        async def in_loop(arguments: dict[str, Any], call: Call) -> Any:
+        async def in_loop(arguments: dict[str, Any], _: Emitter, call: Call) -> Any:
             positional, named = unpack(call.payload)
             if plan.yields:
                 return [event async for event in function(*positional, **named, **arguments)]
             return await function(*positional, **named, **arguments)
 
-        async def in_thread(arguments: dict[str, Any], call: Call) -> Any:
+        async def in_thread(arguments: dict[str, Any], _: Emitter, call: Call) -> Any:
             positional, named = unpack(call.payload)
             assert threads is not None
             bound = functools.partial(function, *positional, **named, **arguments)
             return await threads.run((lambda: list(bound())) if plan.yields else bound)
 
-        async def in_process(arguments: dict[str, Any], call: Call) -> Any:
-            positional, named = unpack(call.payload)
+        target = f"{function.__module__}:{function.__qualname__}"
+
+        async def in_process(arguments: dict[str, Any], emitter: Emitter, call: Call) -> Any:
             pool = self._around.pool
             assert pool is not None
-            return await pool.run(
-                f"{function.__module__}:{function.__qualname__}",
-                positional,
-                {**named, **arguments},
+            context = next((each for each in arguments.values() if isinstance(each, Context)), None)
+            result = await pool.call(
+                target,
+                self._attempt(arguments, call),
                 timeout_seconds=self._worker.timeout_seconds,
+                tell=None if context is None else context.progress,
             )
+            if isinstance(result, Ran):
+                emitter.adopt(result.emits)
+                return result.result
+            return result
 
         return {Mode.ASYNC: in_loop, Mode.THREAD: in_thread, Mode.PROCESS: in_process}[plan.mode]
+
+    def _attempt(self, arguments: dict[str, Any], call: Call) -> Attempt:
+        """What a process of the pool is to do."""
+        message, wanted, body = None, None, None
+        if arguments:
+            message = msgspec.structs.replace(call.message, body=b"", headers=dict(call.message.headers))
+            named = {kind: tuple(p.name for p in self._plan.injected if p.type is kind) for kind in (Context, Message)}
+            outgoing = self._around.outgoing
+            wanted = Wanted(
+                named[Context],
+                named[Message],
+                self._worker.name,
+                self._worker.identity,
+                call.deliveries[0].attempts + 1,
+                outgoing.clock() - time.time(),
+                outgoing.body_limit,
+                self._around.shutting_down.is_set(),
+            )
+        if self.takes_body or arguments:
+            body = lent(call.message.body)
+        if self.takes_body:
+            return Attempt(self._forms[call.message.topic], body, message=message, wanted=wanted)
+        positional, parameters = _unpack(self._plan, call.payload)
+        lent_here = {name: lent(value) for name, value in parameters.items()}
+        return Attempt(None, body, tuple(lent(value) for value in positional), lent_here, message, wanted)
+
+    def _portable_forms(self) -> dict[str, bytes]:
+        """By topic: how a process of the pool is told to decode; empty where it is done here."""
+        plan, worker = self._plan, self._worker
+        if plan.mode is not Mode.PROCESS or self._around.middleware or worker.batch > 1:
+            return {}
+        forms = {
+            topic: (Form(codec.type) if plan.fields is None else Form(name=worker.name, fields=plan.fields)).pickled()
+            for topic, codec in worker.codecs.items()
+        }
+        found = {topic: form for topic, form in forms.items() if form is not None}
+        return found if len(found) == len(forms) else {}
+
+    def _done(self, emits: tuple[Message, ...], result: Any) -> Done:
+        """The settlement of an attempt, with what a job returned where somebody keeps it."""
+        if result is None or self._plan.fields is None or self._around.journal is None:
+            return Done(emits) if emits else DONE
+        try:
+            text = self._result_codec.encode(result)
+        except (HandlerError, PayloadError) as error:
+            return Done(emits, unkept=f"its result has no form in JSON: {error}")
+        if len(text) > RESULT_LIMIT:
+            return Done(
+                emits,
+                unkept=f"its result has {len(text):,} bytes as JSON, and {RESULT_LIMIT:,} are kept at most; "
+                "return where it is (a path, a key), not what it is",
+            )
+        return Done(emits, text.decode())
+
+    @functools.cached_property
+    def _result_codec(self) -> Codec:
+        return result_codec_for(self._plan.returns)
 
     def _collect(self, result: Any, emitter: Emitter) -> None:
         if self._plan.fields is not None:

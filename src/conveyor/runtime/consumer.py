@@ -8,7 +8,7 @@ import random
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from conveyor.broker import Broker, Clock, Delivery, Subscription
@@ -16,6 +16,7 @@ from conveyor.core.handler import Mode
 from conveyor.core.message import Message
 from conveyor.core.settle import (
     DONE,
+    REPEATED,
     SUSPECT_AFTER_CRASHES,
     Dead,
     Done,
@@ -37,8 +38,10 @@ from conveyor.errors import (
     PayloadTooLarge,
     Reject,
 )
+from conveyor.runtime.attempt import Undecodable
 from conveyor.runtime.call import AlreadyDone, Caller
 from conveyor.runtime.carry import Carry, carried_on
+from conveyor.runtime.journal import Journal, Running
 from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.points import point
@@ -105,6 +108,7 @@ class Consumer:
         emitted: called with what a handler has emitted.
         failed: called with a delivery that ends with an error.
         carries: the headers that go on.
+        journal: notes how messages end; None where it is off.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Consumer:
         emitted: Callable[[Sequence[Message]], None],
         failed: Callable[[Consumer, Delivery, RetryAt | Dead], None],
         carries: Sequence[Carry] = (),
+        journal: Journal | None = None,
     ) -> None:
         self.worker = worker
         self.metrics = metrics
@@ -130,6 +135,9 @@ class Consumer:
         self._note_emits = emitted
         self._note_failure = failed
         self._carries = carries
+        self._journal = journal
+        self._is_job = worker.plan.fields is not None
+        """Somebody may be waiting for its end."""
         self._ready: deque[Delivery] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._hungry = asyncio.Event()
@@ -151,7 +159,9 @@ class Consumer:
         self.paused = False
         """Nothing is fetched: its queue is paused."""
         self._closing = False
-        self._decoders = {topic: codec.decode for topic, codec in worker.codecs.items()}
+        self._decoders: dict[str, Callable[[bytes], Any]] = {
+            topic: bytes if caller.takes_body else codec.decode for topic, codec in worker.codecs.items()
+        }
         # A process of the pool has its own clock, which starts when the attempt does and not while it waits for a free one.
         self._timeout_seconds = None if worker.plan.mode is Mode.PROCESS else worker.timeout_seconds
 
@@ -170,6 +180,12 @@ class Consumer:
     def held(self) -> list[Delivery]:
         """What is leased to this consumer, waits here or is handled."""
         return [*self._ready, *(delivery for lane in self._lanes for delivery in lane.deliveries)]
+
+    def at_work(self) -> Iterator[Running]:
+        """What runs now."""
+        for lane in self._lanes:
+            for delivery in lane.deliveries:
+                yield Running(self.worker.identity, delivery, lane.started)
 
     async def open(self) -> None:
         """Subscribe, and start the lanes."""
@@ -218,6 +234,8 @@ class Consumer:
                 self._watch_surplus()
                 if not self.gate.is_set():
                     break
+                if len(arrived) < free:  # nothing more is there: what has come is begun before anybody is asked for more
+                    await asyncio.sleep(0)
 
     def _watch_surplus(self) -> None:
         """Handlers may become slow: then others shall have what would wait here for long."""
@@ -409,16 +427,18 @@ class Consumer:
         except Exception as error:
             return Dead(Reason.INVALID, self._explain(delivery, error))
         try:
-            emits = await self._caller((delivery,), payload if self.worker.batch == 1 else [payload])
+            done = await self._caller((delivery,), payload if self.worker.batch == 1 else [payload])
         except asyncio.CancelledError:
             return self._on_cancel(lane, delivery)
         except AlreadyDone:
-            return DONE
+            return REPEATED
+        except Undecodable as error:
+            return Dead(Reason.INVALID, str(error))
         except BaseException as error:
             return self._on_cancel(lane, delivery) if lane.why is not None else self._on_error(delivery, error)
         if lane.why is not None:  # it swallowed the cancellation
             return self._on_cancel(lane, delivery)
-        return Done(emits) if emits else DONE
+        return done
 
     async def _attempt_batch(self, lane: Lane, deliveries: tuple[Delivery, ...]) -> None:
         """Several messages by one call. If that fails, each is attempted alone, so that it is charged for itself only."""
@@ -442,7 +462,7 @@ class Consumer:
         failure: BaseException | None = None
         try:
             # Each of them may lose its lease: what they emit together must not depend on a single settlement.
-            await self._publish(await self._caller(tuple(good), payloads))
+            await self._publish((await self._caller(tuple(good), payloads)).emits)
         except AlreadyDone:
             pass
         except BaseException as error:
@@ -499,6 +519,9 @@ class Consumer:
                 await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
             else:
                 self._note_emits(emits)
+                if self._journal is not None:
+                    for message in emits:
+                        self._journal.published(message, self.worker.identity)
                 return
 
     def _verdict_on_arrival(self, delivery: Delivery) -> Dead | None:
@@ -552,9 +575,16 @@ class Consumer:
     def _settle_in(self, lane: Lane, delivery: Delivery, verdict: Verdict | None) -> None:
         """Settle what was handled in a lane, unless it was left behind and settled by then."""
         if verdict is not None and lane.task is not None:
-            self._settle(delivery, verdict)
+            self._settle(delivery, verdict, lane.started)
 
-    def _settle(self, delivery: Delivery, verdict: Verdict) -> None:
+    def _settle(self, delivery: Delivery, verdict: Verdict, begun: float | None = None) -> None:
+        """Let a delivery end.
+
+        Parameters:
+            begun: when the attempt began, on the monotonic clock; None where none was made.
+        """
+        if self._journal is not None:
+            self._journal.settled(self.worker.identity, delivery, verdict, begun, soon=self._is_job)
         metrics = self.metrics
         if isinstance(verdict, Done):
             metrics.succeeded += 1
@@ -594,7 +624,7 @@ class Consumer:
             verdict = self._on_error(
                 delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled")
             )
-            self._settle(delivery, verdict)
+            self._settle(delivery, verdict, lane.started)
         log.error("worker %s: a handler ignores cancellation and was left behind", self.worker.name)
         self._lanes.remove(lane)
         self._left_behind.add(lane.task)

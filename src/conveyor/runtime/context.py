@@ -1,16 +1,23 @@
-"""What a handler can ask about the attempt that it is."""
+"""What a handler can ask about the attempt that it is, and say about it."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
 from typing import Final, Unpack
 
-from conveyor.broker import Broker, Delivery
+from conveyor.broker import Broker
 from conveyor.core.message import Message
-from conveyor.errors import NoSubscriber
+from conveyor.errors import ConveyorError, NoSubscriber
 from conveyor.runtime.outgoing import Emitter, Options, Publishing
+
+Tell = Callable[[float, float | None, str], object]
+"""Takes progress: done, total, note."""
 
 
 class Context:
@@ -21,32 +28,66 @@ class Context:
         attempt: 1 on the first run.
         worker: the worker's name.
         shutting_down: set when the runner drains; a long handler may look at it and stop early with Retry(after=0).
+        cancelled: set when somebody has cancelled the job, just before the handler is stopped; tells a cancellation from a timeout.
     """
 
-    __slots__ = ("_broker", "_emitter", "_identity", "attempt", "log", "message", "shutting_down", "worker")
+    __slots__ = (
+        "_broker",
+        "_emitter",
+        "_identity",
+        "_tell",
+        "attempt",
+        "cancelled",
+        "log",
+        "message",
+        "shutting_down",
+        "worker",
+    )
 
     def __init__(
         self,
-        delivery: Delivery,
+        message: Message,
+        attempt: int,
         worker: str,
         identity: str,
         emitter: Emitter,
-        broker: Broker,
+        broker: Broker | None,
         shutting_down: asyncio.Event,
+        tell: Tell | None,
     ) -> None:
-        self.message: Final[Message] = delivery.message
-        self.attempt: Final[int] = delivery.attempts + 1
+        self.message: Final[Message] = message
+        self.attempt: Final[int] = attempt
         self.worker: Final[str] = worker
         self.shutting_down: Final = shutting_down
+        self.cancelled: Final = asyncio.Event()
         self.log: Final = logging.getLogger(f"conveyor.worker.{worker}")
         self._identity = identity
         self._emitter = emitter
         self._broker = broker
+        self._tell = tell
 
     @property
     def idempotency_key(self) -> str:
         """The same text on every attempt of this worker on this message: hand it to services that know repeats by it."""
         return idempotency_key(self._identity, self.message.id)
+
+    def progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Say how far the handler has come: for Ticket.status(), `conveyor jobs` and progress bars. Cheap: say it as often as you like.
+
+        Whoever asks gets the latest. Without a journal nobody can ask, and nothing is sent.
+
+        Parameters:
+            done: so much, in any unit.
+            total: of so much; None where that is not known.
+            note: in words.
+
+        Raises:
+            ValueError: done or total is no number.
+        """
+        if not math.isfinite(done) or (total is not None and not math.isfinite(total)):
+            raise ValueError(f"progress({done!r}, {total!r}): both are numbers, in any unit")
+        if self._tell is not None:
+            self._tell(done, total, note)
 
     def publish(self, event: object, **options: Unpack[Publishing]) -> Message:
         """Publish an event when, and only when, this attempt succeeds.
@@ -71,6 +112,10 @@ class Context:
             NoSubscriber: no queue receives it, and require_subscriber.
             BrokerError: the broker does not have it.
         """
+        if self._broker is None:
+            raise ConveyorError(
+                "a process of the pool has no broker, so nothing can be published now; use context.publish"
+            )
         message = self._emitter.make(event, Options(**options))
         if await self._broker.publish((message,)) and require_subscriber:
             raise NoSubscriber(
@@ -82,3 +127,26 @@ class Context:
 def idempotency_key(worker: str, message_id: str) -> str:
     """A key for the effects of a worker (its identity) on a message, in services that recognise repeats by a key."""
     return hashlib.sha256(f"{worker}\0{message_id}".encode()).hexdigest()
+
+
+def from_thread(tell: Tell) -> Tell:
+    """The same for a handler in a thread: the event loop is woken once for all that was said before it comes to it.
+
+    Called in the event loop that tell belongs to.
+    """
+    loop = asyncio.get_running_loop()
+    lock, latest = threading.Lock(), deque[tuple[float, float | None, str]](maxlen=1)
+
+    def deliver() -> None:
+        with lock:
+            news = latest.pop()
+        tell(*news)
+
+    def say(done: float, total: float | None, note: str) -> None:
+        with lock:
+            first = not latest
+            latest.append((done, total, note))
+        if first and not loop.is_closed():
+            loop.call_soon_threadsafe(deliver)
+
+    return say

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypedDict, Unpack
 
@@ -253,6 +253,11 @@ class Emitter:
         message = self.make(event, options, kind)
         self.messages.append(message)
         return message
+
+    def adopt(self, messages: Sequence[Message]) -> None:
+        """Collect what another emitter for the same attempt has made, in another process; this one has made nothing yet."""
+        self.messages.extend(messages)
+        self._position += len(messages)
 
     def take(self) -> list[Message]:
         """What was collected since the last time."""

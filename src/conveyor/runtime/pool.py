@@ -28,6 +28,7 @@ from conveyor.core.settle import describe
 from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout
 from conveyor.runtime import frames, logs
 from conveyor.runtime.channel import die_with_parent
+from conveyor.runtime.context import Tell
 from conveyor.runtime.metrics import resident_bytes
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ MB: Final = 1_000_000
 
 Call = Callable[[Callable[..., Any]], Any]
 """Calls a function in a process of the pool; it travels there by pickle."""
-Tell = Callable[[float, float | None, str], object]
-"""Takes what a job says about its progress: done, total, note."""
 
 
 class Job(msgspec.Struct, frozen=True):
