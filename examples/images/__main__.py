@@ -1,0 +1,244 @@
+"""Image processing on the command line: ``python -m examples.images``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.live import Live
+
+from conveyor import ConveyorError
+from examples.images.bench import compare, make_pictures, measure
+from examples.images.demo import Demonstrations, images_in
+from examples.images.display import RunDisplay, workers_table
+from examples.images.filters import EXAMPLES, FilterError, FilterPipeline
+from examples.images.folder import STATE, FolderError, process_folder
+from examples.images.report import Report
+from examples.images.settings import Settings
+from examples.images.sheet import contact_sheet
+from examples.images.tasks import TaskQueue
+from examples.images.workers import SimpleWorker
+from examples.settings import SettingError, from_environment, read
+
+FILTERS: Final = "blur:3,sharpen:2,brightness:1.3"
+SHEET: Final = "contact-sheet.png"
+INTERRUPTED: Final = 128 + signal.SIGINT
+LOOK_SECONDS: Final = 0.5
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line says; gives the exit code: 0 all is well, 1 some images failed, 2 it cannot be done."""
+    given = parser().parse_args(arguments)
+    logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    command: Command = given.command
+    try:
+        return command(given)
+    except (FolderError, FilterError, SettingError, ConveyorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+# --- process ------------------------------------------------------------------------------------------------------------
+
+
+def process(given: argparse.Namespace) -> int:
+    """Process a folder."""
+    settings = from_environment(Settings)
+    if given.processes is not None:
+        os.environ["IMAGES_PROCESSES"] = given.processes
+        read(Settings, "processes", given.processes, said="--processes")
+        settings = from_environment(Settings)
+    source, target = Path(given.source), Path(given.target)
+    console = Console(stderr=given.json)
+    display = RunDisplay()
+    with Live(display, console=console, refresh_per_second=4, transient=not console.is_terminal):
+        report = process_folder(
+            source,
+            target,
+            given.filters,
+            settings,
+            broker=given.broker or os.environ.get("CONVEYOR_BROKER") or None,
+            again=given.again,
+            on_start=display.watch,
+        )
+    if given.json:
+        print(json.dumps(report.summary(), indent=2))
+    else:
+        report.show(console)
+    if report.interrupted:
+        console.print("interrupted; the same command again does the rest")
+        return INTERRUPTED
+    if sheet := make_sheet(report, source, target, given.filters, given.sheet):
+        console.print(f"before and after: {sheet}")
+    return 1 if report.failed else 0
+
+
+def make_sheet(report: Report, source: Path, target: Path, filters: str, asked: str | None) -> Path | None:
+    """The contact sheet of a run; it never takes the place of an image."""
+    sheet = Path(asked) if asked else target / (SHEET if not (source / SHEET).exists() else f"{STATE}/{SHEET}")
+    shown = sorted(report.examples)
+    pairs = [(source / path, target / path) for path in shown]
+    return sheet if contact_sheet(pairs, [str(path) for path in shown], sheet, f"before and after {filters}") else None
+
+
+# --- a task queue with workers elsewhere ------------------------------------------------------------------------------------
+
+
+def add(given: argparse.Namespace) -> int:
+    """Add the images of a folder to a task queue."""
+    with TaskQueue(given.broker) as queue:
+        for image in images_in(Path(given.source)):
+            target = Path(given.target).absolute() / image.name
+            print(queue.add_task({"image_path": str(image.absolute()), "output_path": str(target)}), image)
+    return 0
+
+
+def work(given: argparse.Namespace) -> int:
+    """Run one worker on a task queue, until told to stop."""
+    with TaskQueue(given.broker) as queue:
+        worker = SimpleWorker(given.worker, FilterPipeline(given.filters), queue)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: worker.stop())
+        worker.start(forever=not given.until_empty)
+        print(worker.get_stats())
+    return 0
+
+
+def monitor(given: argparse.Namespace) -> int:
+    """Show the workers of a task queue, live."""
+    with TaskQueue(given.broker) as queue, Live(refresh_per_second=4) as live:
+        until = time.monotonic() + given.seconds if given.seconds else float("inf")
+        while time.monotonic() < until:
+            table = workers_table(queue.registry)
+            table.caption = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
+            live.update(table)
+            time.sleep(LOOK_SECONDS)
+    return 0
+
+
+# --- demonstrations and benchmark ---------------------------------------------------------------------------------------
+
+
+def demo(given: argparse.Namespace) -> int:
+    """Run the demonstrations."""
+    with folder_of(given.folder) as folder:
+        shows = Demonstrations(folder, images_in(Path(given.images)) if given.images else ())
+        chosen = {"sequence": shows.sequence, "async": shows.concurrent, "workers": shows.workers}
+        for name, show in chosen.items():
+            if given.only in (None, name):
+                show()
+        if given.folder and (sheet := shows.sheet()):
+            print(f"before and after: {sheet}")
+    return 0
+
+
+def bench(given: argparse.Namespace) -> int:
+    """Measure the speed-up."""
+    with folder_of(given.folder) as folder:
+        print(f"making {given.images} photographs of {given.megapixels:g} megapixels in {folder}", flush=True)
+        make_pictures(folder / "photographs", given.images, given.megapixels)
+        measured = []
+        for processes in given.processes.split(","):
+            measured.append(measure(folder / "photographs", folder / "out", given.filters, int(processes)))
+            print(compare(measured)[-1], flush=True)
+    return 0
+
+
+@contextlib.contextmanager
+def folder_of(given: str | None) -> Iterator[Path]:
+    """The folder that was given, or one that is gone afterwards."""
+    if given:
+        yield Path(given)
+    else:
+        with tempfile.TemporaryDirectory(prefix="images-") as folder:
+            yield Path(folder)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be said."""
+    known = ", ".join(EXAMPLES.values())
+    filters = f"filters in their order, with commas between: {known}"
+    found = argparse.ArgumentParser(
+        prog="python -m examples.images",
+        description="Filters images: a folder on every core, or tasks from a queue.",
+        epilog="""examples:
+  python -m examples.images demo
+  python -m examples.images process photos out --filters "blur:3,brightness:1.3" --processes 2
+  python -m examples.images bench --images 200 --megapixels 12
+  python -m examples.images work --broker sqlite:///images.queue     a worker; more of them in other terminals
+  python -m examples.images monitor --broker sqlite:///images.queue  who works, and how well
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    commands = found.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, does: Command) -> argparse.ArgumentParser:
+        what = (does.__doc__ or "").rstrip(".")
+        made = commands.add_parser(name, help=what, description=what)
+        made.set_defaults(command=does)
+        return made
+
+    one = command("process", process)
+    one.add_argument("source", metavar="IN", help="folder of the images; folders within are processed, too")
+    one.add_argument(
+        "target", metavar="OUT", help="folder for the results; images that are there already are not made again"
+    )
+    one.add_argument("--filters", default=FILTERS, help=f"{filters}; default {FILTERS}")
+    one.add_argument("--processes", metavar="N", help="images at once ($IMAGES_PROCESSES; default: one per core)")
+    one.add_argument("--again", action="store_true", help="make all images anew, also those that are there")
+    one.add_argument("--sheet", metavar="FILE", help=f"where the contact sheet goes; default OUT/{SHEET}")
+    one.add_argument("--broker", metavar="URL", help="where the queue is ($CONVEYOR_BROKER; default: a file in OUT)")
+    one.add_argument("--json", action="store_true", help="the report as JSON on the standard output")
+
+    one = command("demo", demo)
+    one.add_argument("only", nargs="?", choices=["sequence", "async", "workers"], help="one of them; default all")
+    one.add_argument("--images", metavar="FOLDER", help="pictures of your own; left out, some are made")
+    one.add_argument("--folder", metavar="FOLDER", help="keep pictures and results there, with a contact sheet")
+
+    one = command("bench", bench)
+    one.add_argument("--images", type=int, default=200, help="photographs; default 200")
+    one.add_argument("--megapixels", type=float, default=12.0, help="of each; default 12")
+    one.add_argument("--filters", default=FILTERS, help=f"default {FILTERS}")
+    one.add_argument("--processes", default="1,2", help="numbers of processes to compare; default 1,2")
+    one.add_argument("--folder", metavar="FOLDER", help="keep the photographs there for the next time")
+
+    one = command("add", add)
+    one.add_argument("source", metavar="IN", help="folder of the images")
+    one.add_argument("target", metavar="OUT", help="folder for the results")
+    one.add_argument("--broker", metavar="URL", required=True, help="such as sqlite:///images.queue or redis://host")
+
+    one = command("work", work)
+    one.add_argument("--broker", metavar="URL", required=True, help="such as sqlite:///images.queue or redis://host")
+    one.add_argument("--filters", default=FILTERS, help=f"{filters}; default {FILTERS}")
+    one.add_argument(
+        "--worker", metavar="NAME", default=f"worker-{os.getpid()}", help="its name; default from its process id"
+    )
+    one.add_argument("--until-empty", action="store_true", help="end when the queue is worked off")
+
+    one = command("monitor", monitor)
+    one.add_argument("--broker", metavar="URL", required=True, help="such as sqlite:///images.queue or redis://host")
+    one.add_argument("--seconds", type=float, help="end after so long; default: at Ctrl-C")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What is seen while the command works: a progress bar, and the processes with their health and rate."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from examples.images.folder import Run, Seen
+from examples.images.registry import WorkerRegistry
+
+SILENT_SECONDS: Final = 30.0
+"""A process that ended no image for so long is said to be silent; a large image may take that long."""
+
+
+class RunDisplay:
+    """A run of the command, to be drawn again and again (rich calls it)."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._line = self._bar.add_task("images", total=None, rate="")
+        self._run: Run | None = None
+        self._started = time.monotonic()
+
+    def watch(self, run: Run) -> None:
+        """The run begins."""
+        self._run, self._started = run, time.monotonic()
+
+    def __rich__(self) -> RenderableType:
+        """See rich.protocol."""
+        run = self._run
+        if run is None:
+            return self._bar
+        report, elapsed = run.report, time.monotonic() - self._started
+        rate = report.processed / elapsed if elapsed else 0.0
+        failed = f", [red]{report.failed} failed[/]" if report.failed else ""
+        self._bar.update(self._line, total=run.total, completed=run.ended, rate=f"{rate:.1f}/s{failed}")
+        return Group(self._bar, _processes(run.workers)) if run.workers else self._bar
+
+
+def _processes(workers: dict[int, Seen]) -> Table:
+    now = time.monotonic()
+    table = Table("process", "health", box=None, padding=(0, 2))
+    for column in ("completed", "rate", "last image"):
+        table.add_column(column, justify="right")
+    for process, seen in sorted(workers.items()):
+        lifetime = seen.last - seen.first
+        rate = f"{seen.completed / lifetime:.1f}/s" if lifetime > 0 else ""
+        table.add_row(str(process), _health(process, now - seen.last), str(seen.completed), rate, _ago(now - seen.last))
+    return table
+
+
+def _health(process: int, silence: float) -> str:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return "[red]ended[/]"
+    except PermissionError:
+        pass  # it is there
+    return "[yellow]silent[/]" if silence > SILENT_SECONDS else "[green]running[/]"
+
+
+def workers_table(registry: WorkerRegistry) -> Table:
+    """The workers of a task queue, as their heartbeats tell."""
+    table = Table("worker", "process", "health")
+    for column in ("completed", "failed", "rate", "heard"):
+        table.add_column(column, justify="right")
+    table.add_column("at work on")
+    colours = {"running": "green", "stopped": "dim", "failing": "yellow", "dead": "red"}
+    for status in registry.workers():
+        beat, colour = status.beat, colours[status.health]
+        table.add_row(
+            beat.worker_id,
+            beat.process,
+            f"[{colour}]{status.health}[/]",
+            str(beat.completed),
+            str(beat.failed),
+            f"{status.rate:.1f}/s",
+            _ago(status.seconds_ago),
+            " ".join(beat.task_ids),
+        )
+    return table
+
+
+def _ago(seconds: float) -> str:
+    return f"{seconds:.0f} s ago"

@@ -1,0 +1,199 @@
+"""Image files: read with care, filtered, and written whole or not at all. Blocking; for threads and processes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from examples.images.filters import FilterPipeline, Step
+
+FORMATS: Final = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".gif": "GIF",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+"""What a file name's ending says. It decides how an image is written; what is read is known by its content."""
+OPTIONS: Final[dict[str, dict[str, Any]]] = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90}}
+OPAQUE: Final = ("JPEG", "BMP")
+"""Formats that know no transparency."""
+LARGEST_PIXELS: Final = 80_000_000
+"""An image may be larger than any camera's, but not so large that a small file fills the memory."""
+PLAIN_MODES: Final = ("L", "LA", "RGB", "RGBA")
+DEEP_GREY: Final = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+"""16 bits of grey per pixel; Pillow reads some of them into 32."""
+DEPTH: Final = 256
+"""Of 16 bits the upper 8 are kept."""
+TEMPORARY: Final = ".conveyor-"
+"""Begins the name of a file that is being written."""
+
+
+class Refused(Exception):
+    """A file that will not be processed, however often it is tried; says why."""
+
+
+class Processed(Struct, frozen=True):
+    """What was done with one image.
+
+    Parameters:
+        steps: loading, each filter and saving, with their seconds.
+        seconds: all of it.
+        process: the id of the process that did it.
+    """
+
+    source: str
+    target: str
+    width: int
+    height: int
+    steps: tuple[Step, ...]
+    seconds: float
+    process: int
+
+
+def process_file(
+    source: Path, target: Path, pipeline: FilterPipeline, *, largest_pixels: int = LARGEST_PIXELS
+) -> Processed:
+    """Load an image, apply the filters, and save what they make. Doing it again makes the same.
+
+    Raises:
+        Refused: this image will not do, now or later.
+        OSError: another time it may; the disk is full, for example.
+    """
+    started = time.perf_counter()
+    format_for(target)  # before the work, not after it
+    image = load_image(source, largest_pixels=largest_pixels)
+    loaded = time.perf_counter()
+    filtered = pipeline.apply(image)
+    saving = time.perf_counter()
+    save_image(filtered.image, target)
+    ended = time.perf_counter()
+    steps = (Step("load", loaded - started), *filtered.steps, Step("save", ended - saving))
+    return Processed(str(source), str(target), *filtered.image.size, steps, ended - started, os.getpid())
+
+
+def load_image(
+    path: Path, *, largest_pixels: int = LARGEST_PIXELS, preview: tuple[int, int] | None = None
+) -> Image.Image:
+    """An image as filters want it: upright, still, in 8 bits of grey or red, green and blue, perhaps with transparency.
+
+    Parameters:
+        preview: at least this size will do; a JPEG is then decoded in a fraction of the time.
+
+    Raises:
+        Refused: it is missing, broken, no image, animated or too large.
+        OSError: it cannot be read now.
+    """
+    with _refusing(path), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+        if image.width * image.height > largest_pixels:
+            raise Refused(
+                f"{path.name} has {image.width} × {image.height} pixels, more than {largest_pixels:,} in all: "
+                "perhaps a decompression bomb"
+            )
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise Refused(f"{path.name} is animated, or has several pages ({frames}); only single images are processed")
+        if preview is not None:
+            image.draft(None, (2 * preview[0], 2 * preview[1]))
+        image.load()
+        profile = image.info.get("icc_profile")
+        plain = _plain(ImageOps.exif_transpose(image), path)
+        plain.info = {"icc_profile": profile} if profile and plain.mode == image.mode else {}
+        return plain
+
+
+def save_image(image: Image.Image, target: Path) -> None:
+    """Write an image in the format that the target's ending says: under a temporary name, then renamed.
+
+    Raises:
+        Refused: there is no such format.
+        OSError: it cannot be written now.
+    """
+    kind = format_for(target)
+    if kind in OPAQUE and image.mode.endswith("A"):
+        image = _on_white(image)
+    profile = image.info.get("icc_profile")
+    extra = {"icc_profile": profile} if profile and kind not in {"BMP", "GIF"} else {}
+    with whole(target) as temporary:
+        image.save(temporary, kind, **OPTIONS.get(kind, {}), **extra)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes the target, on the disk for certain, when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that renaming puts it there in one step.
+    handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=target.suffix, dir=target.parent)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.fchmod(handle, 0o644)
+        os.fsync(handle)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def format_for(target: Path) -> str:
+    """The format that a file name's ending says.
+
+    Raises:
+        Refused: there is no such format.
+    """
+    kind = FORMATS.get(target.suffix.lower())
+    if kind is None:
+        raise Refused(f"{target.name}: its ending says no known format; there are {' '.join(FORMATS)}")
+    return kind
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """What Pillow raises at a bad image, in words; what the disk raises stays as it is."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise Refused(f"there is no file {path}") from error
+    except UnidentifiedImageError as error:
+        empty = path.exists() and path.stat().st_size == 0
+        raise Refused(f"{path.name} {'is empty' if empty else 'is no image that can be read'}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refused(f"{path.name} is a decompression bomb: {error}") from error
+    except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise Refused(f"{path.name} is broken: {error}") from error
+
+
+def _plain(image: Image.Image, path: Path) -> Image.Image:
+    """In one of the modes that filters know."""
+    if image.mode in DEEP_GREY:  # convert("L") would clip instead of scale
+        low, high = image.convert("I").getextrema()
+        if not 0 <= float(str(low)) <= float(str(high)) < DEPTH**2:
+            raise Refused(f"{path.name} has more than 16 bits per pixel, which no filter knows")
+        return image.convert("I").point(lambda value: value * (1 / DEPTH)).convert("L")
+    if image.mode == "F":
+        raise Refused(f"{path.name} has floating-point pixels, which no filter knows")
+    if image.has_transparency_data:
+        return image.convert("LA" if image.mode in {"L", "LA", "La"} else "RGBA")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in PLAIN_MODES else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    plain = image.convert("RGBA")
+    ground = Image.new("RGBA", plain.size, "white")
+    return Image.alpha_composite(ground, plain).convert(image.mode[:-1])

@@ -1,0 +1,279 @@
+"""Processing a folder: what is there already is left alone, the rest goes through the application, a few images at a time.
+
+The images that are there are the only memory that an interrupted run needs: each appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from conveyor import Call, Next
+from examples.images.app import RETRY, make_app
+from examples.images.files import FORMATS, TEMPORARY, Processed
+from examples.images.filters import parse_filters
+from examples.images.report import Report
+from examples.images.settings import Settings
+
+STATE: Final = ".conveyor"
+"""A folder within the output: the queue, the recipe, and the lock."""
+AHEAD: Final = 4
+"""Images that are queued for each process: enough that none waits, few enough that memory does not grow with the folder."""
+MEGAPIXEL: Final = 1_000_000
+
+
+class FolderError(Exception):
+    """The command cannot do what it is asked; says what to change."""
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """What the images in an output folder were made with.
+
+    Parameters:
+        since: Unix seconds; an older image was made with another recipe.
+    """
+
+    filters: str
+    since: float
+
+
+class Seen(msgspec.Struct):
+    """One process of the pool, by what it did.
+
+    Parameters:
+        last: monotonic seconds.
+    """
+
+    completed: int
+    first: float
+    last: float
+
+
+class Run:
+    """One run of the command, as a display sees it while it goes on."""
+
+    def __init__(self, total: int) -> None:
+        self.total: Final = total
+        self.report: Final = Report()
+        self.workers: dict[int, Seen] = {}
+        """By process id."""
+
+    @property
+    def ended(self) -> int:
+        """Images that nothing more is to be done for."""
+        return self.report.processed + self.report.before + self.report.failed
+
+    def note(self, path: Path, processed: Processed) -> None:
+        """An image was processed."""
+        now = time.monotonic()
+        seen = self.workers.setdefault(processed.process, Seen(0, now - processed.seconds, now))
+        seen.completed += 1
+        seen.last = now
+        self.report.add(path, processed)
+
+
+def process_folder(
+    source: Path,
+    target: Path,
+    filters: str,
+    settings: Settings,
+    *,
+    broker: str | None = None,
+    again: bool = False,
+    on_start: Callable[[Run], None] = lambda _: None,
+) -> Report:
+    """Process every image below source into the same place below target; those that are there already are left alone.
+
+    Ctrl-C (or SIGTERM) finishes the images in hand; calling it again does the rest.
+
+    Parameters:
+        filters: an expression such as ``blur:3,brightness:1.3``.
+        broker: a URL; left out, a SQLite file in the target.
+        again: make all images anew where the target holds those of other filters.
+        on_start: called with what a display may look at from now on.
+
+    Raises:
+        FolderError: source, target or filters cannot be; or somebody else is at work in target.
+        FilterError: the filters make no sense.
+    """
+    parse_filters(filters)
+    source, target = source.resolve(), target.resolve()
+    if not source.is_dir():
+        raise FolderError(f"there is no folder {source}")
+    if source == target:
+        raise FolderError("the output has to go into another folder than the input")
+    with locked(target) as state:
+        since = begin(state, filters, again=again)
+        clean(target)
+        if broker is None:
+            for old in state.glob("images.queue*"):  # of a run that was interrupted: what it had queued is not done yet
+                old.unlink()
+            broker = f"sqlite:///{state / 'images.queue'}?durability=normal"
+        run = Run(sum(1 for path in walk(source, target) if is_image(path)))
+        on_start(run)
+        started = time.monotonic()
+        conductor = Conductor(run, source, target, filters, settings, broker)
+        run.report.interrupted = not asyncio.run(_to_the_end(conductor.work(since)))
+        run.report.seconds = time.monotonic() - started
+        clean(target)
+    return run.report
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> bool:
+    """Do the work; false where a signal ended it before."""
+    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        return False
+    return True
+
+
+class Conductor:
+    """Sends images to the application, a few at a time, and learns what becomes of each."""
+
+    def __init__(self, run: Run, source: Path, target: Path, filters: str, settings: Settings, broker: str) -> None:
+        self._run = run
+        self._source = source
+        self._target = target
+        self._filters = filters
+        self._largest = settings.largest_megapixels * MEGAPIXEL
+        self._places = AHEAD * settings.processes
+        self._room = asyncio.Semaphore(self._places)
+        self._open: dict[str, Path] = {}
+        self._app, self._task = make_app(settings, broker)
+        self._app.use(self._watch)
+
+    async def work(self, since: float) -> None:
+        """Have every image processed that is not there yet."""
+        async with self._app.running():
+            for (
+                worker
+            ) in self._app.workers.values():  # elsewhere than in a file of ours, an interrupted run may have left some
+                await self._app.broker.purge(worker.queue.name)
+            for path in walk(self._source, self._target):
+                relative = path.relative_to(self._source)
+                if not is_image(path):
+                    self._run.report.other_files += 1
+                elif is_current(path, self._target / relative, since):
+                    self._run.report.add_before(relative)
+                    await asyncio.sleep(0)  # there may be many, and the application shall go on meanwhile
+                else:
+                    await self._send(path, relative)
+            for _ in range(self._places):
+                await self._room.acquire()  # all have come to their ends
+
+    async def _send(self, path: Path, relative: Path) -> None:
+        await self._room.acquire()
+        self._open[str(path)] = relative
+        await self._task.send(path, self._target / relative, self._filters, self._largest)
+
+    async def _watch(self, call: Call, next: Next) -> Any:
+        """Middleware: sees how each attempt ends."""
+        path = str(call.payload.source)
+        try:
+            processed: Processed = await next(call)
+        except Exception as error:
+            rule = RETRY.policy_for(error)
+            if rule is None or call.deliveries[0].attempts + 1 >= rule.attempts:
+                reason = str(error) or type(error).__name__
+                self._end(path, lambda relative: self._run.report.add_failure(relative, reason))
+            else:
+                self._run.report.attempts_failed += 1
+            raise
+        self._end(path, lambda relative: self._run.note(relative, processed))
+        return processed
+
+    def _end(self, path: str, note: Callable[[Path], None]) -> None:
+        relative = self._open.pop(path, None)
+        if relative is not None:
+            note(relative)
+            self._room.release()
+
+
+# --- the folders --------------------------------------------------------------------------------------------------------
+
+
+def walk(source: Path, target: Path) -> Iterator[Path]:
+    """The files below source, without those in target, however many there are; folders are not followed through links."""
+    folders = [source]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if Path(entry.path) != target:
+                        folders.append(Path(entry.path))
+                elif entry.is_file():
+                    yield Path(entry.path)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name says that it is one; whether that is true is found out when it is opened."""
+    return path.suffix.lower() in FORMATS and not path.name.startswith(TEMPORARY)
+
+
+def is_current(source: Path, target: Path, since: float) -> bool:
+    """Whether an image was made already, of what the source is now."""
+    try:
+        made = target.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return made >= since and made >= source.stat().st_mtime
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[Path]:
+    """The state's folder, which is this process' alone while the block lasts.
+
+    Raises:
+        FolderError: somebody else is at work there.
+    """
+    state = target / STATE
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderError(f"another run is at work in {target}; wait for its end") from None
+        yield state
+
+
+def begin(state: Path, filters: str, *, again: bool) -> float:
+    """Note the recipe; gives the time since when images are made by it.
+
+    Raises:
+        FolderError: the folder holds images that were made with other filters.
+    """
+    file = state / "recipe.json"
+    if file.exists():
+        known = msgspec.json.decode(file.read_bytes(), type=Recipe)
+        if known.filters == filters and not again:
+            return known.since
+        if not again:
+            raise FolderError(
+                f"{state.parent} holds images made with {known.filters!r}; use another folder, or --again to make them anew"
+            )
+    recipe = Recipe(filters, time.time())
+    temporary = file.with_suffix(".new")
+    temporary.write_bytes(msgspec.json.encode(recipe))
+    temporary.replace(file)
+    return recipe.since
+
+
+def clean(target: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for path in walk(target, target / STATE):
+        if path.name.startswith(TEMPORARY):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""What came of a folder, in numbers: bounded in size, however large the folder is."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from examples.images.files import Processed
+
+SAMPLE: Final = 4_096
+"""Durations of each step that are kept; the percentile is exact up to so many, and an estimate beyond."""
+FAILURES: Final = 1_000
+"""Failures that are kept with their reasons; beyond, they are counted."""
+SHOWN: Final = 20
+"""Failures that are printed."""
+EXAMPLES: Final = 12
+"""Images that are shown before and after."""
+
+
+class StepTimes:
+    """The durations of one step."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        self._sample: list[float] = []
+        self._dice = random.Random(0)
+
+    def add(self, seconds: float) -> None:
+        """One more."""
+        self.count += 1
+        self.seconds += seconds
+        if len(self._sample) < SAMPLE:
+            self._sample.append(seconds)
+        elif (place := self._dice.randrange(self.count)) < SAMPLE:  # each of all is kept with the same chance
+            self._sample[place] = seconds
+
+    @property
+    def mean(self) -> float:
+        """Seconds."""
+        return self.seconds / self.count if self.count else 0.0
+
+    def percentile(self, share: float) -> float:
+        """The seconds that this share of them does not exceed."""
+        ordered = sorted(self._sample)
+        return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
+
+
+class Failure(Struct, frozen=True):
+    """An image that was given up, and why."""
+
+    path: str
+    reason: str
+
+
+class Report:
+    """What was done in one run of the command."""
+
+    def __init__(self) -> None:
+        self.processed = 0
+        self.before = 0
+        """Images that an earlier run had done."""
+        self.failed = 0
+        self.attempts_failed = 0
+        """Attempts that failed and were repeated."""
+        self.other_files = 0
+        self.pixels = 0
+        self.seconds = 0.0
+        self.interrupted = False
+        self.steps: dict[str, StepTimes] = {}
+        self.failures: list[Failure] = []
+        self.examples: list[Path] = []
+        """Some of the images that are done, as paths within the folder."""
+        self._dice = random.Random(0)
+
+    def add(self, path: Path, processed: Processed) -> None:
+        """An image was processed."""
+        self.processed += 1
+        self.pixels += processed.width * processed.height
+        for step in processed.steps:
+            self.steps.setdefault(step.name, StepTimes()).add(step.seconds)
+        self._note_example(path)
+
+    def add_before(self, path: Path) -> None:
+        """An image had been done by an earlier run."""
+        self.before += 1
+        self._note_example(path)
+
+    def add_failure(self, path: Path, reason: str) -> None:
+        """An image was given up."""
+        self.failed += 1
+        if len(self.failures) < FAILURES:
+            self.failures.append(Failure(str(path), reason))
+
+    def _note_example(self, path: Path) -> None:
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(path)
+        elif (place := self._dice.randrange(self.processed + self.before)) < EXAMPLES:
+            self.examples[place] = path
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "processed": self.processed,
+            "before": self.before,
+            "failed": self.failed,
+            "attempts_failed": self.attempts_failed,
+            "other_files": self.other_files,
+            "interrupted": self.interrupted,
+            "seconds": self.seconds,
+            "megapixels": self.pixels / 1e6,
+            "steps": {
+                name: {
+                    "count": times.count,
+                    "mean": times.mean,
+                    "p95": times.percentile(0.95),
+                    "total": times.seconds,
+                }
+                for name, times in self.steps.items()
+            },
+            "failures": [{"path": failure.path, "reason": failure.reason} for failure in self.failures],
+        }
+
+    def show(self, console: Console) -> None:
+        """For people."""
+        if self.steps:
+            table = Table("step", title="time per step", title_justify="left")
+            for column in ("count", "mean", "95 %", "total"):
+                table.add_column(column, justify="right")
+            for name, times in self.steps.items():
+                p95 = times.percentile(0.95)
+                table.add_row(
+                    name,
+                    str(times.count),
+                    f"{times.mean * 1e3:.0f} ms",
+                    f"{p95 * 1e3:.0f} ms",
+                    f"{times.seconds:.1f} s",
+                )
+            console.print(table)
+        rate = self.processed / self.seconds if self.seconds else 0.0
+        console.print(
+            f"{self.processed} processed in {self.seconds:.1f} s ({rate:.1f} images/s, {self.pixels / 1e6:.0f} megapixels), "
+            f"{self.before} done before, {self.failed} failed, {self.attempts_failed} attempts repeated, "
+            f"{self.other_files} other files left out"
+        )
+        for failure in self.failures[:SHOWN]:
+            console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}")
+        if self.failed > SHOWN:
+            console.print(f"  … and {self.failed - SHOWN} more")
