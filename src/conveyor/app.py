@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, Unpack, overload
 
@@ -50,6 +51,7 @@ from conveyor.runtime.worker import (
 )
 
 if TYPE_CHECKING:
+    from conveyor.runtime.keeper import Keeper
     from conveyor.runtime.ledger import Ledger, Transaction
 
 log = logging.getLogger("conveyor.app")
@@ -75,6 +77,8 @@ class Conveyor:
         broker: a URL or a Broker; left out, $CONVEYOR_BROKER, else a SQLite file named after the application.
         database: the SQLAlchemy URL (async driver) of the database that handlers' transactions are in; left out, $CONVEYOR_DATABASE.
         body_limit: bytes that no payload may exceed.
+        journal: whether what happens to every message is kept, for ``conveyor trace``, ``conveyor jobs`` and the tickets of tasks; or
+            the file where. Left out, $CONVEYOR_JOURNAL, else not.
         migrate: whether opening creates Conveyor's tables in the database; left out, on SQLite only (`conveyor migrate` does it elsewhere).
         clock: gives Unix seconds; tests turn it.
 
@@ -89,6 +93,7 @@ class Conveyor:
         broker: str | Broker | None = None,
         database: str | None = None,
         body_limit: int = DEFAULT_BODY_LIMIT,
+        journal: bool | str | Path | None = None,
         migrate: bool | None = None,
         clock: Clock = time.time,
     ) -> None:
@@ -107,6 +112,7 @@ class Conveyor:
             self.broker_url = broker
         else:
             self._given_broker = broker
+        self._journal: bool | str | None = str(journal) if isinstance(journal, Path) else journal
         self._migrate = migrate
         self._clock = clock
         self._outgoing = Outgoing(clock, body_limit)
@@ -391,6 +397,8 @@ class Conveyor:
         message = self._outgoing.fresh(event, Options(**options) if options else NO_OPTIONS)
         unrouted = await connection.broker.publish((message,))
         self.metrics.published += 1
+        if connection.journal is not None:
+            connection.journal.published(message)
         if unrouted:
             self._note_unrouted(message, required=require_subscriber)
         return message
@@ -540,6 +548,9 @@ class Conveyor:
                     self.new_ledger(broker.owner),
                     owns_broker=broker is not self._given_broker,
                     migrate=self._migrate,
+                    metrics=self.metrics,
+                    clock=self._clock,
+                    journal=self.journal_place(broker) is not None,
                 )
         return self._connections[loop]
 
@@ -553,13 +564,18 @@ class Conveyor:
 
     @contextlib.asynccontextmanager
     async def running(
-        self, workers: Collection[str] | None = None, *, grace_seconds: float | None = DEFAULT_GRACE_SECONDS
+        self,
+        workers: Collection[str] | None = None,
+        *,
+        grace_seconds: float | None = DEFAULT_GRACE_SECONDS,
+        keeper: bool = True,
     ) -> AsyncIterator[Runner]:
         """Run the workers in this event loop while the block lasts, then drain.
 
         Parameters:
             workers: names of those to run; None is all.
             grace_seconds: how long handlers may take to finish at the end; None is as long as they take.
+            keeper: keep the journal in this process, where it is on; False where another one does (`conveyor journal`).
 
         Raises:
             ConfigurationError: a name is unknown, or a handler asks for what nobody provides.
@@ -567,12 +583,48 @@ class Conveyor:
         async with self:
             connection = await self.connect()
             async with contextlib.AsyncExitStack() as stack:
+                if keeper and connection.journal is not None:
+                    await stack.enter_async_context(self.keeper(connection))
                 runner = await self._runner(connection, self._chosen(workers), stack)
                 await runner.start()
                 try:
                     yield runner
                 finally:
                     await runner.drain(grace_seconds)
+                    if connection.journal is not None:
+                        await connection.journal.flush()
+
+    def keeper(self, connection: Connection) -> Keeper:
+        """What keeps the journal, as an asynchronous context manager.
+
+        Raises:
+            ConfigurationError: the journal is off.
+        """
+        from conveyor import config
+        from conveyor.runtime.archive import Archive
+        from conveyor.runtime.keeper import Keeper
+
+        place = self.journal_place(connection.broker)
+        if place is None:
+            raise ConfigurationError(self._lacks_journal)
+        age_seconds, size_bytes = config.journal_limits()
+        archive = Archive(place, age_seconds=age_seconds, size_bytes=size_bytes, clock=self._clock)
+        return Keeper(self.name, connection.broker, archive, self._clock)
+
+    def journal_place(self, broker: Broker) -> Path | str | None:
+        """Where the journal of this application is kept, on this broker; None where it is off.
+
+        Raises:
+            ConfigurationError: the settings make no sense.
+        """
+        from conveyor import config
+        from conveyor.runtime.journal import place
+
+        said = config.journal(self._journal)
+        if not said:
+            return None
+        url = None if self._given_broker is not None else config.broker_url(self.name, self.broker_url)
+        return place(self.name, said, broker, url)
 
     async def migrate(self) -> list[str]:
         """Create or bring up to date Conveyor's tables in the application's database; returns what was done.
@@ -608,9 +660,11 @@ class Conveyor:
         if self._connections:
             raise ConfigurationError(f"{self.name} is connected; replace things before it is")
         before = self._given_broker, self._clock, self._outgoing.clock, self.database_url, self._replaced, self.metrics
+        journal = self._journal
         self._given_broker, self._clock, self._outgoing.clock = broker, clock, clock
         self.database_url = database or self.database_url
         self._replaced = dict(provide or {})
+        self._journal = self.journal_place(broker) is not None  # not where the real one is
         self.metrics = Metrics(self.name, clock=clock)
         try:
             yield
@@ -618,6 +672,7 @@ class Conveyor:
             self._given_broker, self._clock, self._outgoing.clock, self.database_url, self._replaced, self.metrics = (
                 before
             )
+            self._journal = journal
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -678,11 +733,16 @@ class Conveyor:
             connection.ledger,
             connection.relay,
             pool,
+            journal=connection.journal,
         )
         control = None
         if self.switches is not None:
             control = Control(connection.broker, self.name, switches=self.switches)
         return Runner(workers, connection.broker, around, self.metrics, self._clock, control)
+
+    @property
+    def _lacks_journal(self) -> str:
+        return f"{self.name} keeps no journal; say Conveyor({self.name!r}, journal=True) or set CONVEYOR_JOURNAL=1"
 
     @property
     def _lacks_database(self) -> str:

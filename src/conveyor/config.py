@@ -24,6 +24,7 @@ LONGEST_SECONDS: Final = 1e9
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=10**12)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=LONGEST_SECONDS)]
+Days = Annotated[float, msgspec.Meta(gt=0, le=100_000)]
 Limit = Annotated[float, msgspec.Meta(gt=0, le=LONGEST_SECONDS)]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "human", "json"]
@@ -44,6 +45,10 @@ class Config:
         max_rss_mb: a runner process above so many megabytes is replaced; None is no limit.
         max_messages: a runner process that handled so many is replaced; None is no limit.
         hang_limit_seconds: a runner process that stood still for so long is killed; None leaves it to the supervisor.
+        journal: whether what happens to messages is kept, for `conveyor trace`, `conveyor jobs` and tickets; or the file where.
+            None leaves it to the app.
+        journal_days: for how long.
+        journal_max_mb: how large the file may become; then the oldest goes.
 
     Raises:
         ConfigurationError: a value makes no sense.
@@ -59,6 +64,9 @@ class Config:
     max_rss_mb: Count | None = None
     max_messages: Count | None = None
     hang_limit_seconds: Limit | None = None
+    journal: str | bool | None = None
+    journal_days: Days = 7.0
+    journal_max_mb: Count = 1024
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
@@ -112,6 +120,33 @@ def database_url(said: str | None) -> str | None:
         ConfigurationError: the settings make no sense.
     """
     return said or _settings().database
+
+
+def journal(said: str | bool | None) -> str | bool:
+    """Whether an app's journal is kept, or the file where: what its code says, else the settings of this process.
+
+    Raises:
+        ConfigurationError: the settings make no sense.
+    """
+    found = _settings().journal if said is None else said
+    if not isinstance(found, str):
+        return bool(found)
+    word = found.strip().lower()
+    return word in _YES if word in _YES | _NO else found
+
+
+def journal_limits() -> tuple[float, int]:
+    """For how many seconds a journal is kept, and how many bytes of it at most.
+
+    Raises:
+        ConfigurationError: the settings make no sense.
+    """
+    settings = _settings()
+    return settings.journal_days * 86_400, settings.journal_max_mb * 1_000_000
+
+
+_YES: Final = frozenset({"1", "true", "yes", "on"})
+_NO: Final = frozenset({"0", "false", "no", "off", ""})
 
 
 def _settings() -> Config:

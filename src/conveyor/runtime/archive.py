@@ -1,5 +1,6 @@
 """The archive: an application's journal in a SQLite file, bounded in age and size."""
 
+# ruff: noqa: S608 - what is put into the statements are the names of columns, and conditions with parameters
 from __future__ import annotations
 
 import contextlib
@@ -16,13 +17,12 @@ from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, jobs_of
 from conveyor.errors import JournalError
+from conveyor.runtime.journal import IN_MEMORY
 
 DEFAULT_AGE_SECONDS: Final = 7 * 86_400.0
 """A week: time to come back from a weekend and look."""
 DEFAULT_SIZE_BYTES: Final = 1024**3
 """About three million messages."""
-IN_MEMORY: Final = ":memory:"
-"""Instead of a path: it goes with the object."""
 
 APPLICATION_ID: Final = 0x436E764A
 """'CnvJ' in the file's header: it is a journal."""

@@ -234,7 +234,8 @@ class Consumer:
                 self._watch_surplus()
                 if not self.gate.is_set():
                     break
-                if len(arrived) < free:  # nothing more is there: what has come is begun before anybody is asked for more
+                if len(arrived) < free:
+                    # Nothing more is there: what has come is begun before anybody is asked for more.
                     await asyncio.sleep(0)
 
     def _watch_surplus(self) -> None:

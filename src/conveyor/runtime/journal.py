@@ -10,12 +10,14 @@ import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
+from pathlib import Path
 from time import monotonic
 from typing import Any, Final, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from conveyor.broker import Broker, Clock, Delivery, Queue
+from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
 from conveyor.core.journal import Entry, Kind
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Reason, Release, RetryAt, Verdict, describe
@@ -48,6 +50,8 @@ LONGEST_NOTE: Final = 500
 """Characters of a progress' note."""
 RUNNING_SECONDS: Final = 0.1
 """An attempt that runs for so long is noted while it runs; what ends sooner is noted by its end alone."""
+IN_MEMORY: Final = ":memory:"
+"""Instead of a file: the journal goes with its process."""
 LAST_FLUSH_SECONDS: Final = 2.0
 """How long the last batches may take when everything else has ended."""
 
@@ -332,6 +336,22 @@ class Journal:
             "the journal cannot be shipped, work goes on: %s",
             describe(error),
         )
+
+
+def place(app: str, said: bool | str, broker: Broker, url: str | None) -> Path | str:
+    """Where the journal of an application is kept: a file, or IN_MEMORY.
+
+    Parameters:
+        said: the file's name; or True, for the usual place: beside the queue file, in memory where the messages are, else in the
+            working directory, named after the application.
+        url: of the broker; None for one that was made in code.
+    """
+    if isinstance(said, str):
+        return said if said == IN_MEMORY else Path(said)
+    parts = urlsplit(url or "")
+    if parts.scheme == "sqlite":
+        return Path(f"{unquote(parts.path[1:])}.journal")
+    return IN_MEMORY if Feature.DURABLE in broker.missing else Path(f"{app}.journal")
 
 
 def _weight(entry: Entry) -> int:

@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Final, ParamSpec, Self, TypeVar
 
 import msgspec
@@ -21,9 +20,9 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError, JournalError
-from conveyor.runtime.archive import IN_MEMORY, Archive
+from conveyor.runtime.archive import Archive
 from conveyor.runtime.health import Health
-from conveyor.runtime.journal import MSGPACK, journal_queue
+from conveyor.runtime.journal import IN_MEMORY, MSGPACK, journal_queue
 from conveyor.runtime.loop import Loops
 
 log = logging.getLogger("conveyor.keeper")
@@ -300,23 +299,3 @@ def _fitting(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
             return tuple(fitting), True
         fitting.append(each)
     return tuple(fitting), False
-
-
-def place(app: str, said: bool | str | Path, broker_url: str | None) -> Path | str:
-    """Where an application's journal is kept.
-
-    Parameters:
-        said: a path; or True, for the usual place: beside the queue file, in memory where the messages are, else in the
-            working directory.
-        broker_url: of its broker; None for one that was made in code.
-    """
-    from urllib.parse import unquote, urlsplit
-
-    if not isinstance(said, bool):
-        return said if said == IN_MEMORY else Path(said)
-    parts = urlsplit(broker_url or "memory://")
-    if parts.scheme == "memory":
-        return IN_MEMORY
-    if parts.scheme == "sqlite":
-        return Path(f"{unquote(parts.path[1:])}.journal")
-    return Path(f"{app}.journal")

@@ -18,6 +18,7 @@ from conveyor.broker import Broker
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
 from conveyor.errors import BrokerError, BrokerUnavailable, LedgerError, PublishFailed
+from conveyor.runtime.journal import Journal
 from conveyor.runtime.ledger import NEVER, Claimed, Ledger, Row, steady
 from conveyor.runtime.points import point
 
@@ -82,12 +83,19 @@ class Relay:
     """Sends what the ledger's outbox holds. Any number of them may run, in any number of processes.
 
     Parameters:
+        journal: notes what was published; None where it is off.
         attempts: refusals by the broker after which a message is parked; a parked message blocks the later ones of its key.
         poll_seconds: how often it looks for what other processes left.
     """
 
     def __init__(
-        self, ledger: Ledger, broker: Broker, *, attempts: int = DEFAULT_ATTEMPTS, poll_seconds: float = POLL_SECONDS
+        self,
+        ledger: Ledger,
+        broker: Broker,
+        *,
+        journal: Journal | None = None,
+        attempts: int = DEFAULT_ATTEMPTS,
+        poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.problem = ""
         """Why nothing can be sent now; "" while all is well."""
@@ -97,6 +105,7 @@ class Relay:
         """Those of them that went nowhere, because no queue receives their topic."""
         self._ledger = ledger
         self._broker = broker
+        self._journal = journal
         self._attempts = attempts
         self._poll_seconds = poll_seconds
         self._running = False
@@ -285,6 +294,9 @@ class Relay:
             return await self._publish_one_by_one(rows, seconds, where)
         else:
             outcome = self._routed(rows, nowhere)
+            if self._journal is not None:
+                for row in rows:
+                    self._journal.published(row.message)
         point(f"{where}.published")
         return outcome
 

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from conveyor.broker import Broker, Clock, Delivery, QueueInfo
@@ -21,6 +21,7 @@ from conveyor.runtime.call import Caller, Surroundings
 from conveyor.runtime.consumer import Consumer
 from conveyor.runtime.control import Control, Failure, Status, WorkerStatus
 from conveyor.runtime.health import Health
+from conveyor.runtime.journal import Running
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS, Loops
 from conveyor.runtime.metrics import Metrics, Snapshot, resident_bytes
 from conveyor.runtime.settler import Settler
@@ -108,6 +109,7 @@ class Runner:
             self._note_emits,
             self._note_failure,
             self._around.carries,
+            self._around.journal,
         )
 
     async def start(self) -> None:
@@ -129,6 +131,8 @@ class Runner:
         self._loops.start("deadlines", self._watch_deadlines)
         self._loops.start("suspects", self._run_suspects)
         self._loops.start("stalls", self._watch_stalls)
+        if self._around.journal is not None:
+            self._around.journal.at_work.append(self._at_work)
         self._state = "running"
         paused = self._paused()
         for consumer in self.consumers.values():
@@ -172,6 +176,8 @@ class Runner:
         if self.control is not None:
             await self.control.close()
         await self._loops.stop()
+        if self._around.journal is not None and self._at_work in self._around.journal.at_work:
+            self._around.journal.at_work.remove(self._at_work)
         self._state = "stopped"
         return not self.was_cut
 
@@ -374,6 +380,11 @@ class Runner:
                 if message.topic not in self._unrouted:
                     self._unrouted.add(message.topic)
                     log.info("no queue receives %r: such events go nowhere (said once)", message.topic)
+
+    def _at_work(self) -> Iterator[Running]:
+        """What runs now, for the journal."""
+        for consumer in self.consumers.values():
+            yield from consumer.at_work()
 
     def _holds(self, delivery: Delivery) -> bool:
         return any(held.receipt == delivery.receipt for consumer in self.consumers.values() for held in consumer.held())
