@@ -19,6 +19,12 @@ ConveyorError
 │   └── LedgerBusy              it had no room or time for this transaction; counts as a failed attempt
 ├── JournalError                the journal cannot be kept or read
 │   └── NoKeeper                nobody keeps a journal there, or nobody answers
+├── JobError                    a job whose result cannot be had
+│   ├── JobFailed               it was given up, and is a dead letter
+│   ├── JobCancelled            somebody cancelled it
+│   ├── JobTimeout              it has not ended in the time that one would wait (also a TimeoutError)
+│   ├── JobUnknown              nothing is known about it
+│   └── ResultNotKept           it is done, but what it returned is too large to be kept, or no JSON
 ├── HandlerTimeout              a handler ran longer than its worker allows
 └── HandlerCrashed              the process that ran a handler died
 Outcome                         raised by handlers to decide instead of the policy
@@ -158,6 +164,67 @@ class JournalError(ConveyorError):
 
 class NoKeeper(JournalError):
     """A question about the journal found nobody who keeps one, or nobody answered it in time."""
+
+
+class JobError(ConveyorError):
+    """A job whose result cannot be had.
+
+    Parameters:
+        id: the job's, which is its message's.
+    """
+
+    def __init__(self, text: str, id: str) -> None:
+        super().__init__(text)
+        self.id = id
+
+
+class JobFailed(JobError):
+    """A job was given up: it is a dead letter, with this error.
+
+    Where it was raised there is this error's ``__cause__``, a RemoteTraceback.
+
+    Parameters:
+        error: what its last attempt failed with, type and text.
+        traceback: where, as text; "" where that is not known.
+        attempts: how often it was tried.
+    """
+
+    def __init__(self, text: str, id: str, *, error: str, traceback: str, attempts: int) -> None:
+        super().__init__(text, id)
+        self.error = error
+        self.traceback = traceback
+        self.attempts = attempts
+
+
+class JobCancelled(JobError):
+    """Somebody cancelled the job before it was done."""
+
+
+class JobTimeout(JobError, TimeoutError):
+    """A job has not ended in the time that one would wait; it goes on. The text says what is known about it.
+
+    Parameters:
+        status: where it is ("waiting", "running", "retrying"); "" where nothing is known.
+    """
+
+    def __init__(self, text: str, id: str, *, status: str) -> None:
+        super().__init__(text, id)
+        self.status = status
+
+
+class JobUnknown(JobError):
+    """The journal knows nothing about such a job."""
+
+
+class ResultNotKept(JobError):
+    """The job is done, but what it returned is not kept; the text says why."""
+
+
+class RemoteTraceback(Exception):
+    """Where an error was raised in another process; the cause of the error here."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
 
 
 class HandlerTimeout(ConveyorError):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import msgspec
 
 from conveyor.core.settle import describe
-from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout
+from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout, RemoteTraceback
 from conveyor.runtime import frames, logs
 from conveyor.runtime.channel import die_with_parent
 from conveyor.runtime.context import Tell
@@ -217,13 +217,6 @@ class CpuPool:
     def _kill_all(self) -> None:
         for process in self._all:
             process.kill("the interpreter ends")
-
-
-class RemoteTraceback(Exception):
-    """Where an error was raised in the other process."""
-
-    def __str__(self) -> str:
-        return "\n" + str(self.args[0])
 
 
 class _Process:

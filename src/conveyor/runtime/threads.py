@@ -8,9 +8,12 @@ import ctypes
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from conveyor.errors import HandlerTimeout
+
+CANCELLED: Final = "cancelled"
+"""What the cancellation of an attempt says where somebody cancelled its job; any other one counts as the end of its time."""
 
 
 class _Job:
@@ -45,8 +48,8 @@ class _Job:
         except RuntimeError:  # the loop has ended before the handler did
             return
 
-    def interrupt(self) -> bool:
-        """Raise HandlerTimeout in the thread, at its next Python instruction; a call into C is not reached.
+    def interrupt(self, with_error: type[BaseException]) -> bool:
+        """Raise an error in the thread, at its next Python instruction; a call into C is not reached.
 
         Returns:
             Whether the thread was still at it.
@@ -56,9 +59,7 @@ class _Job:
                 return False
             self.interrupted = True
             if self.thread_id is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self.thread_id), ctypes.py_object(HandlerTimeout)
-                )
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread_id), ctypes.py_object(with_error))
             return True
 
     def _finish(self, result: Any, error: BaseException | None) -> None:
@@ -91,7 +92,10 @@ class Threads:
         """Threads that still run an attempt which was given up."""
 
     async def run(self, call: Callable[[], Any]) -> Any:
-        """Run call in a thread with the caller's context variables, and give its result."""
+        """Run call in a thread with the caller's context variables, and give its result.
+
+        Cancelling raises HandlerTimeout there, or CancelledError where it says CANCELLED.
+        """
         context = contextvars.copy_context()
         job = _Job(lambda: context.run(call))
         with self._lock:
@@ -103,8 +107,8 @@ class Threads:
         self._jobs.put(job)
         try:
             return await job.future
-        except asyncio.CancelledError:
-            if job.interrupt():
+        except asyncio.CancelledError as cancelled:
+            if job.interrupt(asyncio.CancelledError if cancelled.args == (CANCELLED,) else HandlerTimeout):
                 with self._lock:
                     self.stuck += 1
             raise
