@@ -18,8 +18,7 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
 from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError, NoKeeper
-from conveyor.runtime.journal import MSGPACK
-from conveyor.runtime.keeper import ASK
+from conveyor.runtime.journal import ASK, MSGPACK
 from conveyor.runtime.loop import Loops
 
 log = logging.getLogger("conveyor.ask")

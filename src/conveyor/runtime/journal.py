@@ -29,6 +29,8 @@ log = logging.getLogger("conveyor.journal")
 
 TOPIC: Final = "conveyor.journal"
 """Begins the names of the journal's queues and topics."""
+ASK: Final = f"{TOPIC}.ask"
+"""The topic of questions about it; every keeper hears it in a temporary queue of its own."""
 MSGPACK: Final = "application/msgpack"
 FLUSH_SECONDS: Final = 0.25
 """How long an entry waits for others to travel with; what a killed process had noted since then is lost."""

@@ -22,7 +22,7 @@ from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError, JournalError
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.health import Health
-from conveyor.runtime.journal import IN_MEMORY, MSGPACK, journal_queue
+from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue
 from conveyor.runtime.loop import Loops
 
 log = logging.getLogger("conveyor.keeper")
@@ -30,8 +30,6 @@ log = logging.getLogger("conveyor.keeper")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ASK: Final = "conveyor.journal.ask"
-"""The topic of questions; every keeper hears it in a temporary queue of its own."""
 FETCH: Final = 32
 """Batches, or questions, taken from the broker at once."""
 SPOILT_DELIVERIES: Final = 5
