@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import Final
@@ -21,11 +22,26 @@ class Script:
 
 
 _FOLDER: Final = resources.files("conveyor.brokers.redis") / "lua"
-_FIRST: Final = (_FOLDER / "queue.lua").read_text()
+_DEFINITION: Final = re.compile(r"^local (?:function )?(\w+(?:, \w+)*)", re.MULTILINE)
+
+
+def _definitions() -> list[tuple[frozenset[str], str]]:
+    """What queue.lua defines, in order: the names, and the text."""
+    text = (_FOLDER / "queue.lua").read_text()
+    found = list(_DEFINITION.finditer(text))
+    ends = [*(each.start() for each in found[1:]), len(text)]
+    return [(frozenset(each[1].split(", ")), text[each.start() : end]) for each, end in zip(found, ends, strict=True)]
+
+
+_COMMON: Final = _definitions()
 
 
 def _load(name: str) -> Script:
-    text = _FIRST + (_FOLDER / f"{name}.lua").read_text()
+    """A script behind what it uses of queue.lua, and nothing more: the server defines all of that anew each time it runs it."""
+    text = (_FOLDER / f"{name}.lua").read_text()
+    for names, definition in reversed(_COMMON):
+        if not names.isdisjoint(re.findall(r"\w+", text)):
+            text = definition + text
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

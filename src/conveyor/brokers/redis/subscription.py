@@ -115,7 +115,8 @@ class RedisSubscription:
             streams = broker.streams_of(queue)
             command = ("XREADGROUP", "GROUP", "bell", "all", "COUNT", 1, "BLOCK", math.ceil(wait_seconds * 1000))
             news = link.send(*command, "NOACK", "STREAMS", *streams, ">", ">")
-        claimed = link.post(scripts.CLAIM, queue, room, self._claim, broker.owner, int(self._early))
+        arguments = queue, room, self._claim, broker.owner, int(self._early), int(wait_seconds > 0)
+        claimed = link.post(scripts.CLAIM, *arguments)
         if wait_seconds:
             with contextlib.suppress(Refused):  # the queue is gone: the claim says so
                 await news
@@ -125,7 +126,7 @@ class RedisSubscription:
             pass
         except Refused as error:
             raise broker.explain(error, queue) from None
-        return await link.run(scripts.CLAIM, queue, room, self._claim, broker.owner, int(self._early))
+        return await link.run(scripts.CLAIM, *arguments)
 
     def _let_claim_go(self) -> None:
         claim, self._claim = self._claim, 0

@@ -1,25 +1,28 @@
--- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, 1 for early.
+-- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, 1 for early, 1 for one that has waited.
 -- Gives fresh ones as XREADGROUP does, others as {reference, counts, fields, when due where that is to come}, and after how many milliseconds there may be more.
 local name, room, early = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1'
 local token = ' ' .. ARGV[3] .. ' ' .. ARGV[4]
 -- A claim that was long on its way must not take what nobody waits for any more.
-if call('EXISTS', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then return {{}, {}, -1} end
+-- (To look by deleting also makes the first write one that takes no memory; see begin() in queue.lua.)
+if call('DEL', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then return {{}, {}, -1} end
 local queue = queue_of(name)
 if not queue then return redis.error_reply('NOQUEUE ' .. name) end
 
-begin()
-for _, lease in ipairs(call('ZRANGEBYSCORE', queue.leases, '-inf', number(now), 'LIMIT', 0, 1000)) do
-  come_back(queue, lease, true, 'its lease ended without a sign of life')
-end
-local due = call('ZRANGEBYSCORE', queue.later, '-inf', number(now), 'WITHSCORES', 'LIMIT', 0, 1000)
-for i = 1, #due, 2 do
-  local deliveries, attempts, _, failure = counts_of(queue, due[i])
-  count(queue, due[i], deliveries, attempts, due[i + 1], failure)
-  call('ZREM', queue.later, due[i])
-  call('ZADD', queue.ready, '-' .. sub(due[i], -1), due[i])
+-- What came back by its lease's end, and what has become due, is ready.
+local function look_at_clock()
+  for _, lease in ipairs(call('ZRANGEBYSCORE', queue.leases, '-inf', number(now()), 'LIMIT', 0, 1000)) do
+    come_back(queue, lease, true, 'its lease ended without a sign of life')
+  end
+  local due = call('ZRANGEBYSCORE', queue.later, '-inf', number(now()), 'WITHSCORES', 'LIMIT', 0, 1000)
+  for i = 1, #due, 2 do
+    local deliveries, attempts, _, failure = counts_of(queue, due[i])
+    count(queue, due[i], deliveries, attempts, due[i + 1], failure)
+    call('ZREM', queue.later, due[i])
+    call('ZADD', queue.ready, '-' .. sub(due[i], -1), due[i])
+  end
 end
 
-local ends, leases, others, entries = number(now + queue.lease), {}, {}, {}
+local ends, leases, others, entries = number(now() + queue.lease), {}, {}, {}
 local function take(refs, dues)
   if #refs == 0 then return end
   local counts = call('HMGET', queue.counts, unpack(refs))
@@ -28,9 +31,9 @@ local function take(refs, dues)
     if fields then
       local at = dues and dues[i] or 0
       if at == 0 and early and queue.ordered then at = (way_of(fields)) end
-      others[#others + 1] = {ref, counts[i] or '', fields, at > now and number(at) or ''}
+      others[#others + 1] = {ref, counts[i] or '', fields, at > now() and number(at) or ''}
       leases[#leases + 1] = ends
-      leases[#leases + 1] = ref .. (at > now and ' ' .. ARGV[3] .. '@' .. number(at) .. ' ' .. ARGV[4] or token)
+      leases[#leases + 1] = ref .. (at > now() and ' ' .. ARGV[3] .. '@' .. number(at) .. ' ' .. ARGV[4] or token)
       room = room - 1
     else -- somebody deleted it from its stream; in an ordered queue the others of its key go on
       call('HDEL', queue.counts, ref)
@@ -63,7 +66,7 @@ local function take_fresh()
     end
     if not plain then
       local at, priority, key = way_of(fields)
-      if at > now or priority > 0 or (queue.ordered and key) then
+      if at > now() or priority > 0 or (queue.ordered and key) then
         give(queue, reference(entry[1], 'm', priority), at, hash_of(key))
         aside = true
       else
@@ -99,16 +102,28 @@ local function take_early()
 end
 
 -- Whoever gives less than was asked of it has no more; but what was put aside may be ready now.
-repeat
-  local asked = room
-  local more = take_ready() == asked
-  if room > 0 then
-    asked = room
-    local got, aside = take_fresh()
-    more = more or got == asked or aside
-  end
-  if room > 0 and early then more = take_early() > 0 or more end
-until room <= 0 or not more
+local function take_all()
+  repeat
+    local asked = room
+    local more = take_ready() == asked
+    if room > 0 then
+      asked = room
+      local got, aside = take_fresh()
+      more = more or got == asked or aside
+    end
+    if room > 0 and early then more = take_early() > 0 or more end
+  until room <= 0 or not more
+end
+
+-- Who has waited looked at the clock before, and was most likely woken by a fresh message: it is given that at once.
+if ARGV[6] == '1' then
+  take_ready()
+  if room > 0 then take_fresh() end
+end
+if #leases == 0 then
+  look_at_clock()
+  take_all()
+end
 
 if #leases > 0 then
   call('ZADD', queue.leases, unpack(leases))
@@ -122,7 +137,7 @@ local soonest = -1
 for _, key in ipairs({queue.later, queue.leases}) do
   local first = call('ZRANGE', key, 0, 0, 'WITHSCORES')
   if first[1] then
-    local left = math.max(1, first[2] - now)
+    local left = math.max(1, first[2] - now())
     if soonest < 0 or left < soonest then soonest = left end
   end
 end

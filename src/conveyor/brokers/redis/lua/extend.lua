@@ -7,7 +7,7 @@ while i <= #ARGV do
   local kept = {}
   for n = first, last do
     if scores[n - first + 1] then
-      kept[#kept + 1] = number(now + queue.lease)
+      kept[#kept + 1] = number(now() + queue.lease)
       kept[#kept + 1] = ARGV[n]
     else
       lost[#lost + 1] = position

@@ -1,4 +1,5 @@
--- What every script begins with: the keys of a queue, and the ways of a message through it.
+-- The keys of a queue, and the ways of a message through it. A script begins with those of these definitions that it uses; each
+-- uses only what is above it.
 --
 -- KEYS[1] is "{namespace}:queues". All other keys have the same hash tag, so a cluster has them in one place.
 --
@@ -9,11 +10,14 @@
 local call, sub, find, match = redis.call, string.sub, string.find, string.match
 local prefix = sub(KEYS[1], 1, -7)
 
-local function clock()
-  local now = call('TIME')
-  return now[1] * 1000 + math.floor(now[2] / 1000)
+local moment_of_this
+local function now()
+  if not moment_of_this then
+    local said = call('TIME')
+    moment_of_this = said[1] * 1000 + math.floor(said[2] / 1000)
+  end
+  return moment_of_this
 end
-local now = clock()
 
 -- Where no memory is left, the server refuses a script whose first write takes some. What works on and ends what was accepted before
 -- begins with this write, which takes none: else a full server could never be emptied.
@@ -129,7 +133,7 @@ local function ring(queue)
 end
 
 local function wait(queue, ref, due)
-  if due > now then
+  if due > now() then
     call('ZADD', queue.later, number(due), ref)
     if call('ZRANGE', queue.later, 0, 0)[1] == ref then ring(queue) end
   else
@@ -194,7 +198,7 @@ local function come_back(queue, lease, counted, why)
   local ref = reference_of(lease)
   if counted then
     local deliveries, attempts = counts_of(queue, ref)
-    count(queue, ref, deliveries + 1, attempts, now, why)
+    count(queue, ref, deliveries + 1, attempts, now(), why)
   end
   give(queue, ref, due_of(lease), key_hash(queue, ref))
 end
@@ -240,7 +244,7 @@ end
 
 -- Puts a message into one queue; its fields are values[first] to values[last].
 local function put(queue, values, first, last, due, priority, hash)
-  if due > now or priority > 0 or (queue.ordered and hash) then
+  if (due > 0 and due > now()) or priority > 0 or (queue.ordered and hash) then
     local id = call('XADD', queue.kept, '*', unpack(values, first, last))
     give(queue, reference(id, 'k', priority), due, hash)
   else

@@ -4,8 +4,8 @@ sweep()
 local all = {}
 for _, name in ipairs(call('SMEMBERS', KEYS[1])) do
   local queue = queue_of(name)
-  local leased, alive = call('ZCARD', queue.leases), call('ZCOUNT', queue.leases, '(' .. number(now), '+inf')
-  local later, passed = call('ZCARD', queue.later), call('ZCOUNT', queue.later, '-inf', number(now))
+  local leased, alive = call('ZCARD', queue.leases), call('ZCOUNT', queue.leases, '(' .. number(now()), '+inf')
+  local later, passed = call('ZCARD', queue.later), call('ZCOUNT', queue.later, '-inf', number(now()))
   local behind, ready = call('ZCARD', queue.behind), call('ZCARD', queue.ready)
   local fresh = call('XLEN', queue.fresh) + call('XLEN', queue.kept) - leased - later - behind - ready
   local since = -1
@@ -31,7 +31,7 @@ for _, name in ipairs(call('SMEMBERS', KEYS[1])) do
   end
   all[#all + 1] = {
     name, call('HGET', prefix .. 'settings:' .. name, 'topics'), fresh + ready + passed + leased - alive, alive,
-    later - passed + behind, call('XLEN', queue.dead), since < 0 and -1 or math.max(0, now - since), consumers_of(name),
+    later - passed + behind, call('XLEN', queue.dead), since < 0 and -1 or math.max(0, now() - since), consumers_of(name),
     queue.ordered and 1 or 0, queue.max or -1, queue.holder ~= '' and 1 or 0, queue.lease,
   }
 end

@@ -69,7 +69,7 @@ while i <= #ARGV do
       if held then
         call('ZREM', queue.leases, lease)
         local deliveries, attempts = counts_of(queue, ref)
-        count(queue, ref, deliveries + 1, attempts + 1, now, ARGV[i + 5])
+        count(queue, ref, deliveries + 1, attempts + 1, now(), ARGV[i + 5])
         give(queue, ref, tonumber(ARGV[i + 4]), hash)
         if queue.max then touched[queue] = true end
       end
@@ -88,7 +88,7 @@ while i <= #ARGV do
         if fields then
           local deliveries, attempts = counts_of(queue, ref)
           call('XADD', queue.dead, '*', 'dead_reason', ARGV[i + 4], 'dead_error', ARGV[i + 5], 'dead_traceback', ARGV[i + 6],
-            'dead_deliveries', deliveries + 1, 'dead_attempts', attempts, 'dead_time', number(now), unpack(fields))
+            'dead_deliveries', deliveries + 1, 'dead_attempts', attempts, 'dead_time', number(now()), unpack(fields))
         end
         delete(queue, ref)
         next_of(queue, ref, hash)
