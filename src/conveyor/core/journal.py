@@ -26,12 +26,16 @@ class Kind(enum.StrEnum):
     """The attempt failed, and another one comes at due."""
     RELEASED = "released"
     """It went back to its queue, uncounted."""
+    CANCELLING = "cancelling"
+    """Somebody wants it cancelled: no attempt begins any more, and one that runs is stopped."""
     CANCELLED = "cancelled"
-    """Somebody cancelled it; it is not handled any more."""
+    """A worker has let it go, because somebody cancelled it; it is not handled any more."""
     DEAD = "dead"
     """It was given up, and is a dead letter."""
 
 
+BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING})
+"""What happens to a message itself, whichever workers it is for."""
 ENDS: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.CANCELLED, Kind.DEAD})
 """Behind one of these nothing more happens by itself."""
 
@@ -112,6 +116,7 @@ class Status(enum.StrEnum):
         return self in ENDED
 
 
+NOT_RUNNING: Final = frozenset({Status.WAITING, Status.RETRYING})
 ENDED: Final = frozenset({Status.DONE, Status.FAILED, Status.DEAD, Status.CANCELLED})
 GIVEN_UP_AT_ONCE: Final = frozenset({"rejected", "invalid"})
 """The reasons (conveyor.core.settle.Reason) that no further attempt could have changed."""
@@ -202,8 +207,9 @@ def job_of(entries: Iterable[Entry]) -> Job:
     if not known:
         raise ValueError("nothing is known about this job")
     published = [entry for entry in known if entry.kind is Kind.PUBLISHED]
-    handled = [entry for entry in known if entry.kind is not Kind.PUBLISHED]
-    any_one = known[0]
+    handled = [entry for entry in known if entry.kind not in BY_NO_WORKER]
+    wish = next((entry for entry in known if entry.kind is Kind.CANCELLING), None)
+    any_one = next((entry for entry in known if entry.topic), known[0])
     job = Job(
         id=any_one.message_id,
         topic=any_one.topic,
@@ -212,7 +218,12 @@ def job_of(entries: Iterable[Entry]) -> Job:
         correlation_id=any_one.correlation_id,
         causation_id=any_one.causation_id,
     )
-    return job if not handled else _handled(job, handled)
+    if handled:
+        job = _handled(job, handled)
+    if wish is not None and job.status in NOT_RUNNING:
+        # Whoever comes to it lets it go; should a runner have begun before it heard of it, later entries say so.
+        job = msgspec.structs.replace(job, status=Status.CANCELLED, ended=max(wish.at, known[-1].at))
+    return job
 
 
 def jobs_of(entries: Iterable[Entry]) -> list[Job]:
@@ -220,7 +231,7 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
     published: dict[str, list[Entry]] = {}
     handled: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        if entry.kind is Kind.PUBLISHED:
+        if entry.kind in BY_NO_WORKER:
             published.setdefault(entry.message_id, []).append(entry)
         else:
             handled.setdefault((entry.message_id, entry.worker), []).append(entry)

@@ -42,12 +42,14 @@ class Done(msgspec.Struct, frozen=True, gc=False):
         result: what a job returned, as JSON text, for the journal; brokers do not care. None where nothing is kept of it.
         unkept: why nothing is kept of it; "" where it is, or where it returned nothing.
         repeated: nothing was done: the ledger knew the message already.
+        cancelled: somebody cancelled it, before it began or while it ran.
     """
 
     emits: tuple[Message, ...] = ()
     result: str | None = None
     unkept: str = ""
     repeated: bool = False
+    cancelled: bool = False
 
 
 class RetryAt(msgspec.Struct, frozen=True, gc=False):
@@ -78,6 +80,7 @@ class Dead(msgspec.Struct, frozen=True, gc=False):
 Verdict = Done | RetryAt | Release | Dead
 DONE: Final = Done()
 REPEATED: Final = Done(repeated=True)
+CANCELLED: Final = Done(cancelled=True)
 
 
 def verdict_on_error(

@@ -419,7 +419,7 @@ _KINDS: Final = {
     Status.DONE: (Kind.SUCCEEDED, Kind.DUPLICATE),
     Status.FAILED: (Kind.DEAD,),
     Status.DEAD: (Kind.DEAD,),
-    Status.CANCELLED: (Kind.CANCELLED,),
+    Status.CANCELLED: (Kind.CANCELLED, Kind.CANCELLING),
     Status.RETRYING: (Kind.RETRIED,),
     Status.RUNNING: (Kind.STARTED, Kind.PROGRESSED),
     Status.WAITING: (Kind.PUBLISHED, Kind.RELEASED),
@@ -444,7 +444,7 @@ def _conditions(which: JobFilter) -> tuple[list[str], list[object]]:
         )
     if which.worker is not None:
         # A task's topic is its worker's identity.
-        who = "CASE kind WHEN 'published' THEN topic ELSE worker END"
+        who = "CASE kind WHEN 'published' THEN topic WHEN 'cancelling' THEN topic ELSE worker END"
         conditions.append(f"substr('.' || {who}, -length(?)) = ?")
         values += [f".{which.worker}"] * 2
     if which.topic is not None:

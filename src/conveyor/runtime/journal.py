@@ -178,6 +178,8 @@ class Journal:
                 result, unkept = verdict.result, verdict.unkept
                 if verdict.repeated:
                     kind = Kind.DUPLICATE
+                elif verdict.cancelled:
+                    kind, attempt = Kind.CANCELLED, attempt if begun is not None else delivery.attempts
                 for emitted in verdict.emits:
                     self.published(emitted, worker)
         elif type(verdict) is RetryAt:
