@@ -221,11 +221,38 @@ async def test_a_dead_letter_queue_of_others_is_used_as_it_is(url: str) -> None:
         assert letter.message.id == "m-1"
 
 
+async def names(rabbitmq: RabbitMQ, url: str, lists: str = "rabbit_amqqueue:list_names()") -> set[str]:
+    """What exists on the server."""
+    wanted = f'[binary_to_list(Name) || {{resource, <<"{urlsplit(url).path[1:]}">>, _, Name}} <- {lists}]'
+    return set(re.findall(r'"(.*?)"', await asyncio.to_thread(rabbitmq.evaluate, wanted)))
+
+
+async def test_a_worker_has_no_more_queues_than_it_needs_by_now(rabbitmq: RabbitMQ, url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="plain", topics=("t",)), Queue(name="keyed", ordered=True)])
+        first = {
+            "conveyor.catalog",
+            *(f"{queue}{end}" for queue in ("plain", "keyed") for end in ("", ".dead", ".later")),
+        }
+        first |= {f"keyed.keyed.{number}{end}" for number in range(4) for end in ("", ".notes")}
+        assert await names(rabbitmq, url) == first
+        subscription = await broker.subscribe("plain", 10)
+        rungs = 0
+        for seconds, more in ((2.0, 2), (0.5, 0), (100.0, 2), (1e9, 4)):
+            await broker.publish([Message("m", "t", b"{}", due=broker.clock() + seconds)])
+            rungs += more
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while broker.specs["plain"].steps < rungs:
+                    await asyncio.sleep(0.01)
+            there = await names(rabbitmq, url)
+            assert {each for each in there if not each.endswith(".lock")} - first == {
+                f"plain.delay.{n}" for n in range(rungs)
+            }
+        await subscription.close()
+
+
 async def test_a_removed_queue_takes_all_with_it_but_what_others_have_made(rabbitmq: RabbitMQ, url: str) -> None:
-    def there() -> set[str]:
-        names = "rabbit_amqqueue:list_names() ++ rabbit_exchange:list_names()"
-        said = rabbitmq.evaluate(f'[Name || {{resource, <<"{urlsplit(url).path[1:]}">>, _, Name}} <- {names}]')
-        return set(re.findall(r'<<"(.*?)">>', said))
+    lists = "rabbit_amqqueue:list_names() ++ rabbit_exchange:list_names()"
 
     def others(channel: BlockingChannel) -> None:
         channel.queue_declare("theirs", durable=True)
@@ -233,7 +260,7 @@ async def test_a_removed_queue_takes_all_with_it_but_what_others_have_made(rabbi
 
     await plainly(url, others)
     async with opened(url) as broker:
-        before = await asyncio.to_thread(there)
+        before = await names(rabbitmq, url, lists)
         mine = [
             Queue(name="plain", topics=("t",), native={"dead_queue": "their.dead"}),
             Queue(name="keyed", topics=("t",), ordered=True),
@@ -252,7 +279,7 @@ async def test_a_removed_queue_takes_all_with_it_but_what_others_have_made(rabbi
         )])  # fmt: skip
         for queue in mine:
             await broker.remove(queue.name, discard_dead=True)
-        assert await asyncio.to_thread(there) == before
+        assert await names(rabbitmq, url, lists) == before
         assert await broker.queues() == []
 
 

@@ -223,15 +223,17 @@ class RabbitBroker:
         """A subscription has closed."""
         self.subscriptions.discard(subscription)
 
-    async def raise_ladder(self, spec: Spec) -> Spec:
-        """Create the queues that hold what is delayed, and tell everybody."""
-        if not await self.topology.raise_ladder(spec):
+    async def raise_ladder(self, spec: Spec, steps: int) -> Spec:
+        """Create the queues that hold what is delayed, up to so many, and tell everybody."""
+        if not await self.topology.raise_ladder(spec, steps):
             return spec
-        self.specs[spec.name] = spec = msgspec.structs.replace(self.specs[spec.name], rungs=True)
+        known = self.specs[spec.name]
+        self.specs[spec.name] = spec = msgspec.structs.replace(known, steps=max(steps, known.steps))
         if not spec.temporary:
             async with self._catalog.changing() as catalog:
                 there = catalog.get(spec.name, spec)
-                catalog[spec.name] = msgspec.structs.replace(there, rungs=True, version=there.version + 1)
+                if steps > there.steps:
+                    catalog[spec.name] = msgspec.structs.replace(there, steps=steps, version=there.version + 1)
         return spec
 
     # Declaring

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, Arrived, copy_of
 from conveyor.brokers.rabbitmq.publisher import Outgoing
-from conveyor.brokers.rabbitmq.spec import RUNGS, Spec
+from conveyor.brokers.rabbitmq.spec import Spec, steps_for
 from conveyor.brokers.rabbitmq.work import Work
 from conveyor.errors import BrokerError
 
@@ -37,9 +37,8 @@ def place(spec: Spec, due: float, now: float) -> str:
     left = due - now
     if left <= 0:
         return spec.name
-    if not spec.rungs or left < RUNGS[0]:
-        return spec.later
-    return spec.rung(max(step for step, seconds in enumerate(RUNGS) if seconds <= left))
+    steps = min(spec.steps, steps_for(left))
+    return spec.rung(steps - 1) if steps else spec.later
 
 
 class Mover:
@@ -172,8 +171,9 @@ class Mover:
         broker, now = self._broker, self._broker.clock()
         spec = broker.specs[self._queue]
         read_all = [(each, broker.read(each, spec)) for each in self._arrived]
-        if not spec.rungs and any(what.due - now >= RUNGS[0] for _, what in read_all):
-            spec = await broker.raise_ladder(spec)
+        steps = steps_for(max(what.due for _, what in read_all) - now)
+        if steps > spec.steps:
+            spec = await broker.raise_ladder(spec, steps)
         moved: list[tuple[Incoming, Arrived, str]] = []
         soonest: float | None = None
         for incoming, what in read_all:

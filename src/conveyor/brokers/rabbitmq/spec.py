@@ -23,7 +23,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
 
     Parameters:
         queue_type: quorum, classic, or priority (classic with priorities).
-        rungs: its delay ladder exists.
+        steps: so many queues of its delay ladder exist, from the lowest one up.
         version: grows with each change.
     """
 
@@ -35,7 +35,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     native: Mapping[str, str] = {}
     queue_type: str = "quorum"
     temporary: bool = False
-    rungs: bool = False
+    steps: int = 0
     version: int = 0
 
     @property
@@ -70,7 +70,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def ladder(self) -> list[str]:
         """The queues of the delay ladder that exist."""
-        return [self.rung(step) for step in range(len(RUNGS))] if self.rungs else []
+        return [self.rung(step) for step in range(self.steps)]
 
     @property
     def replicated(self) -> bool:
@@ -110,6 +110,11 @@ def spec_of(queue: Queue, queue_type: str) -> Spec:
     )
 
 
+def steps_for(seconds: float) -> int:
+    """How many queues of a delay ladder it takes to wait so long; 0 is none."""
+    return sum(rung <= seconds for rung in RUNGS)
+
+
 def notes_of(partition: str) -> str:
     """The queue with the one message that says what of a partition is being handled."""
     return f"{partition}.notes"
@@ -133,5 +138,5 @@ def merged(asked: Spec, there: Spec | None) -> Spec:
         return asked
     topics = (*there.topics, *(topic for topic in asked.topics if topic not in there.topics))
     return msgspec.structs.replace(
-        asked, topics=topics, rungs=there.rungs, version=there.version, queue_type=asked.queue_type
+        asked, topics=topics, steps=there.steps, version=there.version, queue_type=asked.queue_type
     )

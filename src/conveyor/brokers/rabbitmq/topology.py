@@ -125,9 +125,9 @@ class Topology:
             await self._declare(spec, spec.later, self._arguments(spec))
             await self._bind(spec)
 
-    async def raise_ladder(self, spec: Spec) -> bool:
-        """Create the queues of the delay ladder; False where we may not."""
-        for step, seconds in enumerate(RUNGS):
+    async def raise_ladder(self, spec: Spec, steps: int) -> bool:
+        """Create the queues of the delay ladder up to so many; False where we may not."""
+        for step, seconds in enumerate(RUNGS[:steps]):
             arguments = self._arguments(spec) | {
                 "x-message-ttl": int(seconds * 1000),
                 "x-dead-letter-exchange": "",
