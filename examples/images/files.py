@@ -29,6 +29,7 @@ FORMATS: Final = {
 OPTIONS: Final[dict[str, dict[str, Any]]] = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90}}
 OPAQUE: Final = ("JPEG", "BMP")
 """Formats that know no transparency."""
+WITH_PROFILE: Final = ("JPEG", "PNG", "WEBP", "TIFF")
 LARGEST_PIXELS: Final = 80_000_000
 """An image may be larger than any camera's, but not so large that a small file fills the memory."""
 PLAIN_MODES: Final = ("L", "LA", "RGB", "RGBA")
@@ -77,7 +78,7 @@ def process_file(
     loaded = time.perf_counter()
     filtered = pipeline.apply(image)
     saving = time.perf_counter()
-    save_image(filtered.image, target)
+    save_image(filtered.image, target, profile=_profile_for(filtered.image, image))
     ended = time.perf_counter()
     steps = (Step("load", loaded - started), *filtered.steps, Step("save", ended - saving))
     return Processed(str(source), str(target), *filtered.image.size, steps, ended - started, os.getpid())
@@ -112,8 +113,11 @@ def load_image(
         return plain
 
 
-def save_image(image: Image.Image, target: Path) -> None:
+def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None) -> None:
     """Write an image in the format that the target's ending says: under a temporary name, then renamed.
+
+    Parameters:
+        profile: what its colours mean (ICC).
 
     Raises:
         Refused: there is no such format.
@@ -122,8 +126,7 @@ def save_image(image: Image.Image, target: Path) -> None:
     kind = format_for(target)
     if kind in OPAQUE and image.mode.endswith("A"):
         image = _on_white(image)
-    profile = image.info.get("icc_profile")
-    extra = {"icc_profile": profile} if profile and kind not in {"BMP", "GIF"} else {}
+    extra = {"icc_profile": profile} if profile and kind in WITH_PROFILE else {}
     with whole(target) as temporary:
         image.save(temporary, kind, **OPTIONS.get(kind, {}), **extra)
 
@@ -191,6 +194,12 @@ def _plain(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "1":
         return image.convert("L")
     return image if image.mode in PLAIN_MODES else image.convert("RGB")
+
+
+def _profile_for(filtered: Image.Image, original: Image.Image) -> bytes | None:
+    """The original's colour profile, where the colours are still of the kind that it is about."""
+    profile: bytes | None = original.info.get("icc_profile")
+    return profile if filtered.mode.removesuffix("A") == original.mode.removesuffix("A") else None
 
 
 def _on_white(image: Image.Image) -> Image.Image:

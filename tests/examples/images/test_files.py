@@ -1,0 +1,134 @@
+"""Image files: which are handled and how, which are refused and why, and that each appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from examples.images import FilterPipeline, GrayscaleFilter, Refused, load_image, process_file, save_image
+from examples.images.pictures import make_photographs, photograph
+from tests.examples.images.odd import HANDLED, REFUSED, SIZE, encoded, photo, rotated, sixteen_bits, write
+
+PIPELINE = FilterPipeline("blur:1,brightness:1.2")
+
+
+@pytest.mark.parametrize(("name", "make"), HANDLED.values(), ids=HANDLED)
+def test_an_unusual_image_is_processed(tmp_path: Path, name: str, make: Callable[[], bytes]) -> None:
+    done = process_file(write(tmp_path, name, make()), tmp_path / "out" / name, PIPELINE)
+    with Image.open(tmp_path / "out" / name) as image:
+        image.load()
+        assert image.size == (done.width, done.height)
+    assert [step.name for step in done.steps] == ["load", "blur", "brightness", "save"]
+    assert sum(step.seconds for step in done.steps) <= done.seconds
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(("name", "make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_an_impossible_image_is_refused_with_its_reason_and_leaves_nothing_behind(
+    tmp_path: Path, name: str, make: Callable[[], bytes], reason: str
+) -> None:
+    with pytest.raises(Refused, match=reason):
+        process_file(write(tmp_path, name, make()), tmp_path / "out" / name, PIPELINE)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_truncated_image_is_refused_wherever_it_ends(tmp_path: Path, kind: str, keep: float) -> None:
+    content = encoded(photograph(2, (200, 150)), kind)
+    name = f"a.{kind.lower()}"
+    with pytest.raises(Refused, match="a."):
+        load_image(write(tmp_path, name, content[: int(len(content) * keep)]))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("missing.jpg", "folder.jpg"):
+        with pytest.raises(Refused, match=f"there is no file .*{name}"):
+            load_image(tmp_path / name)
+
+
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jpg", photo())
+    assert load_image(path, largest_pixels=SIZE[0] * SIZE[1]).size == SIZE
+    with pytest.raises(Refused, match="60 × 40 pixels, more than 2,399 in all"):
+        load_image(path, largest_pixels=SIZE[0] * SIZE[1] - 1)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    image = load_image(write(tmp_path, "a.png", sixteen_bits()))
+    assert image.mode == "L"
+    assert [image.getpixel((x, 0)) for x in (0, 64, 128, 255)] == [0, 64, 128, 255]
+
+
+def test_an_image_that_lies_on_its_side_is_turned_and_says_so_no_more(tmp_path: Path) -> None:
+    target = tmp_path / "out.jpg"
+    process_file(write(tmp_path, "a.jpg", rotated()), target, PIPELINE)
+    with Image.open(target) as image:
+        assert image.size == SIZE[::-1]
+        assert 0x0112 not in image.getexif()
+
+
+def test_cmyk_becomes_red_green_and_blue(tmp_path: Path) -> None:
+    red = Image.new("RGB", SIZE, (200, 30, 30)).convert("CMYK")
+    image = load_image(write(tmp_path, "a.jpg", encoded(red, "JPEG", quality=95)))
+    assert image.mode == "RGB"
+    colour = image.getpixel((10, 10))
+    assert isinstance(colour, tuple)
+    assert abs(colour[0] - 200) < 10 > abs(colour[1] - 30)
+
+
+def test_the_format_of_the_output_is_what_its_name_says(tmp_path: Path) -> None:
+    process_file(write(tmp_path, "a.jpg", photo("PNG")), tmp_path / "out.webp", FilterPipeline(""))
+    with Image.open(tmp_path / "out.webp") as image:
+        assert image.format == "WEBP"
+    with pytest.raises(Refused, match="its ending says no known format"):
+        process_file(write(tmp_path, "b.jpg", photo()), tmp_path / "out.txt", FilterPipeline(""))
+
+
+def test_transparency_becomes_white_where_a_format_has_none(tmp_path: Path) -> None:
+    save_image(Image.new("RGBA", SIZE, (0, 0, 0, 0)), tmp_path / "a.bmp")
+    with Image.open(tmp_path / "a.bmp") as image:
+        assert image.convert("RGB").getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_a_colour_profile_goes_with_the_colours(tmp_path: Path) -> None:
+    content = encoded(photograph(3, SIZE), "JPEG", icc_profile=b"a profile")
+    source = write(tmp_path, "a.jpg", content)
+    process_file(source, tmp_path / "same.jpg", PIPELINE)
+    process_file(source, tmp_path / "grey.png", FilterPipeline([GrayscaleFilter()]))
+    with Image.open(tmp_path / "same.jpg") as same, Image.open(tmp_path / "grey.png") as grey:
+        assert same.info["icc_profile"] == b"a profile"
+        assert "icc_profile" not in grey.info
+
+
+def test_an_image_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = write(tmp_path, "a.jpg", photo()), tmp_path / "out" / "a.jpg"
+    process_file(source, target, PIPELINE)
+    first = target.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        process_file(source, target, FilterPipeline("blur:9"))
+    assert target.read_bytes() == first
+    assert [path.name for path in target.parent.iterdir()] == ["a.jpg"]
+
+
+def test_a_preview_is_small_and_looks_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jpg", encoded(photograph(4, (1600, 1200)), "JPEG"))
+    preview = load_image(path, preview=(100, 75))
+    assert preview.width < 1600
+    assert preview.width / preview.height == pytest.approx(4 / 3, rel=0.05)
+
+
+def test_the_same_number_makes_the_same_picture_and_another_one_another(tmp_path: Path) -> None:
+    first, second = make_photographs(tmp_path, 2, (80, 60))
+    assert first.name == "photo-0001.jpg"
+    assert first.read_bytes() != second.read_bytes()
