@@ -126,7 +126,9 @@ def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None
     kind = format_for(target)
     if kind in OPAQUE and image.mode.endswith("A"):
         image = _on_white(image)
-    extra = {"icc_profile": profile} if profile and kind in WITH_PROFILE else {}
+    extra = (
+        {"icc_profile": profile} if kind in WITH_PROFILE else {}
+    )  # said also where there is none: else Pillow would guess
     with whole(target) as temporary:
         image.save(temporary, kind, **OPTIONS.get(kind, {}), **extra)
 

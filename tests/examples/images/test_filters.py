@@ -97,12 +97,10 @@ def test_what_is_transparent_stays_transparent(each: Filter) -> None:
 
 
 def test_an_expression_names_filters_and_their_parameters() -> None:
-    assert parse_filters("blur:3,brightness:1.3") == [BlurFilter(3), BrightnessFilter(1.3)]
-    assert parse_filters(" Grayscale , resize: 800X600,thumbnail ") == [
-        GrayscaleFilter(),
-        ResizeFilter(800, 600),
-        ThumbnailFilter(),
-    ]
+    pair: list[Filter] = [BlurFilter(3), BrightnessFilter(1.3)]
+    assert parse_filters("blur:3,brightness:1.3") == pair
+    three: list[Filter] = [GrayscaleFilter(), ResizeFilter(800, 600), ThumbnailFilter()]
+    assert parse_filters(" Grayscale , resize: 800X600,thumbnail ") == three
     assert parse_filters("") == []
 
 
