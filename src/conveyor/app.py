@@ -584,7 +584,7 @@ class Conveyor:
             connection = await self.connect()
             async with contextlib.AsyncExitStack() as stack:
                 if keeper and connection.journal is not None:
-                    await stack.enter_async_context(self.keeper(connection))
+                    await stack.enter_async_context(self.keeper(connection.broker))
                 runner = await self._runner(connection, self._chosen(workers), stack)
                 await runner.start()
                 try:
@@ -594,8 +594,11 @@ class Conveyor:
                     if connection.journal is not None:
                         await connection.journal.flush()
 
-    def keeper(self, connection: Connection) -> Keeper:
-        """What keeps the journal, as an asynchronous context manager.
+    def keeper(self, broker: Broker) -> Keeper:
+        """What keeps the journal while it is entered (``async with``).
+
+        Parameters:
+            broker: open.
 
         Raises:
             ConfigurationError: the journal is off.
@@ -604,12 +607,12 @@ class Conveyor:
         from conveyor.runtime.archive import Archive
         from conveyor.runtime.keeper import Keeper
 
-        place = self.journal_place(connection.broker)
+        place = self.journal_place(broker)
         if place is None:
             raise ConfigurationError(self._lacks_journal)
         age_seconds, size_bytes = config.journal_limits()
         archive = Archive(place, age_seconds=age_seconds, size_bytes=size_bytes, clock=self._clock)
-        return Keeper(self.name, connection.broker, archive, self._clock)
+        return Keeper(self.name, broker, archive, self._clock)
 
     def journal_place(self, broker: Broker) -> Path | str | None:
         """Where the journal of this application is kept, on this broker; None where it is off.

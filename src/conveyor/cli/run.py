@@ -105,6 +105,7 @@ def run(
     hang_limit: float | None = None,
     log_level: LogLevel | None = None,
     log_format: LogFormat | None = None,
+    no_keeper: bool = False,
     output: Output = PLAIN,
 ) -> int:
     """Run an app's workers.
@@ -122,6 +123,7 @@ def run(
         hang_limit: Kill a process that stood still for so many seconds. Default: 30.
         log_level: The least severe entries that are written. Default: info.
         log_format: human, json, or auto: human on a terminal, else json. Default: auto.
+        no_keeper: Keep no journal here: another machine does.
     """
     link = ChildLink.from_environment()  # first of all: from here on this process ends with its supervisor
     if link is not None:
@@ -147,9 +149,10 @@ def run(
     if link is None:
         _refuse_unprovided(loaded, chosen)
         child = _command(app, chosen, flags, json=output.json)
+        keeper = None if no_keeper else _keeper_command(app, flags, json=output.json)
         given = {GIVEN["broker"]: broker, GIVEN["database"]: database}
         environment = os.environ | {variable: value for variable, value in given.items() if value is not None}
-        return asyncio.run(_supervise(loaded, chosen, settings, child, environment))
+        return asyncio.run(_supervise(loaded, chosen, settings, child, keeper, environment))
     loaded.owner, loaded.switches = link.owner, link.switches
     loaded.metrics = Metrics(link.process)
     return _work(loaded, chosen, settings, link)
@@ -182,7 +185,12 @@ def _refuse_unprovided(app: Conveyor, workers: Sequence[str]) -> None:
 
 
 async def _supervise(
-    app: Conveyor, workers: Sequence[str], settings: Config, child: Sequence[str], environment: Mapping[str, str]
+    app: Conveyor,
+    workers: Sequence[str],
+    settings: Config,
+    child: Sequence[str],
+    keeper: Sequence[str] | None,
+    environment: Mapping[str, str],
 ) -> int:
     broker = app.new_broker()
     shared = Feature.DURABLE not in broker.missing
@@ -193,7 +201,7 @@ async def _supervise(
         )
     started = time.time()
     asked = asyncio.Event()
-    knocking = _Knocking(asked)
+    knocking = Knocking(asked)
 
     async def hand_back(owner: str, why: str) -> None:
         if shared and (count := await broker.reclaim(owner, why)):
@@ -201,7 +209,13 @@ async def _supervise(
         await _free_outbox(app, owner)
 
     supervisor = Supervisor(
-        child, settings.processes, on_death=hand_back, limits=_limits(settings), environment=environment
+        child,
+        settings.processes,
+        on_death=hand_back,
+        # A broker that lives inside one process has its journal kept there, too.
+        keeper=keeper if shared and app.journal_place(broker) is not None else None,
+        limits=limits(settings),
+        environment=environment,
     )
     async with contextlib.AsyncExitStack() as stack:
         if settings.http_address is not None:
@@ -231,7 +245,7 @@ async def _supervise(
         return await supervisor.run()
 
 
-class _Knocking:
+class Knocking:
     """Waits for a broker or a database that is away, until it is there or the process is asked to end.
 
     Parameters:
@@ -316,7 +330,15 @@ def _command(app: str, workers: Sequence[str], flags: _Flags, *, json: bool) -> 
     return [sys.executable, "-m", "conveyor", "run", *given, *(["--json"] if json else []), "--", app]
 
 
-def _limits(settings: Config) -> Limits:
+def _keeper_command(app: str, flags: _Flags, *, json: bool) -> list[str]:
+    """What starts the process that keeps the journal."""
+    said = {"--log-level": flags["log_level"], "--log-format": flags["log_format"]}
+    given = [f"{flag}={value}" for flag, value in said.items() if value is not None]
+    return [sys.executable, "-m", "conveyor", "journal", *given, *(["--json"] if json else []), "--", app]
+
+
+def limits(settings: Config) -> Limits:
+    """What the settings say about the processes."""
     said: dict[str, Any] = {
         "grace_seconds": settings.grace_seconds,
         "max_rss_bytes": None if settings.max_rss_mb is None else settings.max_rss_mb * MB,
@@ -348,11 +370,11 @@ def _shown(app: Conveyor) -> str:
 
 
 def _work(app: Conveyor, workers: Sequence[str], settings: Config, link: ChildLink) -> int:
-    app.max_rss_bytes = _limits(settings).max_rss_bytes
+    app.max_rss_bytes = limits(settings).max_rss_bytes
     return asyncio.run(_drained(app, workers, settings, link))
 
 
-def _end_soon(code: int) -> None:
+def end_soon(code: int) -> None:
     """All is settled and closed: what handlers left running (a task that swallows cancellation, a thread) ends with the process."""
 
     def end() -> None:
@@ -366,7 +388,7 @@ def _end_soon(code: int) -> None:
 
 
 @contextlib.contextmanager
-def _signals(hear: Callable[[str], object]) -> Iterator[None]:
+def heard_signals(hear: Callable[[str], object]) -> Iterator[None]:
     """Hear the signals to end in this event loop while the block lasts; one that comes later does not make an end a crash."""
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
@@ -393,7 +415,7 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
     """Run the workers until a signal or the supervisor asks to end, then until they have drained; gives the exit code."""
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
-    knocking = _Knocking(asked)
+    knocking = Knocking(asked)
     runner: Runner | None = None
     hurry: asyncio.TimerHandle | None = None
 
@@ -419,19 +441,20 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         # One shutdown may bring several: systemd signals the supervisor and every process, and the supervisor passes its
         # own on. So a second one means nothing here; to hurry is asked over the line.
         if not asked.is_set():
-            drain(Ask(name, _limits(settings).grace_seconds))
+            drain(Ask(name, limits(settings).grace_seconds))
 
     beats = asyncio.create_task(
         link.run(health, snapshot, drain, lambda: _switches(link, runner)), name="signs of life"
     )
     try:
-        with _signals(on_signal):
+        with heard_signals(on_signal):
             log.info("starting %s: connecting to %s", app.name, _shown(app))
             await knocking.until_done(app.connect)
             if not asked.is_set():
                 log.info("connected to %s", _shown(app))
                 # Whoever asks for the drain says when it is enough: see cut().
-                async with app.running(workers, grace_seconds=None) as runner:
+                inside = Feature.DURABLE in app.broker.missing
+                async with app.running(workers, grace_seconds=None, keeper=inside) as runner:
                     _announce(app, workers)
                     await asked.wait()
             await app.close()
@@ -441,5 +464,5 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         beats.cancel()
     code = FAILED if runner is not None and runner.was_cut else OK
     link.goodbye(health(), app.metrics.snapshot())
-    _end_soon(code)
+    end_soon(code)
     return code

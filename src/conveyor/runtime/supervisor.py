@@ -59,6 +59,8 @@ LINE_LIMIT: Final = 16 * 1024 * 1024
 EXIT_CONFIGURATION: Final = 2
 """A child that ends with this code before any was ready is not set up to run: starting it again would not help."""
 MB: Final = 1_000_000
+KEEPER: Final = "keeper"
+"""The name of the process that keeps the journal; the others have numbers."""
 
 OnDeath = Callable[[str, str], Awaitable[object]]
 """Hands back what a dead owner held; given the owner and why it died."""
@@ -301,6 +303,8 @@ class Supervisor:
         command: the children's program and arguments.
         processes: how many.
         on_death: called with the owner of a child that did not leave in order, and why it ended, until it succeeds.
+        keeper: the program and arguments of one more process, which keeps the journal; it ends behind all others, and where it fails
+            they work on. None is without.
         environment: the children's environment; this process' own where None.
     """
 
@@ -310,6 +314,7 @@ class Supervisor:
         processes: int,
         *,
         on_death: OnDeath,
+        keeper: Sequence[str] | None = None,
         limits: Limits = Limits(),
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -317,6 +322,9 @@ class Supervisor:
         """What did not end in order after the supervisor was told to stop; or why it stopped by itself."""
         self._command = command
         self._names = [str(number + 1) for number in range(processes)]
+        self._keeper = keeper
+        self._last = asyncio.Event()
+        """All others have ended, so that the keeper may."""
         self._on_death = on_death
         self._limits = limits
         self._environment = dict(os.environ if environment is None else environment)
@@ -347,7 +355,13 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch(), name="limits")
                 slots = [group.create_task(self._keep(name, group), name=f"keep {name}") for name in self._names]
+                keeping = None
+                if self._keeper is not None:
+                    keeping = group.create_task(self._keep(KEEPER, group), name=f"keep {KEEPER}")
                 await asyncio.wait(slots)
+                if keeping is not None:
+                    self._end_keeper()
+                    await keeping
                 watch.cancel()
         finally:
             for child in self._children.values():
@@ -365,19 +379,23 @@ class Supervisor:
         self._stopping.set()
         _notify("STOPPING=1")
         grace = self._limits.grace_seconds
-        waiting = counted(len(self._children), "process", "processes")
+        waiting = counted(len(self._workers()), "process", "processes")
         log.info("stopping: %s; %s may take %g s to finish what runs", why, waiting, grace)
-        for child in self._children.values():
+        for child in self._workers().values():
             if child.state.asked is None:
                 child.terminate(why, grace_seconds=grace, patience_seconds=grace + CLOSE_SECONDS)
 
     def health(self) -> Health:
         """How the processes are, each reason with its process: ready where at least one is and none is asked to stop."""
-        parts = {name: child.health for name, child in sorted(self._children.items())}
+        parts = {name: child.health for name, child in sorted(self._workers().items())}
         unready = [f"process {name}: {why}" for name, health in parts.items() for why in health.unready]
-        unready += [f"process {name}: {why}" for name, why in self._absent.items()]
+        unready += [f"process {name}: {why}" for name, why in self._absent.items() if name != KEEPER]
         unhealthy = tuple(f"process {name}: {why}" for name, health in parts.items() for why in health.unhealthy)
         notes = [f"process {name}: {note}" for name, health in parts.items() for note in health.notes]
+        keeper = self._children.get(KEEPER)
+        without = self._absent.get(KEEPER) if keeper is None else "; ".join(keeper.health.unready)
+        if without:
+            notes.append(f"no journal is kept now: {without}")
         if self._stopping.is_set():
             return Health(("draining", *unready), unhealthy, tuple(notes))
         if any(health.ready for health in parts.values()):
@@ -392,9 +410,12 @@ class Supervisor:
 
     async def _keep(self, name: str, group: asyncio.TaskGroup) -> None:
         failures = 0
-        while not self._stopping.is_set():
+        command, over = (self._command, self._stopping)
+        if name == KEEPER and self._keeper is not None:
+            command, over = self._keeper, self._last
+        while not over.is_set():
             try:
-                child = Child.start(self._command, name, self._environment, self._known_switches())
+                child = Child.start(command, name, self._environment, self._known_switches())
             except OSError as error:
                 failures += 1
                 wait, why = _wait_seconds(failures, was_ready=False), f"cannot be started: {describe(error)}"
@@ -408,11 +429,11 @@ class Supervisor:
                 failures = 0 if child.state.age_seconds >= CALM_SECONDS else failures + 1
                 wait = _wait_seconds(failures, was_ready=child.was_ready)
             self._absent[name] = why
-            await self._rest(wait)
+            await _rest(wait, over)
 
     def _part_with(self, child: Child, code: int, group: asyncio.TaskGroup) -> str:
         """Do what the end of a child calls for; say why it ended."""
-        self._ever_ready = self._ever_ready or child.was_ready
+        self._ever_ready = self._ever_ready or (child.was_ready and child.name != KEEPER)
         self._gone = merge([self._gone, ended(child.snapshot)], process="ended")
         self._switches = merged(self._switches, child.switches)
         if child.left_in_order:
@@ -421,7 +442,7 @@ class Supervisor:
             return why
         why = child.killed_for or _describe_end(code, child.state.resident_bytes)
         group.create_task(self._hand_back(child.owner, why), name=f"hand back {child.owner}")
-        if code == EXIT_CONFIGURATION and not self._ever_ready and not self._stopping.is_set():
+        if code == EXIT_CONFIGURATION and child.name != KEEPER and not self._ever_ready and not self._stopping.is_set():
             self._exit_code = EXIT_CONFIGURATION
             self.problems.append(f"{child} cannot run as it is set up (exit code {code}); its own message says why")
             self.stop("a process cannot run as it is set up")
@@ -450,12 +471,16 @@ class Supervisor:
             if self._stopping.is_set():
                 log.error("what a dead process held comes back when its leases end")
                 return
-            await self._rest(wait)
+            await _rest(wait, self._stopping)
 
-    async def _rest(self, seconds: float) -> None:
-        """Sleep, or until the supervisor stops."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+    def _workers(self) -> dict[str, Child]:
+        return {name: child for name, child in self._children.items() if name != KEEPER}
+
+    def _end_keeper(self) -> None:
+        """All entries that there will be are with the broker: it takes in what is there, and ends."""
+        self._last.set()
+        if (child := self._children.get(KEEPER)) is not None and child.state.asked is None:
+            child.terminate("all others have ended", grace_seconds=0.0, patience_seconds=CLOSE_SECONDS)
 
     # --- limits and signals ----------------------------------------------------------------------------------------------
 
@@ -502,7 +527,7 @@ class Supervisor:
             self.stop(name)
         elif self._signals == 2:
             log.warning("a second signal: %g s remain to release what is held", HURRY_SECONDS)
-            for child in self._children.values():
+            for child in self._workers().values():
                 child.ask(Ask(f"a second {name}", 0.0), patience_seconds=HURRY_SECONDS)
         else:
             for child in self._children.values():
@@ -526,6 +551,12 @@ def reap_orphans(ours: set[int]) -> int:
             os.waitpid(found.si_pid, 0)
             count += 1
     return count
+
+
+async def _rest(seconds: float, over: asyncio.Event) -> None:
+    """Sleep, or until it is over."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(over.wait(), seconds)
 
 
 async def _exited(process: subprocess.Popen[bytes]) -> None:
