@@ -19,9 +19,13 @@ COMMANDS: Final = {
     "graph": "Draw which events an app's workers receive and publish.",
     "publish": "Publish one message.",
     "queues": "Show what waits in a broker's queues, what is at work, what is dead.",
+    "top": "Watch queues, runners and errors live, pause queues, retry dead letters.",
     "dead": "List, show, redrive or discard dead letters.",
     "move": "Move everything from one broker into another: queues, delayed messages, dead letters.",
     "outbox": "List, retry or discard events that the broker refuses to take out of an app's database.",
+    "trace": "Show the journey of a message: every hop, every attempt, every error.",
+    "jobs": "List jobs: where they are, how far, and how they ended.",
+    "journal": "Keep an app's journal, and nothing else.",
     "migrate": "Create or update Conveyor's tables in an app's database.",
     "doctor": "Prove on a broker of yours that it keeps Conveyor's promises.",
 }
@@ -36,8 +40,8 @@ EPILOGUE: Final = f"""Examples:
   conveyor dead redrive --queue shop.charge --dry-run
 
 Settings come from conveyor.toml (or pyproject.toml, [tool.conveyor]), then from
-variables such as CONVEYOR_BROKER, then from flags. Every command has --json for
-programs and --debug for tracebacks.
+variables such as CONVEYOR_BROKER, then from flags. Every command but top has
+--json for programs, and every one --debug for tracebacks.
 
 {EXIT_CODES}"""
 

@@ -7,7 +7,7 @@ import difflib
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -255,19 +255,34 @@ async def _act(url: str, which: Which, output: Output, *, verb: str, dry_run: bo
 
 
 async def _chunks(broker: Broker, which: DeadFilter, total: int, verb: str, output: Output) -> int:
-    """Carry it out, chunk by chunk; never more than there were at first, because what is redriven may die again."""
     act = broker.redrive if verb == "redrive" else broker.discard
-    left, done, after = total, 0, None
     with output.progress() as bar:
         task = bar.add_task(verb, total=total)
-        while left > 0:
-            page = await broker.dead_letters(which, limit=min(CHUNK, left), after=after)
-            if not page:
-                break
-            done += await act(page)
-            left -= len(page)
-            after = page[-1].position
-            bar.advance(task, len(page))
+        return await carry_out(broker, act, which, total, lambda number: bar.advance(task, number))
+
+
+async def carry_out(
+    broker: Broker,
+    act: Callable[[Sequence[DeadLetter]], Awaitable[int]],
+    which: DeadFilter,
+    total: int,
+    advance: Callable[[int], object] = lambda _: None,
+) -> int:
+    """Redrive or discard dead letters, chunk by chunk; of how many it was true.
+
+    Parameters:
+        total: how many there were at first, and never more: what is redriven may die again.
+        advance: called with how many have been dealt with since the last time.
+    """
+    left, done, after = total, 0, None
+    while left > 0:
+        page = await broker.dead_letters(which, limit=min(CHUNK, left), after=after)
+        if not page:
+            break
+        done += await act(page)
+        left -= len(page)
+        after = page[-1].position
+        advance(len(page))
     return done
 
 

@@ -1,0 +1,501 @@
+"""What `conveyor top` draws: three tables that fit the terminal, and what its keys do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, ClassVar, Final
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import ScrollableContainer
+from textual.screen import ModalScreen
+from textual.widgets import DataTable, Footer, Static
+
+from conveyor.cli.terminal import moment, safe, shortened, span
+from conveyor.cli.top import Picture, QueueRow, RunnerRow, Watcher
+from conveyor.core.words import counted
+from conveyor.errors import ConveyorError
+from conveyor.runtime.control import Failure
+
+SCROLLBAR: Final = 1
+SIZES: Final = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"))
+WIDE: Final = 110
+"""Columns from which on there is room for more than the most important."""
+
+HELP: Final = """\
+conveyor top shows a broker's queues, the runners that are connected
+to it, and their latest errors.
+
+Tab, ↑ ↓   select a table, and a row in it
+Enter      the whole of what is selected
+p          pause the selected queue, or let it go on: from a paused
+           queue nothing is fetched, what was not begun goes back,
+           what runs is finished
+r          put the dead letters of the selected queue back (asks first)
+q          quit
+
+oldest     how long the oldest ready message has been waiting
+rate/s     attempts that ended, well or not, in the last ten seconds
+in flight  messages that runners have and have not settled
+failed     attempts that ended with an error since the runners started
+retried    those of them that are tried again
+"""
+
+
+def brief(number: int) -> str:
+    """A count in at most six characters."""
+    if number < 100_000:
+        return f"{number:,}"
+    size, letter = next(((size, letter) for size, letter in SIZES if number < 999.5 * size), SIZES[-1])
+    whole = number / size
+    return f"{whole:.1f}{letter}" if whole < 99.95 else f"{whole:.0f}{letter}"
+
+
+def brief_rate(rate: float) -> str:
+    """Something in a second, in at most six characters."""
+    if rate == 0:
+        return "-"
+    return f"{rate:.2f}" if rate < 1 else f"{rate:.1f}" if rate < 1_000 else brief(round(rate))
+
+
+def brief_span(seconds: float | None) -> str:
+    """A duration in at most six characters: its largest unit."""
+    return " ".join(span(seconds).split()[:2])
+
+
+def brief_bytes(number: int) -> str:
+    """Memory in at most six characters."""
+    return f"{number / 1e6:,.0f} MB" if number < 999_500_000 else f"{number / 1e9:.1f} GB"
+
+
+def in_middle(text: str, columns: int) -> str:
+    """A text on one line, cut in its middle to so many characters: names differ at both ends."""
+    line = shortened(text, max(columns, len(text) + 1))
+    if len(line) <= columns:
+        return line
+    head = (columns - 1) // 2
+    return f"{line[:head]}…{line[len(line) - (columns - 1 - head) :]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    Parameters:
+        width: characters, without the gap behind; 0 shares what is left.
+        right: it holds numbers.
+        cut: makes a text fit.
+        wide: there only where the terminal is wide.
+    """
+
+    label: str
+    width: int = 0
+    right: bool = False
+    cut: Callable[[str, int], str] = shortened
+    wide: bool = False
+
+
+def widths(columns: Sequence[Column], texts: Sequence[Sequence[str]], room: int) -> list[int]:
+    """How wide each column is: the fixed ones as they say; of the others each gets what it needs, and the last of them the rest.
+
+    Parameters:
+        texts: of each row, in the order of the columns.
+        room: characters of a line.
+    """
+    left = room - sum(column.width + 1 for column in columns)
+    found = [column.width for column in columns]
+    flexible = [place for place, column in enumerate(columns) if not column.width]
+    for turn, place in enumerate(flexible):
+        needed = max((len(row[place]) for row in texts), default=0)
+        needed = max(needed, len(columns[place].label))
+        others = len(flexible) - turn - 1
+        found[place] = max(1, left if not others else min(needed, left * 2 // (others + 2)))
+        left -= found[place]
+    return found
+
+
+Row = tuple[str, Sequence[str | Text]]
+"""Its key, and its cells."""
+
+
+class Table(DataTable[Text]):
+    """A table that fits its room: what does not is cut where one sees it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Whole")]
+
+    def __init__(self, columns: Sequence[Column], *, id: str, nothing: str) -> None:
+        super().__init__(id=id, cursor_type="row", cell_padding=0, header_height=1)
+        self._all = columns
+        self._nothing = nothing
+        self._shown: list[Row] = []
+        self.keys: list[str] = []
+
+    @property
+    def selected(self) -> str | None:
+        """The key of the selected row."""
+        return self.keys[self.cursor_row] if 0 <= self.cursor_row < len(self.keys) else None
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """Draw these rows; the selected one stays selected wherever it is now."""
+        self._shown = list(rows)
+        self._draw()
+
+    def on_resize(self) -> None:
+        """Draw anew."""
+        self._draw()
+
+    def _draw(self) -> None:
+        room = self.size.width - SCROLLBAR
+        if room < len(self._all) * 2:
+            return
+        selected, before, top = self.selected, self.cursor_row, self.scroll_offset.y
+        places = [place for place, column in enumerate(self._all) if not column.wide or self.app.size.width >= WIDE]
+        columns = [self._all[place] for place in places]
+        rows = [(key, [cells[place] for place in places]) for key, cells in self._shown]
+        self.clear(columns=True)
+        if not rows:
+            self.keys = []
+            self.add_column(Text(columns[0].label.ljust(room)[:room], "bold"), width=room)
+            self.add_row(Text(shortened(self._nothing, room), "dim"))
+            self.show_cursor = False
+            return
+        self.show_cursor = True
+        sizes = widths(columns, [[str(cell) for cell in cells] for _, cells in rows], room)
+        for column, width in zip(columns, sizes, strict=True):
+            self.add_column(_cell(column.label, column, width, "bold"), width=width + 1)
+        for _, cells in rows:
+            fitted = zip(cells, columns, sizes, strict=True)
+            self.add_row(*(_cell(cell, column, width) for cell, column, width in fitted))
+        self.keys = [key for key, _ in rows]
+        row = self.keys.index(selected) if selected in self.keys else min(max(before, 0), len(rows) - 1)
+        self.move_cursor(row=row, scroll=False)
+        self.scroll_to(y=top if row == before else top + row - before, animate=False)
+
+
+def _cell(cell: str | Text, column: Column, width: int, style: str = "") -> Text:
+    text, style = (cell.plain, str(cell.style)) if isinstance(cell, Text) else (cell, style)
+    fitted = column.cut(text, width)
+    return Text((fitted.rjust(width) if column.right else fitted.ljust(width)) + " ", style)
+
+
+QUEUES: Final = (
+    Column("QUEUE", cut=in_middle),
+    Column("ready", 6, right=True),
+    Column("in flight", 9, right=True),
+    Column("delayed", 7, right=True),
+    Column("dead", 6, right=True),
+    Column("oldest", 6, right=True),
+    Column("rate/s", 6, right=True),
+    Column("failed", 6, right=True),
+    Column("retried", 7, right=True),
+    Column("workers", wide=True),
+)
+RUNNERS: Final = (
+    Column("RUNNER", cut=in_middle),
+    Column("app", 12, cut=in_middle, wide=True),
+    Column("rate/s", 6, right=True),
+    Column("in flight", 9, right=True),
+    Column("failed", 6, right=True),
+    Column("retried", 7, right=True, wide=True),
+    Column("memory", 7, right=True),
+    Column("health"),
+)
+ERRORS: Final = (
+    Column("LATEST", 8),
+    Column("worker", 14, cut=in_middle),
+    Column("attempt", 7, right=True),
+    Column("queue", 24, cut=in_middle, wide=True),
+    Column("error"),
+)
+
+
+def queue_cells(row: QueueRow) -> Sequence[str | Text]:
+    """A queue's row."""
+    return (
+        safe(row.name, "yellow" if row.paused else ""),
+        brief(row.ready),
+        brief(row.in_flight),
+        brief(row.delayed),
+        safe(brief(row.dead), "red" if row.dead else ""),
+        brief_span(row.oldest_seconds),
+        safe("paused", "yellow") if row.paused else brief_rate(row.rate),
+        safe(brief(row.failed), "red" if row.failed else ""),
+        brief(row.retried),
+        ", ".join(row.workers),
+    )
+
+
+def runner_cells(row: RunnerRow) -> Sequence[str | Text]:
+    """A runner's row."""
+    status = row.status
+    return (
+        f"{status.host}:{status.pid} ({status.process})",
+        status.app,
+        brief_rate(row.rate),
+        brief(sum(worker.in_flight for worker in status.workers)),
+        brief(sum(worker.failed for worker in status.workers)),
+        brief(sum(worker.retried for worker in status.workers)),
+        brief_bytes(status.resident_bytes),
+        safe(row.health, "" if row.well else "red" if row.silent_seconds or status.health.unhealthy else "yellow"),
+    )
+
+
+def failure_cells(failure: Failure) -> Sequence[str | Text]:
+    """An error's row."""
+    return (
+        datetime.fromtimestamp(failure.at).astimezone().strftime("%H:%M:%S"),
+        failure.worker,
+        safe("dead", "red") if failure.dead else str(failure.attempt),
+        failure.queue,
+        failure.error.split("\n", 1)[0],
+    )
+
+
+Texts = tuple[str, str]
+"""What is wrapped, and the lines below it, which are not."""
+
+
+def runner_text(row: RunnerRow) -> Texts:
+    """All of a runner."""
+    status = row.status
+    facts = [
+        f"runner      {status.runner} of {status.app}",
+        f"process     {status.process}, pid {status.pid} on {status.host}",
+        f"started     {moment(status.started)}",
+        f"memory      {brief_bytes(status.resident_bytes)}",
+        f"health      {row.health}",
+        *(f"note        {note}" for note in status.health.notes),
+        "",
+    ]
+    longest = max((len(each.name) for each in status.workers), default=0)
+    width = min(20, max(longest, len("worker")))
+    columns = f"{'worker':<{width}}   done failed retried   dead in flight  queue"
+    workers = [
+        f"{in_middle(each.name, width):<{width}} {brief(each.handled):>6} {brief(each.failed):>6} {brief(each.retried):>7} "
+        f"{brief(each.dead):>6} {brief(each.in_flight):>9}  {each.queue}{' (paused)' if each.paused else ''}"
+        for each in status.workers
+    ]
+    return "\n".join(facts), "\n".join((columns, *workers))
+
+
+def queue_text(row: QueueRow) -> Texts:
+    """All of a queue."""
+    text = "\n".join(
+        (
+            f"queue       {row.name}{' (paused)' if row.paused else ''}",
+            f"workers     {', '.join(row.workers) or 'none is running'}",
+            f"ready       {row.ready:,}, the oldest for {span(row.oldest_seconds)}",
+            f"in flight   {row.in_flight:,}",
+            f"delayed     {row.delayed:,}",
+            f"dead        {row.dead:,}",
+            f"rate        {row.rate:,.2f} in a second",
+            f"failed      {row.failed:,}, of which {row.retried:,} are tried again",
+        )
+    )
+    return text, ""
+
+
+def failure_text(failure: Failure) -> Texts:
+    """All of an error."""
+    became = "it became a dead letter" if failure.dead else "it is tried again"
+    text = (
+        f"message     {failure.message_id}\nqueue       {failure.queue}\nworker      {failure.worker}\n"
+        f"at          {moment(failure.at)}\nattempt     {failure.attempt}; {became}\n\n{failure.error}\n"
+    )
+    return text, failure.traceback
+
+
+class Whole(ModalScreen[None]):
+    """A text that has all the room it needs; any of the usual keys closes it.
+
+    Parameters:
+        text: it is wrapped.
+        listing: it is not: who wants to see the end of a long line scrolls.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q,question_mark", "dismiss", "Close")]
+
+    def __init__(self, text: str, listing: str = "") -> None:
+        super().__init__()
+        self._text = text
+        self._listing = listing
+
+    def compose(self) -> ComposeResult:
+        with ScrollableContainer(id="whole"):
+            yield Static(safe(self._text), id="text")
+            yield Static(safe(self._listing), id="listing")
+        yield Footer()
+
+
+class Question(ModalScreen[bool]):
+    """Something that should not happen by a slip of the finger."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "Yes"),
+        Binding("n,escape,q", "answer(False)", "No"),
+    ]
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def compose(self) -> ComposeResult:
+        yield Static(safe(self._text + "\n\n[y] yes   [n] no"), id="question")
+        yield Footer()
+
+    def action_answer(self, answer: bool) -> None:
+        """Close with it."""
+        self.dismiss(answer)
+
+
+class Top(App[None]):
+    """The terminal as conveyor top uses it.
+
+    Parameters:
+        watcher: looks, and does what is asked for.
+    """
+
+    ENABLE_COMMAND_PALETTE = False
+    TITLE = "conveyor top"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "turn", "Pause/resume"),
+        Binding("r", "redrive", "Retry dead"),
+        Binding("tab", "app.focus_next", "Next table"),
+        Binding("question_mark", "help", "Help"),
+        Binding("q,ctrl+c", "quit", "Quit"),
+    ]
+    CSS = """
+    #title { height: 1; background: $primary-darken-2; color: $text; }
+    #title.away { background: $error; }
+    DataTable { scrollbar-size-vertical: 1; scrollbar-size-horizontal: 0; background: $surface; overflow-x: hidden; }
+    #queues { height: 4fr; }
+    #runners { height: 3fr; }
+    #errors { height: 3fr; }
+    DataTable.old { opacity: 60%; }
+    Whole, Question { align: center middle; }
+    #text { width: 100%; }
+    #listing { width: auto; text-wrap: nowrap; }
+    #whole { width: 96%; height: 90%; padding: 0 1; border: round $primary; background: $surface; }
+    #question { width: auto; max-width: 90%; height: auto; padding: 1 2; border: round $warning; background: $surface; }
+    """
+
+    def __init__(self, watcher: Watcher) -> None:
+        super().__init__()
+        self._watcher = watcher
+        self._picture = Picture()
+        self._mounted = False
+
+    def compose(self) -> ComposeResult:
+        yield Static(id="title")
+        yield Table(QUEUES, id="queues", nothing="no queue yet; conveyor run APP declares them")
+        yield Table(RUNNERS, id="runners", nothing="no runner answers; conveyor run APP starts them")
+        yield Table(ERRORS, id="errors", nothing="no error since the runners started")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Begin with the queues."""
+        self._mounted = True
+        self.query_one("#queues").focus()
+        self._draw()
+
+    def on_resize(self) -> None:
+        """The title is as wide as the terminal."""
+        self._draw_title()
+
+    def show(self, picture: Picture) -> None:
+        """Draw what there is to see now."""
+        self._picture = picture
+        if self._mounted:
+            self._draw()
+
+    # --- keys ---------------------------------------------------------------------------------------------------------
+
+    def action_turn(self) -> None:
+        """Pause the selected queue, or let it go on."""
+        if queue := self._queue():
+            self._do(self._watcher.turn(queue.name))
+
+    def action_redrive(self) -> None:
+        """Put the dead letters of the selected queue back, after a question."""
+        queue = self._queue()
+        if queue is None:
+            return
+        if not queue.dead:
+            self.notify(f"{queue.name} has no dead letters", markup=False)
+            return
+
+        def answered(yes: bool | None) -> None:
+            if yes:
+                self._do(self._watcher.redrive(queue.name))
+
+        self.push_screen(Question(f"Put {counted(queue.dead, 'dead letter')} back into {queue.name}?"), answered)
+
+    def on_data_table_row_selected(self) -> None:
+        """Show all of what is selected: Enter, or a click on the selected row."""
+        if text := self._selected_text():
+            self.push_screen(Whole(*text))
+
+    def action_help(self) -> None:
+        """Say what the keys do."""
+        self.push_screen(Whole("", HELP))
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _table(self, name: str) -> Table:
+        return self.screen_stack[0].query_one(f"#{name}", Table)
+
+    def _queue(self) -> QueueRow | None:
+        selected = self._table("queues").selected
+        return next((row for row in self._picture.queues if row.name == selected), None)
+
+    def _selected_text(self) -> Texts | None:
+        picture = self._picture
+        texts: dict[str, dict[str, Callable[[], Texts]]] = {
+            "queues": {row.name: lambda row=row: queue_text(row) for row in picture.queues},  # type: ignore[misc]
+            "runners": {row.status.runner: lambda row=row: runner_text(row) for row in picture.runners},  # type: ignore[misc]
+            "errors": {_key(*each): lambda each=each: failure_text(each[1]) for each in picture.failures},  # type: ignore[misc]
+        }
+        table = self.screen_stack[0].focused
+        if not isinstance(table, Table) or table.selected is None:
+            return None
+        found = texts[str(table.id)].get(table.selected)
+        return None if found is None else found()
+
+    def _do(self, what: Coroutine[Any, Any, str]) -> None:
+        async def do() -> None:
+            try:
+                self.notify(await what, markup=False)
+            except ConveyorError as error:
+                self.notify(str(error), severity="error", markup=False)
+
+        self.run_worker(do())
+
+    def _draw(self) -> None:
+        picture = self._picture
+        self._draw_title()
+        self._table("queues").show([(row.name, queue_cells(row)) for row in picture.queues])
+        self._table("runners").show([(row.status.runner, runner_cells(row)) for row in picture.runners])
+        self._table("errors").show([(_key(*each), failure_cells(each[1])) for each in picture.failures])
+        for name in ("queues", "runners", "errors"):
+            self._table(name).set_class(picture.outage is not None, "old")
+
+    def _draw_title(self) -> None:
+        picture, title = self._picture, self.screen_stack[0].query_one("#title", Static)
+        title.set_class(picture.outage is not None, "away")
+        room = self.size.width - 2
+        if picture.outage is not None:
+            text = f"AWAY for {picture.outage_seconds:.0f} s, trying on: {picture.outage}"
+        elif not picture.looked:
+            text = f"connecting to {self._watcher.title}"
+        else:
+            figures = f"{counted(len(picture.runners), 'runner')}   {brief_rate(picture.rate)}/s"
+            name = in_middle(f"conveyor top   {self._watcher.title}", room - len(figures) - 1)
+            text = name.ljust(room - len(figures)) + figures
+        title.update(safe(f" {shortened(text, room)}" if picture.outage else f" {text}"))
+
+
+def _key(runner: str, failure: Failure) -> str:
+    return f"{runner} {failure.number}"
