@@ -8,13 +8,14 @@ import random
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Final
 
 from conveyor.broker import Broker, Clock, Delivery, Subscription
 from conveyor.core.handler import Mode
 from conveyor.core.message import Message
 from conveyor.core.settle import (
+    CANCELLED,
     DONE,
     REPEATED,
     SUSPECT_AFTER_CRASHES,
@@ -46,6 +47,7 @@ from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.points import point
 from conveyor.runtime.settler import AGAIN, Settler
+from conveyor.runtime.threads import BY_WISH
 from conveyor.runtime.worker import PREFETCH_SECONDS, Worker, room_for
 
 log = logging.getLogger("conveyor.consumer")
@@ -109,6 +111,7 @@ class Consumer:
         failed: called with a delivery that ends with an error.
         carries: the headers that go on.
         journal: notes how messages end; None where it is off.
+        cancelled: the ids of messages that are not to be handled.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class Consumer:
         failed: Callable[[Consumer, Delivery, RetryAt | Dead], None],
         carries: Sequence[Carry] = (),
         journal: Journal | None = None,
+        cancelled: Collection[str] = (),
     ) -> None:
         self.worker = worker
         self.metrics = metrics
@@ -136,6 +140,7 @@ class Consumer:
         self._note_failure = failed
         self._carries = carries
         self._journal = journal
+        self._cancelled = cancelled
         self._is_job = worker.plan.fields is not None
         """Somebody may be waiting for its end."""
         self._ready: deque[Delivery] = deque()
@@ -292,6 +297,29 @@ class Consumer:
             self._ready = deque(held for held in self._ready if held.receipt != delivery.receipt)
             self._hungry.set()
 
+    def cancel(self, ids: Collection[str]) -> None:
+        """Let go of the messages with these ids: of those that wait here, and of those that are handled.
+
+        A batch that is being handled goes on: the others in it are not to suffer.
+        """
+        waiting, self._ready = self._ready, deque()
+        for delivery in waiting:
+            if delivery.message.id in ids:
+                self.let_go(delivery)
+            else:
+                self._ready.append(delivery)
+        self._hungry.set()
+        for lane in self._lanes:
+            if len(lane.deliveries) == 1 and lane.deliveries[0].message.id in ids and lane.why is None:
+                self._caller.tell_cancelled(lane.deliveries[0])
+                lane.cancel(BY_WISH)
+                lane.deadline = min(lane.deadline, time.monotonic() + LAST_CANCEL_SECONDS)
+
+    def let_go(self, delivery: Delivery) -> None:
+        """Settle what somebody has cancelled before it began."""
+        log.info("message %s in %s is cancelled, and not handled", delivery.message.id, delivery.queue)
+        self._settle(delivery, CANCELLED)
+
     def cancel_overdue(self, now: float) -> None:
         """Cancel attempts past their deadline; now is the event loop's time in seconds."""
         for lane in tuple(self._lanes):
@@ -299,7 +327,7 @@ class Consumer:
                 if lane.cancels >= CANCELS:
                     self._leave_behind(lane)
                 else:
-                    lane.cancel(TIMEOUT)
+                    lane.cancel(BY_WISH if lane.why == BY_WISH else TIMEOUT)
                     lane.deadline = now + 1.0
 
     def cancel_all(self) -> None:
@@ -312,6 +340,11 @@ class Consumer:
 
     def _accept(self, arrived: list[Delivery]) -> None:
         ready = self._ready
+        if self._cancelled:
+            for delivery in arrived:
+                if delivery.message.id in self._cancelled:
+                    self.let_go(delivery)
+            arrived = [delivery for delivery in arrived if delivery.message.id not in self._cancelled]
         for delivery in arrived:
             if delivery.deliveries <= SUSPECT_AFTER_CRASHES or delivery.crashes < SUSPECT_AFTER_CRASHES:
                 ready.append(delivery)
@@ -567,6 +600,8 @@ class Consumer:
             return self._on_error(delivery, RuntimeError("the handler was cancelled from within"))
         if task is not None:
             _uncancel(task)
+        if lane.why == BY_WISH:
+            return CANCELLED
         if lane.why == TIMEOUT:
             return self._on_error(
                 delivery, HandlerTimeout(f"no end after {self.worker.timeout_seconds:g} s (the worker's timeout)")
@@ -587,7 +622,9 @@ class Consumer:
         if self._journal is not None:
             self._journal.settled(self.worker.identity, delivery, verdict, begun, soon=self._is_job)
         metrics = self.metrics
-        if isinstance(verdict, Done):
+        if verdict is CANCELLED:
+            metrics.cancelled += 1
+        elif isinstance(verdict, Done):
             metrics.succeeded += 1
             if verdict.emits:
                 self._note_emits(verdict.emits)
@@ -622,8 +659,12 @@ class Consumer:
         """The handler swallows cancellation: settle without it, and give its place to a new lane."""
         assert lane.task is not None
         for delivery in lane.deliveries:
-            verdict = self._on_error(
-                delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled")
+            verdict = (
+                CANCELLED
+                if lane.why == BY_WISH
+                else self._on_error(
+                    delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled")
+                )
             )
             self._settle(delivery, verdict, lane.started)
         log.error("worker %s: a handler ignores cancellation and was left behind", self.worker.name)

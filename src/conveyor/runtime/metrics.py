@@ -67,6 +67,7 @@ class WorkerMetrics(msgspec.Struct, omit_defaults=True):
         dead: settled as a dead letter.
         duplicates: settled as done without an effect, because the ledger knew the message.
         released: handed back uncounted.
+        cancelled: settled as done because somebody cancelled them, before they began or while they ran.
         lost_leases: settlements and heartbeats refused because the delivery belonged to somebody else by then.
         suspects: messages run alone because processes died while handling them.
         in_flight: received and not settled yet.
@@ -81,6 +82,7 @@ class WorkerMetrics(msgspec.Struct, omit_defaults=True):
     dead: int = 0
     duplicates: int = 0
     released: int = 0
+    cancelled: int = 0
     lost_leases: int = 0
     suspects: int = 0
     in_flight: int = 0
@@ -228,6 +230,7 @@ COUNTERS: Final = {
     "dead": "Messages that became dead letters.",
     "duplicates": "Messages that the ledger knew already; they had no effect.",
     "released": "Messages handed back uncounted.",
+    "cancelled": "Messages let go because somebody cancelled them.",
     "lost_leases": "Settlements and heartbeats refused because the delivery belonged to somebody else.",
     "suspects": "Messages run alone because processes died while handling them.",
 }

@@ -41,6 +41,8 @@ CANCEL_SECONDS: Final = 1.0
 """How soon a cancelled handler has to end."""
 LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
+MOST_CANCELLED: Final = 10_000
+"""Cancelled messages that are remembered, for those that have not arrived."""
 RECENT_FAILURES: Final = 20
 """Failures that are kept for whoever asks how this runner is."""
 LONGEST_TRACE: Final = 4_000
@@ -86,12 +88,15 @@ class Runner:
         self.was_cut = False
         """Handlers were cancelled because they did not finish in time."""
         self._clock = clock
+        self._cancelled: dict[str, None] = {}
+        """The ids of messages that are not to be handled, the latest ones last."""
         self._alone_at_work = False
         """No worker may fetch, because a suspect is about to run, or runs."""
         self._failures: deque[Failure] = deque(maxlen=RECENT_FAILURES)
         self.control = control
         if control is not None:
             control.status = self.status
+            control.on_cancel = self.cancel
             control.on_turn = self._heed_pauses
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 
@@ -110,6 +115,7 @@ class Runner:
             self._note_failure,
             self._around.carries,
             self._around.journal,
+            self._cancelled,
         )
 
     async def start(self) -> None:
@@ -188,6 +194,21 @@ class Runner:
         for consumer in self.consumers.values():
             self.was_cut = self.was_cut or consumer.busy > 0
             consumer.cancel_all()
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """Let go of the messages with these ids, now and whenever one of them arrives."""
+        wished = frozenset(ids)
+        self._cancelled.update(dict.fromkeys(wished))
+        for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
+            del self._cancelled[id]
+        for consumer in self.consumers.values():
+            consumer.cancel(wished)
+        suspects, self._suspects = self._suspects, deque()
+        for consumer, delivery in suspects:
+            if delivery.message.id in wished:
+                consumer.let_go(delivery)
+            else:
+                self._suspects.append((consumer, delivery))
 
     # --- health -------------------------------------------------------------------------------------------------------
 
@@ -335,9 +356,7 @@ class Runner:
 
     async def _watch_deadlines(self) -> None:
         timeouts = [c.worker.timeout_seconds for c in self.consumers.values() if c.worker.timeout_seconds is not None]
-        if not timeouts:
-            return
-        tick = min(LONGEST_TICK_SECONDS, max(0.01, min(timeouts) / 20))
+        tick = min(LONGEST_TICK_SECONDS, max(0.01, min(timeouts, default=LONGEST_TICK_SECONDS * 20) / 20))
         while True:
             await asyncio.sleep(tick)
             now = time.monotonic()

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from conveyor.errors import HandlerTimeout
 
-CANCELLED: Final = "cancelled"
+BY_WISH: Final = "cancelled"
 """What the cancellation of an attempt says where somebody cancelled its job; any other one counts as the end of its time."""
 
 
@@ -94,7 +94,7 @@ class Threads:
     async def run(self, call: Callable[[], Any]) -> Any:
         """Run call in a thread with the caller's context variables, and give its result.
 
-        Cancelling raises HandlerTimeout there, or CancelledError where it says CANCELLED.
+        Cancelling raises HandlerTimeout there, or CancelledError where it says BY_WISH.
         """
         context = contextvars.copy_context()
         job = _Job(lambda: context.run(call))
@@ -108,7 +108,7 @@ class Threads:
         try:
             return await job.future
         except asyncio.CancelledError as cancelled:
-            if job.interrupt(asyncio.CancelledError if cancelled.args == (CANCELLED,) else HandlerTimeout):
+            if job.interrupt(asyncio.CancelledError if cancelled.args == (BY_WISH,) else HandlerTimeout):
                 with self._lock:
                     self.stuck += 1
             raise
