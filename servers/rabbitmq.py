@@ -7,7 +7,7 @@ import secrets
 import socket
 import subprocess
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -40,11 +40,14 @@ class RabbitMQ(Server):
     Parameters:
         folder: an empty folder.
         tuning: variables of rabbitmq-env.conf; left out, it runs as its makers set it.
+        plugins: those that are enabled.
     """
 
     NAME = "RabbitMQ"
 
-    def __init__(self, folder: Path, tuning: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, folder: Path, tuning: Mapping[str, str] = MappingProxyType({}), plugins: Sequence[str] = ()
+    ) -> None:
         super().__init__(folder)
         self._scripts: Final = _installed()
         self.version: Final = self._scripts.parent.name.partition("-")[2]
@@ -87,7 +90,7 @@ class RabbitMQ(Server):
         cookie.write_text(self._cookie)
         cookie.chmod(0o400)
         (folder / "rabbitmq-env.conf").touch()
-        (folder / "enabled_plugins").write_text("[].")
+        (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].")
 
     def start(self) -> None:
         """Start the server, unless it runs, and wait until it answers."""
