@@ -46,7 +46,8 @@ and key; a task goes by its name. With a TOPIC it travels as it is.
 )
 
 
-def _seconds(_: object, tokens: Any) -> float:
+def duration(_: object, tokens: Any) -> float:
+    """Seconds, of what somebody wrote: 90, 500ms, 10m, 2h, 1d."""
     text = tokens[0].value
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not found or (found[2] or "s") not in UNITS:
@@ -75,7 +76,7 @@ def publish(
     *,
     data: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     key: str | None = None,
-    delay: Annotated[float | None, Parameter(converter=_seconds, n_tokens=1)] = None,
+    delay: Annotated[float | None, Parameter(converter=duration, n_tokens=1)] = None,
     at: Annotated[datetime | None, Parameter(converter=_when, n_tokens=1)] = None,
     priority: Annotated[int, Parameter(validator=validators.Number(gte=0, lte=9))] = 0,
     message_id: Annotated[str | None, Parameter(name="--id")] = None,

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
 import apsw
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, jobs_of
+from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
 
@@ -44,6 +45,8 @@ LONGEST_JOURNEY: Final = 5_000
 """Entries of one journey that are read at most."""
 PAGE: Final = 200
 """Jobs that are looked at in one step."""
+LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
+"""Bytes of texts and results in an answer."""
 KEPT_FREE_BYTES: Final = 2 * queue_file.LOW_DISK_BYTES
 KEPT_FREE_SHARE: Final = 2 * queue_file.LOW_DISK_SHARE
 """Nothing is written while less than both of the disk is free: the queue file may be on it, and needs the room more."""
@@ -314,6 +317,23 @@ class Archive:
         )
         return msgspec.json.decode(rows[0][0], type=list[str]), rows[0][1] or 0
 
+    def answer(self, to: str, request: JourneyOf | JobsOf) -> Answer:
+        """What it knows.
+
+        Parameters:
+            to: the question's id.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        if isinstance(request, JourneyOf):
+            entries, more, others = self.journey(request.id)
+            fitting, cut = fit(entries)
+            return Answer(to, entries=fitting, others=others, more=more or cut)
+        jobs, more = self.jobs(request.which, request.limit)
+        wanted, cut = fit(jobs)
+        return Answer(to, jobs=wanted, more=more or cut)
+
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:
         """A question: it is given up after a while, and errors are said in words."""
@@ -408,6 +428,21 @@ class Archive:
 
 class _TooLong(JournalError):
     """A question was given up."""
+
+
+T = TypeVar("T", Entry, Job)
+
+
+def fit(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
+    """As many as an answer may hold, and whether that leaves some out."""
+    room = LARGEST_ANSWER_BYTES
+    fitting: list[T] = []
+    for each in found:
+        room -= 300 + len(each.error) + len(each.traceback) + len(each.note) + len(each.result or "")
+        if room < 0 and fitting:
+            return tuple(fitting), True
+        fitting.append(each)
+    return tuple(fitting), False
 
 
 def _insert(rows: int) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from typing import Final
 
 import msgspec
@@ -68,7 +68,7 @@ class Asker:
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        return merged(await self._all(JourneyOf(id), timeout_seconds))
+        return await self.ask(JourneyOf(id), timeout_seconds=timeout_seconds)
 
     async def jobs(
         self, which: JobFilter = ANY, *, limit: int = 100, timeout_seconds: float = ANSWER_SECONDS
@@ -78,18 +78,15 @@ class Asker:
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        return (await self.find(which, limit=limit, timeout_seconds=timeout_seconds))[0]
+        return list((await self.ask(JobsOf(which, limit), timeout_seconds=timeout_seconds)).jobs)
 
-    async def find(
-        self, which: JobFilter = ANY, *, limit: int = 100, timeout_seconds: float = ANSWER_SECONDS
-    ) -> tuple[list[Job], bool]:
-        """The same as jobs(), and whether there are more.
+    async def ask(self, request: JourneyOf | JobsOf, *, timeout_seconds: float = ANSWER_SECONDS) -> Answer:
+        """What all keepers together know.
 
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        answer = merged(await self._all(JobsOf(which, limit), timeout_seconds))
-        return list(answer.jobs[:limit]), answer.more or len(answer.jobs) > limit
+        return together(await self._all(request, timeout_seconds), request)
 
     async def wait(self, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
         """Wait until at least one of these jobs has ended, and give all that is known about any of them (with results) by id.
@@ -117,7 +114,7 @@ class Asker:
                 ) as answers:
                     async for answer in answers:
                         heard = heard or not answer.problem
-                        known = {job.id: job for job in merged([Answer("", jobs=tuple(known.values())), answer]).jobs}
+                        known = {job.id: job for job in _newest([*known.values(), *answer.jobs])}
                         if any(job.status.ended for job in answer.jobs):
                             return known
             except NoKeeper:
@@ -223,8 +220,8 @@ NOBODY_KEEPS: Final = (
 NOBODY_ANSWERED: Final = "no keeper of the journal answered in time; see what the processes log about the journal"
 
 
-def merged(answers: Collection[Answer]) -> Answer:
-    """What several keepers know together: each knows what its own application's processes did.
+def together(answers: Collection[Answer], request: Request) -> Answer:
+    """What several keepers know: each knows what its own application's processes did.
 
     Raises:
         NoKeeper: all of them have problems.
@@ -232,27 +229,30 @@ def merged(answers: Collection[Answer]) -> Answer:
     good = [answer for answer in answers if not answer.problem]
     if answers and not good:
         raise NoKeeper(next(iter(answers)).problem)
-    jobs: dict[tuple[str, str], Job] = {}
-    for answer in good:
-        for job in answer.jobs:
-            before = jobs.get((job.id, job.worker))
-            if before is None or _knows_more(job, before):
-                jobs[job.id, job.worker] = job
-    had = {id for id, worker in jobs if worker}
     entries = in_order(entry for answer in good for entry in answer.entries)
-    others = tuple(dict.fromkeys(other for answer in good for other in answer.others))
+    jobs = _newest(job for answer in good for job in answer.jobs)
+    limit = request.limit if isinstance(request, JobsOf) else len(jobs)
     return Answer(
         "",
         entries=tuple(entries),
-        jobs=tuple(
-            sorted(
-                # An application that only published it knows of no worker.
-                (job for job in jobs.values() if job.worker or job.id not in had),
-                key=lambda job: -(job.ended or job.started or job.created or 0.0),
-            )
-        ),
-        others=() if entries else others,
-        more=any(answer.more for answer in good),
+        jobs=tuple(jobs[:limit]),
+        others=() if entries else tuple(dict.fromkeys(other for answer in good for other in answer.others)),
+        more=len(jobs) > limit or any(answer.more for answer in good),
+    )
+
+
+def _newest(found: Iterable[Job]) -> list[Job]:
+    """Each job once, as whoever knows most about it tells it, the newest first."""
+    jobs: dict[tuple[str, str], Job] = {}
+    for job in found:
+        before = jobs.get((job.id, job.worker))
+        if before is None or _knows_more(job, before):
+            jobs[job.id, job.worker] = job
+    had = {id for id, worker in jobs if worker}
+    return sorted(
+        # An application that only published it knows of no worker.
+        (job for job in jobs.values() if job.worker or job.id not in had),
+        key=lambda job: -(job.ended or job.started or job.created or 0.0),
     )
 
 

@@ -20,7 +20,7 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError, JournalError
-from conveyor.runtime.archive import Archive
+from conveyor.runtime.archive import Archive, fit
 from conveyor.runtime.health import Health
 from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue
 from conveyor.runtime.loop import Loops
@@ -38,8 +38,6 @@ AGAIN_SECONDS: Final = 2.0
 """Between two tries to write to an archive that cannot be written."""
 TIDY_SECONDS: Final = 10.0
 """Between two looks at what is too old, or too much."""
-LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
-"""Bytes of texts and results in an answer."""
 MOST_WAITS: Final = 10_000
 """Ids that are waited for at most, over all questions."""
 DRAIN_SECONDS: Final = 3.0
@@ -221,15 +219,8 @@ class Keeper:
 
     async def _consider(self, question: Question) -> None:
         match question.request:
-            case JourneyOf(id):
-                found = await self._read(self._reader.journey, id)
-                entries, cut = _fitting(found.entries)
-                answer = Answer(question.id, entries=entries, others=found.others, more=found.more or cut)
-                await self._reply(question, answer)
-            case JobsOf(which, limit):
-                jobs, more = await self._read(self._reader.jobs, which, limit)
-                fitting, cut = _fitting(jobs)
-                await self._reply(question, Answer(question.id, jobs=fitting, more=more or cut))
+            case JourneyOf() | JobsOf() as request:
+                await self._reply(question, await self._read(self._reader.answer, question.id, request))
             case EndOf(ids, until):
                 await self._wait(_Wait(question, ids[:MOST_WAITS]), until)
 
@@ -262,7 +253,7 @@ class Keeper:
     async def _answer(self, wait: _Wait, jobs: Sequence[Job]) -> None:
         self._end(wait)
         # What has ended comes first: for the rest it can be asked again.
-        fitting, cut = _fitting(sorted(jobs, key=lambda job: not job.status.ended))
+        fitting, cut = fit(sorted(jobs, key=lambda job: not job.status.ended))
         await self._reply(wait.question, Answer(wait.question.id, jobs=fitting, more=cut))
 
     def _end(self, wait: _Wait) -> None:
@@ -282,18 +273,3 @@ class Keeper:
             await self._broker.publish((message,), queue=question.reply_to)
         except BrokerError as error:  # whoever asked is gone, or will ask again
             log.debug("an answer reached nobody: %s", describe(error))
-
-
-T = TypeVar("T", Entry, Job)
-
-
-def _fitting(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
-    """As many as an answer may hold, and whether that leaves some out."""
-    room = LARGEST_ANSWER_BYTES
-    fitting: list[T] = []
-    for each in found:
-        room -= 300 + len(each.error) + len(each.traceback) + len(each.note) + len(each.result or "")
-        if room < 0 and fitting:
-            return tuple(fitting), True
-        fitting.append(each)
-    return tuple(fitting), False
