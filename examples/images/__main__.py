@@ -27,7 +27,7 @@ from examples.images.folder import STATE, FolderError, process_folder
 from examples.images.report import Report
 from examples.images.settings import Settings
 from examples.images.sheet import contact_sheet
-from examples.images.tasks import TaskQueue
+from examples.images.tasks import LEASE_SECONDS, TaskQueue
 from examples.images.workers import SimpleWorker
 from examples.settings import SettingError, from_environment, read
 
@@ -110,7 +110,7 @@ def add(given: argparse.Namespace) -> int:
 
 def work(given: argparse.Namespace) -> int:
     """Run one worker on a task queue, until told to stop."""
-    with TaskQueue(given.broker) as queue:
+    with TaskQueue(given.broker, lease=given.lease) as queue:
         worker = SimpleWorker(given.worker, FilterPipeline(given.filters), queue)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: worker.stop())
@@ -231,6 +231,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--filters", default=FILTERS, help=f"{filters}; default {FILTERS}")
     one.add_argument(
         "--worker", metavar="NAME", default=f"worker-{os.getpid()}", help="its name; default from its process id"
+    )
+    one.add_argument(
+        "--lease",
+        type=float,
+        default=LEASE_SECONDS,
+        help="seconds after which the task of a worker that died goes to another one",
     )
     one.add_argument("--until-empty", action="store_true", help="end when the queue is worked off")
 

@@ -27,7 +27,7 @@ LEASE_SECONDS: Final = 30.0
 KEPT: Final = 100_000
 """Results that are kept, and therefore counted; beyond, the oldest are forgotten."""
 PAGE: Final = 500
-"""Dead letters that are read at once."""
+"""Dead letters, or results, that are read at once."""
 LOOK_SECONDS: Final = 0.05
 """How long the first look for a task waits before it is asked whether there is one at all; then twice as long, each time."""
 ANSWER_SECONDS: Final = 10.0
@@ -144,9 +144,8 @@ class TaskQueue:
         self._retry = retry
         self._app = Conveyor(name, broker=broker)
         self._topic = f"{name}.task"
-        self._completed = self._app.pull(
-            CompletedTask, topic=f"{name}.completed", queue=f"{name}.completed", max_length=keep
-        )
+        self._keep = keep
+        self._completed = self._pull_completed()
         self._waiting = self._pull()
         self._pulls: dict[str, Pull[_Queued]] = {}
         self._held: dict[str, _Held] = {}
@@ -201,9 +200,9 @@ class TaskQueue:
         """
         return self._background.run(self._stats())
 
-    def results(self, limit: int = PAGE) -> list[CompletedTask]:
-        """The oldest results that are kept, at most so many; they stay where they are."""
-        return self._background.run(self._results(limit))
+    def results(self) -> list[CompletedTask]:
+        """The oldest results that are kept, at most 500; they stay where they are."""
+        return self._background.run(self._results())
 
     # --- what was given up --------------------------------------------------------------------------------------------
 
@@ -300,6 +299,10 @@ class TaskQueue:
             _Queued, topic=self._topic, queue=f"{self.name}.tasks", retry=self._retry, lease=self.lease_seconds
         )
 
+    def _pull_completed(self) -> Pull[CompletedTask]:
+        name = f"{self.name}.completed"
+        return self._app.pull(CompletedTask, topic=name, queue=name, max_length=self._keep, prefetch=PAGE)
+
     async def _add(self, data: dict[str, Any], priority: int, delay: float) -> str:
         task_id = f"task-{next(self._numbers):04d}{self._mark}"
         await self._app.publish(
@@ -371,13 +374,11 @@ class TaskQueue:
             total=pending + processing + completed.ready + failed,
         )
 
-    async def _results(self, limit: int) -> list[CompletedTask]:
+    async def _results(self) -> list[CompletedTask]:
         found: list[Pulled[CompletedTask]] = []
         kept = (await self._completed.info()).ready
-        async with self._app.pull(
-            CompletedTask, topic=f"{self.name}.completed", queue=f"{self.name}.completed", prefetch=limit
-        ) as completed:
-            while len(found) < min(limit, kept):
+        async with self._pull_completed() as completed:
+            while len(found) < min(PAGE, kept):
                 pulled = await completed.take(ANSWER_SECONDS)
                 if pulled is None:  # somebody else reads them
                     break
@@ -395,7 +396,7 @@ class TaskQueue:
                 DeadTask(
                     letter.message.id,
                     self._waiting.decode(letter.message).data,
-                    letter.error,
+                    _reason(letter.error),
                     letter.attempts + 1,
                     letter.died,
                 )
@@ -429,3 +430,8 @@ class TaskQueue:
                 if await held.pulled.failed(TaskFailed(f"{held.task.worker_id} died while it had the task")):
                     recovered.append(task_id)
         return recovered
+
+
+def _reason(error: str) -> str:
+    """What a worker said, without the name of the error that carried it."""
+    return error.removeprefix("Reject: ").removeprefix("TaskFailed: ")

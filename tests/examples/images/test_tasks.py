@@ -1,0 +1,201 @@
+"""The task queue: what is added is worked on once, what fails is tried again or kept, and nothing is stuck."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from conveyor import NO_RETRY, ConfigurationError, RetryPolicy
+from examples.images import Task, TaskLost, TaskQueue
+from tests.examples.beside import wait_for
+
+AT_ONCE = RetryPolicy(attempts=3, initial=0.0, maximum=0.0)
+DATA = {"image_path": "in.jpg", "output_path": "out.jpg"}
+
+
+def got(task: Task | None) -> Task:
+    assert task is not None
+    return task
+
+
+def soon(look: Callable[[], object]) -> None:
+    """RabbitMQ's figures follow a moment later."""
+    wait_for(lambda: look() or None)
+
+
+def test_a_task_goes_from_pending_to_processing_to_completed(url: str) -> None:
+    with TaskQueue(url) as queue:
+        task_id = queue.add_task(DATA)
+        assert task_id.startswith("task-0001")
+        second = queue.add_task({**DATA, "sizes": [1, 2.5, None]})
+        soon(lambda: queue.get_stats() == {"pending": 2, "processing": 0, "completed": 0, "failed": 0, "total": 2})
+        task = got(queue.get_task("worker-1", 30))
+        assert task == Task(task_id, DATA, "worker-1", 1)
+        assert queue.get_stats()["processing"] == 1
+        assert got(queue.get_task("worker-2", 30)).data["sizes"] == [1, 2.5, None]
+        assert queue.get_task("worker-1") is None
+        queue.mark_completed(task_id, result={"width": 10})
+        queue.mark_completed(second)
+        soon(lambda: queue.get_stats() == {"pending": 0, "processing": 0, "completed": 2, "failed": 0, "total": 2})
+        results = queue.results()
+        assert {(each.task_id, each.worker_id) for each in results} == {(task_id, "worker-1"), (second, "worker-2")}
+        assert {"width": 10} in [each.result for each in results]
+        soon(lambda: queue.get_stats()["completed"] == 2)
+
+
+def test_a_failed_task_is_tried_again_and_then_kept_until_it_is_retried(url: str) -> None:
+    with TaskQueue(url, retry=AT_ONCE) as queue:
+        task_id = queue.add_task(DATA)
+        for attempt in (1, 2, 3):
+            assert got(queue.get_task("worker-1", 30)).attempt == attempt
+            assert queue.mark_failed(task_id, error="no light") == (attempt == 3)
+        soon(lambda: queue.get_stats() == {"pending": 0, "processing": 0, "completed": 0, "failed": 1, "total": 1})
+        (dead,) = queue.dead_tasks()
+        assert (dead.id, dead.data, dead.error, dead.attempts) == (task_id, DATA, "no light", 3)
+        assert queue.retry_dead("task-9999") == 0
+        assert queue.retry_dead(task_id) == 1
+        assert queue.dead_tasks() == []
+        assert got(queue.get_task("worker-1", 30)).attempt == 1
+        queue.mark_completed(task_id)
+
+
+def test_the_waits_between_the_tries_grow() -> None:
+    with TaskQueue(retry=RetryPolicy(attempts=4, initial=100.0, jitter=0.0)) as queue:
+        task_id = queue.add_task(DATA)
+        got(queue.get_task("worker-1"))
+        queue.mark_failed(task_id, "no light")
+        assert queue.get_task("worker-1") is None
+        assert queue.get_stats()["pending"] == 1
+
+
+def test_a_task_can_be_given_up_at_once() -> None:
+    with TaskQueue() as queue:
+        task_id = queue.add_task(DATA)
+        got(queue.get_task("worker-1"))
+        assert queue.mark_failed(task_id, "no image", retry=False)
+        assert [dead.error for dead in queue.dead_tasks()] == ["no image"]
+
+
+def test_all_that_was_given_up_can_be_retried() -> None:
+    with TaskQueue(retry=NO_RETRY) as queue:
+        for _ in range(5):
+            task_id = queue.add_task(DATA)
+            got(queue.get_task("worker-1"))
+            queue.mark_failed(task_id, "no light")
+        assert queue.retry_dead() == 5
+        assert queue.get_stats() == {"pending": 5, "processing": 0, "completed": 0, "failed": 0, "total": 5}
+
+
+def test_what_is_not_in_our_hands_cannot_be_marked() -> None:
+    with TaskQueue() as queue:
+        task_id = queue.add_task(DATA)
+        with pytest.raises(TaskLost, match=task_id):
+            queue.mark_completed(task_id)
+        got(queue.get_task("worker-1"))
+        queue.mark_completed(task_id)
+        with pytest.raises(TaskLost):
+            queue.mark_failed(task_id, "too late")
+        assert queue.get_stats()["completed"] == 1
+
+
+def test_the_task_of_a_silent_worker_goes_to_another_one_after_its_lease(url: str) -> None:
+    with TaskQueue(url, lease=1.0) as queue:
+        task_id = queue.add_task(DATA)
+        got(queue.get_task("worker-1", 30))
+        assert got(queue.get_task("worker-2", 60)).id == task_id
+        queue.mark_completed(task_id)
+        soon(lambda: queue.get_stats() == {"pending": 0, "processing": 0, "completed": 1, "failed": 0, "total": 1})
+
+
+def test_a_heartbeat_keeps_a_task_for_its_worker() -> None:
+    with TaskQueue(lease=2.0) as queue:
+        queue.add_task(DATA)
+        task = got(queue.get_task("worker-1"))
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(0.2):
+                queue.heartbeat("worker-1")
+
+        heart = threading.Thread(target=beat)
+        heart.start()
+        try:
+            assert queue.get_task("worker-2", 4.0) is None
+        finally:
+            stop.set()
+            heart.join()
+        queue.mark_completed(task.id)
+
+
+def test_the_tasks_of_a_dead_worker_are_recovered_at_once_when_asked_for() -> None:
+    with TaskQueue(lease=1000.0, dead_after=0.5, retry=AT_ONCE) as queue:
+        task_id = queue.add_task(DATA)
+        got(queue.get_task("worker-1"))
+        queue.heartbeat("worker-1")
+        assert queue.recover_stuck_tasks() == []
+        wait_for(queue.registry.dead)
+        assert queue.recover_stuck_tasks() == [task_id]
+        task = got(queue.get_task("worker-2", 30))
+        assert (task.id, task.attempt) == (task_id, 2)
+
+
+def test_what_a_closed_queue_had_in_hand_is_given_back(shared_url: str) -> None:
+    with TaskQueue(shared_url) as queue:
+        queue.add_task(DATA)
+        got(queue.get_task("worker-1", 30))
+    with TaskQueue(shared_url) as queue:
+        assert got(queue.get_task("worker-1", 30)).attempt == 1
+
+
+def test_several_queues_on_one_broker_share_their_tasks_and_never_their_ids(shared_url: str) -> None:
+    with TaskQueue(shared_url) as one, TaskQueue(shared_url) as other:
+        ids = {queue.add_task(DATA) for queue in (one, other) for _ in range(5)}
+        assert len(ids) == 10
+        taken = [got(queue.get_task("worker", 30)) for _ in range(5) for queue in (one, other)]
+        assert {task.id for task in taken} == ids
+        for place, task in enumerate(taken):
+            (one, other)[place % 2].mark_completed(task.id)
+        soon(lambda: one.get_stats()["completed"] == other.get_stats()["completed"] == 10)
+
+
+def test_a_worker_is_heard_of_in_every_process_that_has_the_queue(shared_url: str) -> None:
+    with TaskQueue(shared_url) as one, TaskQueue(shared_url) as other:
+        one.heartbeat("worker-1", completed=3)
+        wait_for(other.registry.workers)
+        (status,) = other.registry.workers()
+        assert (status.beat.worker_id, status.beat.process, status.beat.completed) == ("worker-1", one.process, 3)
+
+
+def test_any_number_of_threads_may_use_one_queue() -> None:
+    with TaskQueue() as queue, ThreadPoolExecutor(8) as threads:
+        ids = set(threads.map(lambda _: queue.add_task(DATA), range(100)))
+        assert len(ids) == 100
+
+        def work_off(number: int) -> list[str]:
+            done = []
+            while (task := queue.get_task(f"worker-{number}")) is not None:
+                queue.mark_completed(task.id)
+                done.append(task.id)
+            return done
+
+        worked = [task_id for done in threads.map(work_off, range(8)) for task_id in done]
+        assert sorted(worked) == sorted(ids)
+        assert queue.get_stats() == {"pending": 0, "processing": 0, "completed": 100, "failed": 0, "total": 100}
+
+
+def test_urgent_tasks_go_first_and_delayed_ones_later() -> None:
+    with TaskQueue() as queue:
+        queue.add_task({"name": "later"}, delay=1000.0)
+        queue.add_task({"name": "ordinary"})
+        queue.add_task({"name": "urgent"}, priority=9)
+        names = [got(queue.get_task("worker-1")).data["name"] for _ in range(2)]
+        assert names == ["urgent", "ordinary"]
+        assert queue.get_task("worker-1") is None
+
+
+def test_a_queue_in_memory_is_one_object() -> None:
+    with pytest.raises(ConfigurationError, match="share the object"):
+        TaskQueue("memory://name")
