@@ -395,9 +395,10 @@ async def test_a_task_is_called_here_or_sent_to_a_worker_with_checked_arguments(
 
     assert resize(Path("a.jpg"), width=3) == "a.jpg:3"
     async with Harness(app) as run:
-        message = await resize.send(Path("b.jpg"), width=5)
+        ticket = await resize.send(Path("b.jpg"), width=5)
         await resize.options(delay=60.0, key="k").send(Path("c.jpg"))
-        assert message.topic == "t.resize"
+        assert ticket.message is not None
+        assert ticket.message.topic == "t.resize"
         await run.run_to_end()
         assert run.sent(resize) == 2
         with pytest.raises(PayloadError):

@@ -249,7 +249,7 @@ PROMISED: Final = frozenset(
     Conveyor Task event Message Context Transaction Retry Reject RetryPolicy NO_RETRY Call Middleware Next carried Watch
     Pull Pulled
     ConveyorError ConfigurationError HandlerError PayloadError NoSubscriber BrokerError BrokerUnavailable
-    BrokerFull PublishFailed carried
+    BrokerFull PublishFailed carried Ticket Job JobError JobFailed JobCancelled JobTimeout ResultNotKept
     """.split()
 )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.app import Conveyor
 from conveyor.core.events import event
+from conveyor.core.journal import Job
 from conveyor.core.message import Message
 from conveyor.core.retry import NO_RETRY, RetryPolicy
 from conveyor.errors import (
@@ -15,10 +16,15 @@ from conveyor.errors import (
     ConfigurationError,
     ConveyorError,
     HandlerError,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobTimeout,
     NoSubscriber,
     PayloadError,
     PublishFailed,
     Reject,
+    ResultNotKept,
     Retry,
 )
 from conveyor.runtime.call import Call, Middleware, Next
@@ -26,6 +32,7 @@ from conveyor.runtime.carry import carried
 from conveyor.runtime.context import Context
 from conveyor.runtime.pull import Pull, Pulled
 from conveyor.runtime.task import Task
+from conveyor.runtime.ticket import Ticket
 from conveyor.runtime.watch import Watch
 
 if TYPE_CHECKING:
@@ -38,6 +45,9 @@ __all__ = [  # noqa: RUF022 - by concept
     "Conveyor",
     "Task",
     "event",
+    # jobs that were sent
+    "Ticket",
+    "Job",
     # what handlers take
     "Message",
     "Context",
@@ -67,6 +77,11 @@ __all__ = [  # noqa: RUF022 - by concept
     "BrokerUnavailable",
     "BrokerFull",
     "PublishFailed",
+    "JobError",
+    "JobFailed",
+    "JobCancelled",
+    "JobTimeout",
+    "ResultNotKept",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import inspect
 import logging
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,6 +24,7 @@ from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, C
 from conveyor.core.codec import codec_for, struct_for
 from conveyor.core.events import EventType, check_topic, event_type
 from conveyor.core.handler import Mode, Plan, plan_task, plan_worker
+from conveyor.core.journal import Job
 from conveyor.core.message import Message
 from conveyor.core.pause import Switches
 from conveyor.core.retry import RetryPolicy
@@ -33,6 +35,7 @@ from conveyor.runtime.carry import Carry
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
 from conveyor.runtime.control import Control
+from conveyor.runtime.journal import LAST_FLUSH_SECONDS
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
@@ -40,6 +43,7 @@ from conveyor.runtime.providers import Provider, open_all, provider_of
 from conveyor.runtime.pull import HELD, Pull
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.task import Task
+from conveyor.runtime.ticket import Ticket, gather
 from conveyor.runtime.watch import BUFFER, Watch
 from conveyor.runtime.worker import (
     DEEPEST_PREFETCH,
@@ -411,22 +415,107 @@ class Conveyor:
         Raises:
             ConveyorError: it is called in a thread with a running loop, which it would block; await publish() there.
         """
+        work = self.publish(event, require_subscriber=require_subscriber, **options)
+        return self.wait_here(work, "publish_sync", "app.publish(…)")
+
+    def wait_here(self, work: Coroutine[Any, Any, T], called: str, instead: str) -> T:
+        """Run work of this application to its end, for code without an event loop.
+
+        Parameters:
+            called, instead: what the caller was, and what to await where there is an event loop.
+
+        Raises:
+            ConveyorError: it is called in a thread with a running loop, which it would block.
+        """
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             pass
         else:
-            raise ConveyorError("publish_sync would block the event loop that runs here; use: await app.publish(…)")
-        work = self.publish(event, require_subscriber=require_subscriber, **options)
+            work.close()
+            raise ConveyorError(f"{called} would block the event loop that runs here; use: await {instead}")
         with self._lock:
             self._forget_others()
             running = next((loop for loop in self._connections if loop.is_running()), None)
             if running is None and self._background is None:
                 self._background = Background(f"{self.name} publishing")
+                atexit.register(self._note_the_last)
         if running is not None:
             return asyncio.run_coroutine_threadsafe(work, running).result()
         assert self._background is not None
         return self._background.run(work)
+
+    def _note_the_last(self) -> None:
+        """A program that ends lets the journal know what it has published in its last moments."""
+        connection = next(iter(self._connections.values()), None)
+        if (
+            self._process == os.getpid()
+            and self._background
+            and connection is not None
+            and connection.journal is not None
+        ):
+            with contextlib.suppress(Exception):  # the program has done what it wanted, and ends
+                self._background.run(asyncio.wait_for(connection.journal.flush(), LAST_FLUSH_SECONDS))
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def ticket(self, id: str) -> Ticket[Any]:
+        """The ticket of a job that was sent before, perhaps by another program; Task.ticket() knows its result's type, too.
+
+        Parameters:
+            id: the job's: Ticket.id.
+        """
+        return Ticket(self, id)
+
+    async def gather(
+        self,
+        tickets: Sequence[Ticket[T]],
+        *,
+        timeout: Seconds | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        return_errors: bool = False,
+    ) -> list[T]:
+        """The results of several jobs, in the order of their tickets, as soon as all have ended.
+
+        Parameters:
+            timeout: seconds (or timedelta) to wait; None is as long as it takes.
+            on_progress: called with how many have ended and how many there are, at first and each time that one ends.
+            return_errors: put the error in the place of a result that cannot be had; else the first one is raised at once.
+
+        Raises:
+            JobError: as Ticket.result() raises it.
+            ConfigurationError: the journal is off.
+        """
+        return await gather(self, tickets, timeout=timeout, on_progress=on_progress, return_errors=return_errors)
+
+    def gather_sync(
+        self,
+        tickets: Sequence[Ticket[T]],
+        *,
+        timeout: Seconds | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        return_errors: bool = False,
+    ) -> list[T]:
+        """gather() for code without an event loop; on_progress is called in another thread."""
+        work = self.gather(tickets, timeout=timeout, on_progress=on_progress, return_errors=return_errors)
+        return self.wait_here(work, "gather_sync", "app.gather(…)")
+
+    async def connect_journal(self) -> Connection:
+        """The open connection, with its journal.
+
+        Raises:
+            ConfigurationError: the journal is off.
+        """
+        connection = await self.connect()
+        if connection.journal is None:
+            raise ConfigurationError(self._lacks_journal)
+        return connection
+
+    def result_type(self, job: Job) -> Any:
+        """The type of what a job returns, where this application declares it; else Any, which is plain JSON."""
+        by_identity = {worker.identity: worker for worker in self.workers.values()}
+        worker = by_identity.get(job.worker or job.topic)
+        return Any if worker is None else worker.plan.returns
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[Transaction]:
@@ -739,7 +828,7 @@ class Conveyor:
             journal=connection.journal,
         )
         control = None
-        if self.switches is not None:
+        if self.switches is not None or connection.journal is not None:
             control = Control(connection.broker, self.name, switches=self.switches)
         return Runner(workers, connection.broker, around, self.metrics, self._clock, control)
 

@@ -34,6 +34,8 @@ class Kind(enum.StrEnum):
     """It was given up, and is a dead letter."""
 
 
+LOST: Final = "what it returned got lost with the process that had done it"
+"""Why a result is not kept where the ledger knows that the message was handled, and the journal does not."""
 BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING})
 """What happens to a message itself, whichever workers it is for."""
 ENDS: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.CANCELLED, Kind.DEAD})
@@ -331,7 +333,7 @@ def _handled(job: Job, handled: Sequence[Entry]) -> Job:
         total=None if progress is None else progress.total,
         note="" if progress is None else progress.note,
         result=None if succeeded is None else succeeded.result,
-        unkept="" if succeeded is None else succeeded.unkept,
+        unkept=succeeded.unkept if succeeded is not None else LOST if duplicate is not None else "",
     )
 
 

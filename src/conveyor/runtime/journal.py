@@ -58,6 +58,8 @@ LAST_FLUSH_SECONDS: Final = 2.0
 """How long the last batches may take when everything else has ended."""
 
 _BEFORE_IT_BEGAN: Final = frozenset({Reason.CRASHED, Reason.EXPIRED})
+Row = tuple[Any, ...]
+"""The fields of an entry, as far as the last one that is not at its default."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -98,7 +100,7 @@ class Journal:
         self._queue = journal_queue(app)
         self._broker = broker
         self._metrics = metrics
-        self._entries: list[Entry] = []
+        self._entries: list[Entry | Row] = []
         self._bytes = 0
         self._progress: dict[str, Entry] = {}
         """The latest of each message since the last flush."""
@@ -157,6 +159,16 @@ class Journal:
             )
         )
 
+    def cancelling(self, id: str, topic: str, journey: str | None) -> None:
+        """Somebody wants a message cancelled.
+
+        Parameters:
+            id: the message's; it belongs to the journey with the id that is given.
+        """
+        journey = None if journey == id else journey
+        entry = Entry(Kind.CANCELLING, self._clock(), id, topic, process=self.process, correlation_id=journey)
+        self.note(entry, soon=True)
+
     def settled(
         self, worker: str, delivery: Delivery, verdict: Verdict, begun: float | None, *, soon: bool = False
     ) -> None:
@@ -170,6 +182,28 @@ class Journal:
         now = self._clock()
         started = None if begun is None else now - (monotonic() - begun)
         message = delivery.message
+        if verdict is DONE and len(self._entries) < CAPACITY:
+            # What nearly every message is costs as little as can be: a row that decodes into an entry, without what is at its default.
+            id, journey, attempts = message.id, message.correlation_id, delivery.attempts
+            self._entries.append(
+                (
+                    "succeeded",
+                    now,
+                    id,
+                    message.topic,
+                    worker,
+                    self.process,
+                    delivery.queue,
+                    attempts + 1,
+                    delivery.deliveries - attempts - 1,
+                    None if journey == id else journey,
+                    message.causation_id,
+                    started,
+                )
+            )
+            if soon:
+                self._soon.set()
+            return
         id, journey, attempt = message.id, message.correlation_id, delivery.attempts + 1
         kind, due, reason, error, traceback = Kind.SUCCEEDED, 0.0, "", "", ""
         result, unkept = None, ""
@@ -358,12 +392,12 @@ def place(app: str, said: bool | str, broker: Broker, url: str | None) -> Path |
     return IN_MEMORY if Feature.DURABLE in broker.missing else Path(f"{app}.journal")
 
 
-def _weight(entry: Entry) -> int:
-    return len(entry.traceback) + (0 if entry.result is None else len(entry.result))
+def _weight(entry: Entry | Row) -> int:
+    return 0 if isinstance(entry, tuple) else len(entry.traceback) + (0 if entry.result is None else len(entry.result))
 
 
-def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    batch: list[Entry] = []
+def _batches(entries: Sequence[Entry | Row]) -> Iterator[list[Entry | Row]]:
+    batch: list[Entry | Row] = []
     weight = 0
     for entry in entries:
         batch.append(entry)
@@ -375,14 +409,16 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         yield batch
 
 
-def _encoded(batch: list[Entry]) -> bytes:
+def _encoded(batch: list[Entry | Row]) -> bytes:
     try:
         return _encode(batch)
     except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
         return _encode([_clean(entry) for entry in batch])
 
 
-def _clean(entry: Entry) -> Entry:
+def _clean(entry: Entry | Row) -> Entry:
+    if isinstance(entry, tuple):
+        entry = Entry(*entry)
     texts = {name: getattr(entry, name) for name in entry.__struct_fields__}
     clean = {name: text.encode("utf-8", "replace").decode() for name, text in texts.items() if type(text) is str}
     return msgspec.structs.replace(entry, **clean)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, Unpack
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from conveyor.core.message import Message
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Publishing
+from conveyor.runtime.ticket import Office, Ticket
 from conveyor.runtime.worker import Worker
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
-class Publisher(Protocol):
+class Publisher(Office, Protocol):
     """What a task needs of its application."""
 
     async def publish(
@@ -53,18 +55,42 @@ class Task(Generic[P, R]):
         other._options = Options(**options)
         return other
 
-    async def send(self, *args: P.args, **kwargs: P.kwargs) -> Message:
+    @overload
+    async def send(self: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Ticket[T]: ...
+    @overload
+    async def send(self: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> Ticket[T]: ...
+    async def send(self, *args: P.args, **kwargs: P.kwargs) -> Ticket[Any]:
         """Have a worker run it with these arguments; returns when the broker durably has it.
 
         Raises:
             PayloadError: an argument does not fit its parameter's type.
             NoSubscriber: no queue exists for this task.
         """
-        return await self._app.publish(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
+        payload = self._payload(args, kwargs)
+        message = await self._app.publish(payload, require_subscriber=True, **self._publishing())
+        return Ticket(self._app, message.id, message)
 
-    def send_sync(self, *args: P.args, **kwargs: P.kwargs) -> Message:
+    @overload
+    def send_sync(self: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Ticket[T]: ...
+    @overload
+    def send_sync(self: Task[P, T], *args: P.args, **kwargs: P.kwargs) -> Ticket[T]: ...
+    def send_sync(self, *args: P.args, **kwargs: P.kwargs) -> Ticket[Any]:
         """send() for code without an event loop."""
-        return self._app.publish_sync(self._payload(args, kwargs), require_subscriber=True, **self._publishing())
+        payload = self._payload(args, kwargs)
+        message = self._app.publish_sync(payload, require_subscriber=True, **self._publishing())
+        return Ticket(self._app, message.id, message)
+
+    @overload
+    def ticket(self: Task[P, Coroutine[Any, Any, T]], id: str) -> Ticket[T]: ...
+    @overload
+    def ticket(self: Task[P, T], id: str) -> Ticket[T]: ...
+    def ticket(self, id: str) -> Ticket[Any]:
+        """The ticket of a job that was sent before, perhaps by another program.
+
+        Parameters:
+            id: the job's: Ticket.id.
+        """
+        return Ticket(self._app, id)
 
     def _publishing(self) -> Publishing:
         return {name: getattr(self._options, name) for name in Publishing.__annotations__ if name != "topic"} | {

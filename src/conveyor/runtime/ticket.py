@@ -1,0 +1,306 @@
+"""A ticket: what whoever sent a job holds of it, to ask how it is, to wait for its result, and to cancel it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from datetime import timedelta
+from typing import Any, Final, Generic, Protocol, TypeVar, cast
+
+from conveyor.core.codec import explain, result_codec_for
+from conveyor.core.journal import Job, JobFilter, Status
+from conveyor.core.message import Message
+from conveyor.core.words import counted
+from conveyor.errors import (
+    HandlerError,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobTimeout,
+    JobUnknown,
+    NoKeeper,
+    PayloadError,
+    RemoteTraceback,
+    ResultNotKept,
+)
+from conveyor.runtime.ask import Asker
+from conveyor.runtime.connection import Connection
+from conveyor.runtime.control import cancel
+
+log = logging.getLogger("conveyor.ticket")
+
+T = TypeVar("T")
+S = TypeVar("S")
+Seconds = float | timedelta
+
+PATIENCE_SECONDS: Final = 15.0
+"""How long one question waits for the end of a job; then it is asked again."""
+GATHER_SECONDS: Final = 0.05
+"""Between two questions about many jobs, so that several ends come in one answer."""
+MOST_AT_ONCE: Final = 500
+"""Jobs that are asked about in one question."""
+
+
+class Office(Protocol):
+    """What a ticket needs of its application."""
+
+    async def connect_journal(self) -> Connection:
+        """The open connection of an application whose journal is on.
+
+        Raises:
+            ConfigurationError: the journal is off.
+        """
+        ...
+
+    def result_type(self, job: Job) -> Any:
+        """The type of what a job returns, where this application declares it; else Any."""
+        ...
+
+    def wait_here(self, work: Coroutine[Any, Any, S], called: str, instead: str) -> S:
+        """Run work to its end, for code without an event loop."""
+        ...
+
+
+class Ticket(Generic[T]):
+    """A job that was sent: how it is, what it returned, and a way to cancel it. Needs the journal.
+
+    Made by Task.send(), or by Task.ticket() and Conveyor.ticket() for a job that another program has sent.
+
+    Parameters:
+        id: the job's, which is its message's.
+        message: what was sent; None where another program sent it.
+    """
+
+    def __init__(self, office: Office, id: str, message: Message | None = None) -> None:
+        self.id: Final = id
+        self.message: Final = message
+        self._office = office
+
+    def __repr__(self) -> str:
+        return f"<Ticket {self.id}{f' of {self.message.topic}' if self.message is not None else ''}>"
+
+    async def result(self, timeout: Seconds | None = None) -> T:
+        """What the job returned, as soon as it is done.
+
+        Parameters:
+            timeout: seconds (or timedelta) to wait for its end; None is as long as it takes, 0 only looks.
+
+        Raises:
+            JobFailed: it was given up, and is a dead letter.
+            JobCancelled: somebody cancelled it.
+            JobTimeout: it has not ended by then (also a TimeoutError).
+            ResultNotKept: it is done, but what it returned was too large, or is no JSON.
+            PayloadError: what it returned is not of the type that the task here says.
+            NoKeeper: nobody keeps a journal, or nobody answers.
+            ConfigurationError: the journal is off.
+        """
+        seconds = _seconds(timeout)
+        asker = (await self._office.connect_journal()).asker
+        async for job in _ends(asker, [self.id], seconds):
+            return cast("T", result_of(job, self._office.result_type(job)))
+        known = await self._known()
+        raise JobTimeout(
+            f"job {self.id} has not ended after {seconds:g} s: {in_words(known)}",
+            self.id,
+            status="" if known is None else known.status,
+        )
+
+    async def status(self) -> Job:
+        """How the job is now: waiting, running, retrying, done, failed, dead or cancelled; with attempts, times, worker, error, progress.
+
+        It may be up to half a second behind. What it returned is not in it, see result().
+
+        Raises:
+            JobUnknown: the journal does not know it, or no longer.
+            NoKeeper: nobody keeps a journal, or nobody answers.
+            ConfigurationError: the journal is off.
+        """
+        connection = await self._office.connect_journal()
+        if connection.journal is not None:
+            await connection.journal.flush()
+        job = await self._known()
+        if job is None:
+            raise JobUnknown(
+                f"the journal knows no job {self.id}: there is none, it is too long ago, or its news has not come yet",
+                self.id,
+            )
+        return job
+
+    async def _known(self) -> Job | None:
+        asker = (await self._office.connect_journal()).asker
+        found = await asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
+        if found or self.message is None:
+            return found[0] if found else None
+        sent = self.message
+        return Job(id=sent.id, topic=sent.topic, created=sent.created, due=sent.due, correlation_id=sent.correlation_id)
+
+    async def cancel(self) -> None:
+        """Have it not handled any more, as soon as a worker hears or comes to it; what has ended stays as it is.
+
+        Where it runs it is stopped: an async handler gets a CancelledError, so does a thread at its next Python instruction,
+        and a process of the pool (cpu=True) is killed. Nothing that the attempt would have published is. Cancelling is a wish:
+        a handler may be done before it is heard.
+
+        Raises:
+            BrokerError: nobody could be told.
+            ConfigurationError: the journal is off.
+        """
+        connection = await self._office.connect_journal()
+        topic, journey = ("", None) if self.message is None else (self.message.topic, self.message.correlation_id)
+        if self.message is None:
+            job = await self.status()
+            topic, journey = job.topic, job.correlation_id
+            if job.status.ended:
+                return
+        assert connection.journal is not None
+        connection.journal.cancelling(self.id, topic, journey)
+        await connection.journal.flush()
+        await cancel(connection.broker, (self.id,))
+
+    def result_sync(self, timeout: Seconds | None = None) -> T:
+        """result() for code without an event loop."""
+        return self._office.wait_here(self.result(timeout), "result_sync", "ticket.result(…)")
+
+    def status_sync(self) -> Job:
+        """status() for code without an event loop."""
+        return self._office.wait_here(self.status(), "status_sync", "ticket.status()")
+
+    def cancel_sync(self) -> None:
+        """cancel() for code without an event loop."""
+        self._office.wait_here(self.cancel(), "cancel_sync", "ticket.cancel()")
+
+
+async def gather(
+    office: Office,
+    tickets: Sequence[Ticket[T]],
+    *,
+    timeout: Seconds | None,
+    on_progress: Callable[[int, int], object] | None,
+    return_errors: bool,
+) -> list[Any]:
+    """See Conveyor.gather."""
+    seconds = _seconds(timeout)
+    asker = (await office.connect_journal()).asker
+    ids = list(dict.fromkeys(ticket.id for ticket in tickets))
+    found: dict[str, Any] = {}
+    if on_progress is not None:
+        on_progress(0, len(ids))
+
+    async def collect(some: Sequence[str]) -> None:
+        async for job in _ends(asker, some, seconds):
+            try:
+                found[job.id] = result_of(job, office.result_type(job))
+            except (JobError, PayloadError) as error:
+                if not return_errors:
+                    raise
+                found[job.id] = error
+            if on_progress is not None:
+                on_progress(len(found), len(ids))
+
+    parts = [ids[first : first + MOST_AT_ONCE] for first in range(0, len(ids), MOST_AT_ONCE)]
+    tasks = [asyncio.create_task(collect(part), name="gather jobs") for part in parts]
+    try:
+        await asyncio.gather(*tasks)  # no task group: its errors come in groups
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if len(found) < len(ids):
+        left = next(id for id in ids if id not in found)
+        text = f"{counted(len(ids) - len(found), 'job has', 'jobs have')} not ended after {seconds:g} s, such as {left}"
+        raise JobTimeout(text, left, status="")
+    return [found[ticket.id] for ticket in tickets]
+
+
+async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterator[Job]:
+    """The jobs as they end, each once, until all have or the time is over.
+
+    Raises:
+        NoKeeper: in all this time nobody who keeps a journal was there, or answered.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    waiting = set(ids)
+    heard = warned = False
+    while waiting:
+        left = max(0.0, deadline - loop.time())
+        try:
+            known = await asker.wait(waiting, timeout_seconds=min(left, PATIENCE_SECONDS))
+        except NoKeeper as error:
+            if deadline <= loop.time() and not heard:
+                raise
+            if not warned:
+                log.warning("waiting on for the end of a job: %s", error)
+            warned, known = True, {}
+        else:
+            heard = True
+        ended = [job for job in known.values() if job.status.ended and job.id in waiting]
+        for job in ended:
+            waiting.discard(job.id)
+            yield job
+        if not ended and deadline <= loop.time():
+            return
+        if waiting and ended:
+            await asyncio.sleep(GATHER_SECONDS)
+
+
+def result_of(job: Job, returns: Any) -> Any:
+    """What a job that has ended returned.
+
+    Parameters:
+        returns: the type of it.
+
+    Raises:
+        JobError: it has no result; says why.
+        PayloadError: the result is not of this type.
+    """
+    if job.status is Status.CANCELLED:
+        raise JobCancelled(f"job {job.id} of {job.worker or job.topic} was cancelled", job.id)
+    if job.status is not Status.DONE:
+        raise JobFailed(
+            f"job {job.id} of {job.worker} was given up after {counted(job.attempts, 'attempt')} ({job.reason}): {job.error}",
+            job.id,
+            error=job.error,
+            traceback=job.traceback,
+            attempts=job.attempts,
+        ) from (RemoteTraceback(job.traceback) if job.traceback else None)
+    if returns is type(None):
+        return None
+    if job.unkept:
+        raise ResultNotKept(f"job {job.id} of {job.worker} is done, but {job.unkept}", job.id)
+    if job.result is None:
+        return None
+    try:
+        return result_codec_for(returns).decode(job.result.encode())
+    except HandlerError as error:
+        raise PayloadError(f"the result of job {job.id} cannot be read here: {error}") from error
+    except Exception as error:  # whatever a user's type raises
+        raise PayloadError(
+            f"the result of job {job.id} is not what {job.worker} says here that it returns: {explain(error)}"
+        ) from None
+
+
+def in_words(job: Job | None) -> str:
+    """What is known about a job that has not ended, as a sentence."""
+    if job is None:
+        return "the journal knows nothing about it"
+    told = {
+        Status.WAITING: f"it waits in {job.queue or 'its queue'}",
+        Status.RETRYING: f"{counted(job.attempts, 'attempt')} failed, and it waits for the next one",
+        Status.RUNNING: f"attempt {job.attempts} runs in {job.process}",
+    }.get(job.status, f"it is {job.status}")
+    if job.status is Status.RUNNING and job.done is not None:
+        told += (
+            f", {job.done:g}"
+            + ("" if job.total is None else f" of {job.total:g}")
+            + (f" ({job.note})" if job.note else "")
+        )
+    return told + (f"; last error: {job.error}" if job.error else "")
+
+
+def _seconds(timeout: Seconds | None) -> float:
+    if timeout is None:
+        return math.inf
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
