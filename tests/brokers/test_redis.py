@@ -19,7 +19,7 @@ from redis import Redis as Client
 import conveyor.brokers.redis as module
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
-from conveyor.brokers.redis import RedisBroker, lane
+from conveyor.brokers.redis import RedisBroker, lane, link
 from conveyor.brokers.redis.health import risks_of
 from conveyor.brokers.redis.wire import fields_of, message_of
 from conveyor.core.message import Message
@@ -295,6 +295,61 @@ async def test_a_claim_whose_answer_is_lost_comes_back_uncounted(redis: Redis) -
             await fetch
         [delivery] = await take(subscription, 1)
         assert (delivery.message.id, delivery.deliveries, delivery.crashes) == ("m", 1, 0)
+
+
+async def test_what_an_owner_has_of_many_messages_is_given_back_in_parts(redis: Redis) -> None:
+    queue, number = Queue(name="q", topics=("t",), lease_seconds=300.0), 3_500
+    async with opened(redis.url(), queue) as broker:
+        url = redis.url().partition("?")[0] + f"?namespace={broker._prefix[1:-2]}"
+        async with opened(url) as dying, opened(url) as closing:
+            await broker.publish([Message(f"m{n}", "t", b"{}") for n in range(number)])
+            for owner in (dying, closing):
+                await take(await owner.subscribe("q", number), number // 2)
+            assert await broker.reclaim(dying.owner, "it died") == number // 2
+        again = await take(await broker.subscribe("q", number), number)
+        assert {each.message.id for each in again} == {f"m{n}" for n in range(number)}
+        assert sum(each.deliveries for each in again) == number + number // 2
+
+
+async def test_an_answer_has_no_more_bytes_than_the_server_can_give_at_once(redis: Redis) -> None:
+    large, small = Queue(name="large", topics=("large",)), Queue(name="small", topics=("small",))
+    async with opened(redis.url(), large, small) as broker:
+        await broker.publish([Message(f"m{n}", "large", bytes(1_000_000)) for n in range(40)])
+        await broker.publish([Message(f"m{n}", "small", b"{}") for n in range(500)])
+        subscription = await broker.subscribe("large", 1_000)
+        sizes: list[int] = []
+        while sum(sizes) < 40:
+            sizes.append(len(await subscription.fetch(1_000)))
+        assert max(sizes) <= 20
+        assert len(await (await broker.subscribe("small", 1_000)).fetch(1_000)) == 500
+
+
+async def test_all_who_wait_for_a_connection_share_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "CONNECT_SECONDS", 0.3)
+    accepted = 0
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        silent = link.Link(link.Address(host="127.0.0.1", port=port), "key")
+        ended = await asyncio.gather(*(silent.connect() for _ in range(50)), return_exceptions=True)
+        assert accepted == 1
+        assert all(isinstance(each, BrokerUnavailable) for each in ended), ended
+        assert "without TLS (rediss:// is with)?" in str(ended[0])
+        silent.close()
+
+
+async def test_tls_to_a_server_without_it_says_what_to_look_at(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "CONNECT_SECONDS", 0.5)
+    broker = from_url(redis.url().replace("redis://", "rediss://"))
+    with pytest.raises(BrokerUnavailable, match=r"does it speak TLS on this port \(tls-port\)\? redis:// is without"):
+        await broker.open()
 
 
 async def test_the_server_may_forget_the_scripts(redis: Redis, client: Any) -> None:

@@ -39,6 +39,8 @@ DEAD_AFTER_SECONDS: Final = 20.0
 """Without a sign of life for so long, a broker object's temporary queues vanish."""
 PURGED_AT_ONCE: Final = 2_000
 """Messages of one step: the server does nothing else meanwhile."""
+FROM_THE_BEGINNING: Final = b"0"
+"""A cursor; as an answer, it is the end."""
 DEFAULT_NAMESPACE: Final = "conveyor"
 
 
@@ -124,8 +126,7 @@ class RedisBroker:
             with contextlib.suppress(BrokerError):  # else the leases end by themselves, and the signs of life
                 await self._publishing.close()
                 await self._settling.close()
-                if self._received:
-                    await self._link.run(scripts.GIVE_BACK, self.owner, 0, "", *self._received)
+                await self._give_back(self._received, self.owner, "", counted=False)
                 await self._link.run(scripts.LEAVE, self.owner)
         finally:
             self._link.close()
@@ -185,7 +186,8 @@ class RedisBroker:
         if not owner:
             return 0
         await self._link.run(scripts.LEAVE, owner)
-        return cast("int", await self._link.run(scripts.GIVE_BACK, owner, 1, why))
+        queues = [text(name) for name in await self._link.call("SMEMBERS", self._prefix + "queues")]
+        return await self._give_back(queues, owner, why, counted=True)
 
     async def queues(self) -> list[QueueInfo]:
         """See conveyor.broker.Broker."""
@@ -251,10 +253,7 @@ class RedisBroker:
     def void(self, claim: int, queue: str) -> None:
         """For a subscription: nobody hears the answer to this claim. What it takes, or will take, goes back."""
         self._doubtful[claim] = queue
-        with contextlib.suppress(BrokerUnavailable):  # then it is done on the next connection
-            posted = self._link.post(scripts.VOID, self.owner, claim, queue)
-            self._posted.add(posted)
-            posted.add_done_callback(lambda done: self._voided(done, claim))
+        self._void(claim, queue, FROM_THE_BEGINNING)
 
     def hold(self, subscription: RedisSubscription, deliveries: Sequence[Delivery]) -> None:
         """For a subscription: these are in its hands until they are settled or lost."""
@@ -274,7 +273,9 @@ class RedisBroker:
         await _bring_scripts(link)
         await link.run_now(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000))
         for claim, queue in tuple(self._doubtful.items()):
-            await link.run_now(scripts.VOID, self.owner, claim, queue)
+            cursor: Any = None
+            while cursor != FROM_THE_BEGINNING:
+                cursor = await link.run_now(scripts.VOID, self.owner, claim, queue, cursor or FROM_THE_BEGINNING)
             del self._doubtful[claim]
         await self._declare_missing()
 
@@ -331,10 +332,31 @@ class RedisBroker:
             return BrokerUnavailable(f"the temporary queue {queue!r} is gone")
         return BrokerError(f"there is no queue {queue!r}; declare it first")
 
-    def _voided(self, done: asyncio.Future[Any], claim: int) -> None:
+    def _void(self, claim: int, queue: str, cursor: bytes) -> None:
+        with contextlib.suppress(BrokerUnavailable):  # then it is done on the next connection
+            posted = self._link.post(scripts.VOID, self.owner, claim, queue, cursor)
+            self._posted.add(posted)
+            posted.add_done_callback(lambda done: self._voided(done, claim, queue))
+
+    def _voided(self, done: asyncio.Future[Any], claim: int, queue: str) -> None:
         self._posted.discard(done)
-        if not done.cancelled() and done.exception() is None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        if done.result() == FROM_THE_BEGINNING:  # that is the end
             self._doubtful.pop(claim, None)
+        else:
+            self._void(claim, queue, done.result())
+
+    async def _give_back(self, queues: Iterable[str], owner: str, why: str, *, counted: bool) -> int:
+        """What an owner leased in these queues; how many."""
+        given = 0
+        for queue in queues:
+            cursor: Any = None
+            while cursor != FROM_THE_BEGINNING:
+                arguments = owner, int(counted), why, queue, cursor or FROM_THE_BEGINNING
+                number, cursor = await self._link.run(scripts.GIVE_BACK, *arguments)
+                given += number
+        return given
 
     def _let_go(self, deliveries: Iterable[Delivery]) -> None:
         held = self._held

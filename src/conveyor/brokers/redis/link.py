@@ -25,7 +25,7 @@ CONNECT_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 10.0
 """A server that has not answered by then is taken for gone, and the connection for half open."""
 LONGEST_PAUSE_SECONDS: Final = 1.0
-"""Between two tries to connect, at most; a caller waits no longer than that for its turn."""
+"""Between two tries to connect, at most. All callers share one try, so none waits for longer than this and CONNECT_SECONDS."""
 
 _NOT_NOW: Final = re.compile(
     r"\b(READONLY|LOADING|MOVED|ASK|CLUSTERDOWN|MASTERDOWN|TRYAGAIN|BUSY|NOREPLICAS|UNBLOCKED|MISCONF|max number of clients)\b"
@@ -146,7 +146,7 @@ class Link:
         self._wire: _Wire | None = None
         self._greeted = False
         self._watch: asyncio.TimerHandle | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting: asyncio.Task[None] | None = None
         self._failures = 0
         self._not_before = 0.0
         self._elsewhere: tuple[str, int] | None = None
@@ -166,33 +166,48 @@ class Link:
         """
         if self._greeted:
             return
-        async with self._connecting:
-            if self.is_ready:
-                return
-            loop = asyncio.get_running_loop()
-            if (pause := self._not_before - loop.time()) > 0:
-                await asyncio.sleep(pause)
-            try:
-                async with asyncio.timeout(CONNECT_SECONDS):
-                    try:
-                        await self._begin()
-                    except NotNow:
-                        if self._elsewhere is None:
-                            raise
-                        self.drop("the keys are elsewhere in the cluster")
-                        await self._begin()
-            except BaseException as error:
-                self._failures += 1
-                longest = min(LONGEST_PAUSE_SECONDS, 0.05 * 2 ** min(self._failures, 10))
-                self._not_before = loop.time() + longest * random.uniform(0.5, 1.0)
-                said = f"no connection to {self._address}: {str(error) or type(error).__name__}"
-                self.drop(said)
-                if isinstance(error, Refused):
-                    raise BrokerError(said) from error
-                if isinstance(error, BrokerUnavailable | OSError | TimeoutError):
-                    raise NoConnection(said) from error
-                raise
-            self._failures = 0
+        self._check_open()
+        if self._connecting is None:
+            self._connecting = asyncio.create_task(self._try(), name=f"connecting to {self._address}")
+            self._connecting.add_done_callback(self._tried)
+        connecting = self._connecting
+        await asyncio.wait([connecting])
+        if connecting.cancelled():
+            raise NoConnection("the broker is closed")
+        if (error := connecting.exception()) is not None:
+            raise _again(error)
+
+    def _tried(self, connecting: asyncio.Task[None]) -> None:
+        self._connecting = None
+        if not connecting.cancelled():
+            connecting.exception()  # its callers may be gone
+
+    async def _try(self) -> None:
+        """Connect once, not too soon after the last time."""
+        loop = asyncio.get_running_loop()
+        if (pause := self._not_before - loop.time()) > 0:
+            await asyncio.sleep(pause)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                try:
+                    await self._begin()
+                except NotNow:
+                    if self._elsewhere is None:
+                        raise
+                    self.drop("the keys are elsewhere in the cluster")
+                    await self._begin()
+        except BaseException as error:
+            self._failures += 1
+            longest = min(LONGEST_PAUSE_SECONDS, 0.05 * 2 ** min(self._failures, 10))
+            self._not_before = loop.time() + longest * random.uniform(0.5, 1.0)
+            said = f"no connection to {self._address}: {_why(error, self._address)}"
+            self.drop(said)
+            if isinstance(error, Refused):
+                raise BrokerError(said) from error
+            if isinstance(error, BrokerUnavailable | OSError | TimeoutError):
+                raise NoConnection(said) from error
+            raise
+        self._failures = 0
 
     async def call(self, *command: Any) -> Any:
         """Send a command; its answer.
@@ -253,6 +268,8 @@ class Link:
     def close(self) -> None:
         """End it for good."""
         self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
         self.drop("the broker is closed")
 
     async def _begin(self) -> None:
@@ -312,6 +329,24 @@ class Link:
             self._watch = loop.call_later(left, self._look)
         else:
             self.drop(f"{self._address} has not answered for {ANSWER_SECONDS:g} s")
+
+
+def _again(error: BaseException) -> BaseException:
+    """One of its own for each caller: an exception that several tasks raise would gather the traces of all of them."""
+    return type(error)(str(error)) if isinstance(error, BrokerError) else error
+
+
+def _why(error: BaseException, address: Address) -> str:
+    """What kept us from connecting, and what to look at where the error itself says little."""
+    if isinstance(error, TimeoutError):
+        said = f"no answer within {CONNECT_SECONDS:g} s"
+        if address.tls is not None:
+            return f"{said} to the beginning of TLS; does it speak TLS on this port (tls-port)? redis:// is without"
+        return f"{said}; is it Redis that listens there, without TLS (rediss:// is with)?"
+    if isinstance(error, ssl.SSLError):
+        said = error.reason or error
+        return f"TLS failed ({said}); look at the certificate, at ca= in the URL, and whether it speaks TLS on this port"
+    return str(error) or type(error).__name__
 
 
 def text(value: bytes) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast
 
 from conveyor.broker import Delivery, Settlement
@@ -126,12 +126,19 @@ def _unpack_messages(chunks: Sequence[_Chunk], _: Any, answer: Any) -> list[Any]
     return answers
 
 
+class _Ends(NamedTuple):
+    """The settlements of one call, and what each emits, as publish() in queue.lua takes it."""
+
+    settlements: Sequence[Settlement]
+    emits: Mapping[int, list[Any]]
+
+
 class Settling:
     """Settles and extends."""
 
     def __init__(self, link: Link, sender: str) -> None:
         self._link = link
-        self._lane = Lane[Sequence[Settlement]](link, scripts.SETTLE, sender, self._pack, _unpack_lost)
+        self._lane = Lane[_Ends](link, scripts.SETTLE, sender, self._pack, _unpack_lost)
         self._unordered: set[str] = set()
         self.close = self._lane.close
 
@@ -143,21 +150,27 @@ class Settling:
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         """See conveyor.broker.Broker.settle."""
         arguments, size = 3 * len(settlements), 0
-        emitted: list[Message] = []
-        for settlement in settlements:
-            verdict = settlement.verdict
-            if type(verdict) is Done and verdict.emits:
-                emitted += verdict.emits
+        emits: dict[int, list[Any]] = {}
         refused: dict[str, str] = {}
-        for message in emitted:
-            size += len(message.body)
-            try:
-                arguments += len(arguments_of(message))
-            except ValueError as error:
-                refused[message.id] = str(error)
+        for place, settlement in enumerate(settlements):
+            verdict = settlement.verdict
+            if type(verdict) is Done:
+                if verdict.emits:
+                    emits[place] = emitted = []
+                    for message in verdict.emits:
+                        size += len(message.body)
+                        try:
+                            emitted += arguments_of(message)
+                        except ValueError as error:
+                            refused[message.id] = str(error)
+                    arguments += len(emitted)
+            elif isinstance(verdict, Dead):
+                size += len(verdict.error) + len(verdict.traceback)
+            elif isinstance(verdict, RetryAt):
+                size += len(verdict.error)
         if refused:
             raise PublishFailed(refused=refused)
-        lost = await self._lane.put(settlements, arguments=arguments, size=size)
+        lost = await self._lane.put(_Ends(settlements, emits), arguments=arguments, size=size)
         return [settlements[position].delivery for position in lost]
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -173,15 +186,15 @@ class Settling:
                 lost.update(part[position].receipt for position in gone)
         return [each for each in deliveries if each.receipt in lost] if lost else []
 
-    def _pack(self, batches: Sequence[Sequence[Settlement]]) -> tuple[list[Any], list[int]]:
+    def _pack(self, batches: Sequence[_Ends]) -> tuple[list[Any], list[int]]:
         """The arguments, and which settlement (counted over all batches) is at which place in them."""
         fast: dict[str, list[tuple[int, str]]] = {}
-        slow: list[tuple[int, Settlement]] = []
+        slow: list[tuple[int, Settlement, list[Any]]] = []
         seen: set[object] = set()
         unordered = self._unordered
         place = 0
         for batch in batches:
-            for settlement in batch:
+            for number, settlement in enumerate(batch.settlements):
                 delivery, verdict = settlement.delivery, settlement.verdict
                 receipt = cast("str", delivery.receipt)
                 # What is settled twice comes behind the fast ones, in its order: there the first counts.
@@ -193,7 +206,7 @@ class Settling:
                 ):
                     fast.setdefault(delivery.queue, []).append((place, receipt))
                 else:
-                    slow.append((place, settlement))
+                    slow.append((place, settlement, batch.emits.get(number, [])))
                 seen.add(receipt)
                 place += 1
         arguments: list[Any] = []
@@ -205,34 +218,31 @@ class Settling:
                 for place, receipt in part:
                     order.append(place)
                     arguments.append(receipt)
-        for place, settlement in slow:
+        for place, settlement, emits in slow:
             order.append(place)
-            arguments += _arguments_of(settlement)
+            arguments += _arguments_of(settlement, emits)
         return arguments, order
 
 
-def _unpack_lost(batches: Sequence[Sequence[Settlement]], order: list[int], answer: Any) -> list[Any]:
+def _unpack_lost(batches: Sequence[_Ends], order: list[int], answer: Any) -> list[Any]:
     if not answer:
         return [()] * len(batches)
     lost = sorted(order[position] for position in answer)
     answers: list[Any] = []
     start = 0
     for batch in batches:
-        end = start + len(batch)
+        end = start + len(batch.settlements)
         answers.append([place - start for place in lost if start <= place < end])
         start = end
     return answers
 
 
-def _arguments_of(settlement: Settlement) -> list[Any]:
+def _arguments_of(settlement: Settlement, emits: list[Any]) -> list[Any]:
     """One settlement as settle.lua takes it."""
     delivery, verdict = settlement.delivery, settlement.verdict
     key = delivery.message.key
     which: list[Any] = [delivery.receipt, "-" if key is None else "+" + key]
     if isinstance(verdict, Done):
-        emits: list[Any] = []
-        for message in verdict.emits:
-            emits += arguments_of(message)
         return [delivery.queue, "D", *which, len(verdict.emits), *emits]
     if isinstance(verdict, RetryAt):
         return [delivery.queue, "R", *which, milliseconds(verdict.due), verdict.error]

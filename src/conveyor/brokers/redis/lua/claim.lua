@@ -22,6 +22,19 @@ local function look_at_clock()
   end
 end
 
+-- An answer has about this many bytes at most: a larger one would hold up the server, and everybody else, for its time. So the first
+-- few tell how large messages are, and how many more may be asked for, but for no more than four times as many as came.
+local most_bytes, few, bytes, taken = 4194304, 16, 0, 0
+local function ask()
+  if bytes >= most_bytes then return 0 end
+  if taken == 0 then return math.min(room, few) end
+  return math.min(room, 4 * taken, math.max(few, math.floor((most_bytes - bytes) * taken / math.max(bytes, 1))))
+end
+local function took(size)
+  bytes, taken, room = bytes + size, taken + 1, room - 1
+  if bytes >= most_bytes then room = 0 end
+end
+
 local ends, leases, others, entries = number(now() + queue.lease), {}, {}, {}
 local function take(refs, dues)
   if #refs == 0 then return end
@@ -34,7 +47,9 @@ local function take(refs, dues)
       others[#others + 1] = {ref, counts[i] or '', fields, at > now() and number(at) or ''}
       leases[#leases + 1] = ends
       leases[#leases + 1] = ref .. (at > now() and ' ' .. ARGV[3] .. '@' .. number(at) .. ' ' .. ARGV[4] or token)
-      room = room - 1
+      local size = 0
+      for f = 2, #fields, 2 do size = size + #fields[f] end
+      took(size)
     else -- somebody deleted it from its stream; in an ordered queue the others of its key go on
       call('HDEL', queue.counts, ref)
       if queue.ordered then
@@ -48,21 +63,24 @@ local function take(refs, dues)
 end
 
 local function take_ready()
-  local refs = call('ZRANGE', queue.ready, 0, room - 1)
+  local asked = ask()
+  local refs = asked > 0 and call('ZRANGE', queue.ready, 0, asked - 1) or {}
   if #refs > 0 then call('ZREM', queue.ready, unpack(refs)) end
   take(refs)
-  return #refs
+  return #refs == asked
 end
 
 local function take_fresh()
-  local read = call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', room, 'NOACK', 'STREAMS', queue.fresh, '>')
-  if not read then return 0, false end
+  local asked = ask()
+  local read = call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', asked, 'NOACK', 'STREAMS', queue.fresh, '>')
+  if not read then return false end
   local found, aside = read[1][2], false
   for i = 1, #found do
     local entry = found[i]
-    local fields, plain = entry[2], true
+    local fields, plain, size = entry[2], true, 0
     for f = 1, #fields, 2 do
-      if ways[fields[f]] then plain = false break end
+      if ways[fields[f]] then plain = false end
+      size = size + #fields[f + 1]
     end
     if not plain then
       local at, priority, key = way_of(fields)
@@ -77,22 +95,22 @@ local function take_fresh()
       entries[#entries + 1] = entry
       leases[#leases + 1] = ends
       leases[#leases + 1] = entry[1] .. 'm0' .. token
-      room = room - 1
+      took(size)
     end
   end
-  return #found, aside
+  return #found == asked or aside
 end
 
 -- Also what is not due, and what is behind: a key's oldest is in ready, later or somebody's hands, and comes before.
 local function take_early()
-  local found, refs, dues = call('ZRANGE', queue.later, 0, room - 1, 'WITHSCORES'), {}, {}
+  local found, refs, dues = call('ZRANGE', queue.later, 0, ask() - 1, 'WITHSCORES'), {}, {}
   for i = 1, #found, 2 do
     refs[#refs + 1], dues[#dues + 1] = found[i], tonumber(found[i + 1])
   end
   if #refs > 0 then call('ZREM', queue.later, unpack(refs)) end
   take(refs, dues)
   if room <= 0 then return #refs end
-  local members = call('ZRANGE', queue.behind, 0, room - 1)
+  local members = call('ZRANGE', queue.behind, 0, ask() - 1)
   if #members > 0 then
     call('ZREM', queue.behind, unpack(members))
     for i, member in ipairs(members) do members[i] = sub(member, 41) end
@@ -104,13 +122,8 @@ end
 -- Whoever gives less than was asked of it has no more; but what was put aside may be ready now.
 local function take_all()
   repeat
-    local asked = room
-    local more = take_ready() == asked
-    if room > 0 then
-      asked = room
-      local got, aside = take_fresh()
-      more = more or got == asked or aside
-    end
+    local more = take_ready()
+    if room > 0 then more = take_fresh() or more end
     if room > 0 and early then more = take_early() > 0 or more end
   until room <= 0 or not more
 end
@@ -118,7 +131,7 @@ end
 -- Who has waited looked at the clock before, and was most likely woken by a fresh message: it is given that at once.
 if ARGV[6] == '1' then
   take_ready()
-  if room > 0 then take_fresh() end
+  if room > 0 and take_fresh() and room > 0 then take_fresh() end
 end
 if #leases == 0 then
   look_at_clock()

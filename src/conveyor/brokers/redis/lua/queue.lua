@@ -203,6 +203,23 @@ local function come_back(queue, lease, counted, why)
   give(queue, ref, due_of(lease), key_hash(queue, ref))
 end
 
+-- Gives back some of what an owner leased (by one claim, or by any), and from where to go on: the server serves others between the parts.
+-- A lease is: reference, number of the claim (with @ and when it is due, where it was given early), owner.
+local function give_back(queue, owner, claim, from, counted, why)
+  local part, back, seen = call('ZSCAN', queue.leases, from, 'COUNT', 1000), {}, {}
+  for i = 1, #part[2], 2 do
+    local lease = part[2][i]
+    local by, whose = match(lease, '^%S+ (%d+)@?%d* (.*)$')
+    if whose == owner and (not claim or by == claim) and not seen[lease] then
+      seen[lease] = true
+      back[#back + 1] = lease
+    end
+  end
+  table.sort(back, function(one, other) return reference_of(one) < reference_of(other) end)
+  for _, lease in ipairs(back) do come_back(queue, lease, counted, why) end
+  return #back, part[1]
+end
+
 -- Keeps a bounded queue within its bound: the oldest of the lowest priority go first.
 local function drop(queue)
   if not queue.max then return end
