@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +14,14 @@ from benchmarks.subject import Load
 from conveyor import Conveyor
 from conveyor.broker import Broker
 from conveyor.brokers.memory import MemoryBroker
+from conveyor.errors import NoKeeper
+
+kept = Conveyor("orders", journal=True)
+"""What `conveyor journal` is told."""
 
 
-async def _consume(broker: str | Broker, load: Load, *, fill: bool = False) -> dict[str, float]:
-    app = Conveyor("orders", broker=broker)
+async def _consume(broker: str | Broker, load: Load, *, fill: bool = False, journal: bool = False) -> dict[str, float]:
+    app = Conveyor("orders", broker=broker, journal=journal)
     countdown: Countdown
 
     @app.worker
@@ -25,10 +31,35 @@ async def _consume(broker: str | Broker, load: Load, *, fill: bool = False) -> d
     async with app:
         if fill:
             await fill_app(app, load)
+        if journal:
+            await _until_kept(app)
         countdown = Countdown(load.messages)
-        async with app.running():
+        async with app.running(keeper=False):
             await countdown.over.wait()
         return countdown.figures()  # draining settled what was handled
+
+
+async def _until_kept(app: Conveyor) -> None:
+    """Wait for the keeper, which runs in a process of its own."""
+    connection = await app.connect()
+    while True:
+        try:
+            await connection.asker.jobs(limit=1)
+        except NoKeeper:
+            await asyncio.sleep(0.1)
+        else:
+            return
+
+
+def with_journal(folder: Path, load: Load) -> Mapping[str, float]:
+    """With the journal on, and its keeper in a process of its own, as `conveyor run` has it."""
+    said = ("--broker", url(folder), "--log-level", "warning")
+    keeper = subprocess.Popen([sys.executable, "-m", "conveyor", "journal", "benchmarks.consume:kept", *said])
+    try:
+        return asyncio.run(_consume(url(folder), load, journal=True))
+    finally:
+        keeper.terminate()
+        keeper.wait()
 
 
 def conveyor(folder: Path, load: Load) -> Mapping[str, float]:

@@ -48,6 +48,14 @@ MEASUREMENTS: Final = (
         "Consume a queue of 100,000: claim, decode, handle, settle",
         (
             Subject("Conveyor", "consume:conveyor", WAITING, "load:fill", {"rate": Goal(at_least=45_000)}),
+            Subject(
+                "Conveyor, journal on",
+                "consume:with_journal",
+                WAITING,
+                "load:fill",
+                {"rate": Goal(share=0.85)},
+                settings="the keeper in a process of its own",
+            ),
             Subject("bare apsw", "bare_apsw:consume", WAITING, "bare_apsw:fill"),
             Subject("Conveyor in memory", "consume:in_memory", WAITING),
             Subject("Huey", "peers.huey:consume", Load(10_000, ready=10_000), "peers.huey:fill"),

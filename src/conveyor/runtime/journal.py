@@ -36,7 +36,7 @@ FLUSH_SECONDS: Final = 0.25
 """How long an entry waits for others to travel with; what a killed process had noted since then is lost."""
 SOON_SECONDS: Final = 0.01
 """How long the end of a job waits: somebody may be waiting for its result."""
-CAPACITY: Final = 20_000
+CAPACITY: Final = 50_000
 """Entries that wait to be shipped at most; beyond, they are dropped and counted."""
 CAPACITY_BYTES: Final = 16 * 1024 * 1024
 """Bytes of results and tracebacks among them at most."""
@@ -141,23 +141,15 @@ class Journal:
             worker: the identity of the worker whose handler did it; "" is a program.
         """
         id, journey = message.id, message.correlation_id
-        self.note(
-            Entry(
-                Kind.PUBLISHED,
-                message.created,
-                id,
-                message.topic,
-                worker,
-                self.process,
-                "",
-                0,
-                0,
-                None if journey == id else journey,
-                message.causation_id,
-                None,
-                message.due,
-            )
-        )
+        cause = None if journey == id else journey, message.causation_id
+        row = ("published", message.created, id, message.topic, worker, self.process, "", 0, 0, *cause)
+        self._note_row((*row, None, message.due) if message.due else row)
+
+    def _note_row(self, row: Row) -> None:
+        if len(self._entries) >= CAPACITY:
+            self._drop(1)
+        else:
+            self._entries.append(row)
 
     def cancelling(self, id: str, topic: str, journey: str | None) -> None:
         """Somebody wants a message cancelled.
@@ -181,41 +173,45 @@ class Journal:
         """
         now = self._clock()
         started = None if begun is None else now - (monotonic() - begun)
-        message = delivery.message
-        if verdict is DONE and len(self._entries) < CAPACITY:
-            # What nearly every message is costs as little as can be: a row that decodes into an entry, without what is at its default.
-            id, journey, attempts = message.id, message.correlation_id, delivery.attempts
-            self._entries.append(
-                (
-                    "succeeded",
-                    now,
-                    id,
-                    message.topic,
-                    worker,
-                    self.process,
-                    delivery.queue,
-                    attempts + 1,
-                    delivery.deliveries - attempts - 1,
-                    None if journey == id else journey,
-                    message.causation_id,
-                    started,
-                )
-            )
-            if soon:
-                self._soon.set()
+        if verdict is not DONE:
+            self._settled_otherwise(worker, delivery, verdict, now, started, soon=soon)
             return
+        message, attempts = delivery.message, delivery.attempts
+        id, journey = message.id, message.correlation_id
+        self._note_row(
+            (
+                "succeeded",
+                now,
+                id,
+                message.topic,
+                worker,
+                self.process,
+                delivery.queue,
+                attempts + 1,
+                delivery.deliveries - attempts - 1,
+                None if journey == id else journey,
+                message.causation_id,
+                started,
+            )
+        )
+        if soon:
+            self._soon.set()
+
+    def _settled_otherwise(
+        self, worker: str, delivery: Delivery, verdict: Verdict, now: float, started: float | None, *, soon: bool
+    ) -> None:
+        message = delivery.message
         id, journey, attempt = message.id, message.correlation_id, delivery.attempts + 1
         kind, due, reason, error, traceback = Kind.SUCCEEDED, 0.0, "", "", ""
         result, unkept = None, ""
         if type(verdict) is Done:
-            if verdict is not DONE:
-                result, unkept = verdict.result, verdict.unkept
-                if verdict.repeated:
-                    kind = Kind.DUPLICATE
-                elif verdict.cancelled:
-                    kind, attempt = Kind.CANCELLED, attempt if begun is not None else delivery.attempts
-                for emitted in verdict.emits:
-                    self.published(emitted, worker)
+            result, unkept = verdict.result, verdict.unkept
+            if verdict.repeated:
+                kind = Kind.DUPLICATE
+            elif verdict.cancelled:
+                kind, attempt = Kind.CANCELLED, attempt if started is not None else delivery.attempts
+            for emitted in verdict.emits:
+                self.published(emitted, worker)
         elif type(verdict) is RetryAt:
             kind, due, error, traceback = Kind.RETRIED, verdict.due, verdict.error, verdict.traceback
         elif type(verdict) is Dead:
@@ -223,7 +219,7 @@ class Journal:
             if reason in _BEFORE_IT_BEGAN:
                 started, attempt = None, delivery.attempts
         elif type(verdict) is Release:
-            if begun is None:
+            if started is None:
                 return  # nobody had looked at it
             kind, due = Kind.RELEASED, verdict.due
         self.note(
@@ -338,9 +334,10 @@ class Journal:
                         began = self._clock() - ran
                         self.note(self._of(Kind.STARTED, began, worker, delivery, started=began))
         self._told = frozenset(told)
-        entries, self._entries, self._bytes = [*self._entries, *self._progress.values()], [], 0
+        entries, self._entries = [*self._entries, *self._progress.values()], []
+        heavy, self._bytes = self._bytes > 0, 0
         self._progress.clear()
-        for batch in _batches(entries):
+        for batch in _batches(entries, heavy=heavy):
             now = self._clock()
             self._unsent.append(
                 (
@@ -396,7 +393,15 @@ def _weight(entry: Entry | Row) -> int:
     return 0 if isinstance(entry, tuple) else len(entry.traceback) + (0 if entry.result is None else len(entry.result))
 
 
-def _batches(entries: Sequence[Entry | Row]) -> Iterator[list[Entry | Row]]:
+def _batches(entries: Sequence[Entry | Row], *, heavy: bool) -> Iterator[Sequence[Entry | Row]]:
+    """Entries in portions that a broker can carry.
+
+    Parameters:
+        heavy: some have a weight.
+    """
+    if not heavy:
+        yield from (entries[start : start + LARGEST_BATCH] for start in range(0, len(entries), LARGEST_BATCH))
+        return
     batch: list[Entry | Row] = []
     weight = 0
     for entry in entries:
@@ -409,7 +414,7 @@ def _batches(entries: Sequence[Entry | Row]) -> Iterator[list[Entry | Row]]:
         yield batch
 
 
-def _encoded(batch: list[Entry | Row]) -> bytes:
+def _encoded(batch: Sequence[Entry | Row]) -> bytes:
     try:
         return _encode(batch)
     except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
