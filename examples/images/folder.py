@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -115,9 +116,7 @@ def process_folder(
         since = begin(state, filters, again=again)
         clean(target)
         if broker is None:
-            for old in state.glob("images.queue*"):  # of a run that was interrupted: what it had queued is not done yet
-                old.unlink()
-            broker = f"sqlite:///{state / 'images.queue'}?durability=normal"
+            broker = own_queue(state)
         run = Run(sum(1 for path in walk(source, target) if is_image(path)))
         on_start(run)
         started = time.monotonic()
@@ -270,6 +269,14 @@ def begin(state: Path, filters: str, *, again: bool) -> float:
     temporary.write_bytes(msgspec.json.encode(recipe))
     temporary.replace(file)
     return recipe.since
+
+
+def own_queue(state: Path) -> str:
+    """The URL of a new queue in the state's folder. That of an interrupted run goes: what it held is among what is not done yet."""
+    folder = state / "queue"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return f"sqlite:///{folder / 'images.queue'}?durability=normal"
 
 
 def clean(target: Path) -> None:

@@ -1,0 +1,218 @@
+"""Processing a folder: every image once, whatever is killed or interrupted, and bad ones only for themselves."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from examples.images.files import TEMPORARY
+from examples.images.folder import STATE
+from examples.images.pictures import make_photographs
+from tests.examples.beside import Program, wait_for
+from tests.examples.images.odd import HANDLED, REFUSED, write
+
+SLOW = "blur:60,sharpen:3"
+"""Slow enough that one can interfere."""
+
+
+class Folder:
+    """A folder of images, the command that processes it, and what comes out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.source, self.out = path / "in", path / "out"
+        self.programs: list[Program] = []
+
+    def start(self, *flags: str, filters: str = SLOW, processes: int = 2) -> Program:
+        command = ["examples.images", "process", str(self.source), str(self.out), "--filters", filters, "--json"]
+        program = Program(self.path, {}, *command, "--processes", str(processes), *flags)
+        self.programs.append(program)
+        return program
+
+    def run(self, *flags: str, filters: str = SLOW) -> tuple[int, dict[str, Any]]:
+        """Run the command to its end: exit code and report."""
+        program = self.start(*flags, filters=filters)
+        code = program.process.wait(150)
+        return code, self.report(program)
+
+    @staticmethod
+    def report(program: Program) -> dict[str, Any]:
+        said = program.said()
+        assert "{" in said, said
+        report: dict[str, Any] = json.JSONDecoder().raw_decode(said[said.index("{\n") :])[0]
+        return report
+
+    def made(self) -> dict[str, Path]:
+        """The images that are there, each of which can be read to its end."""
+        found = {}
+        for path in self.out.rglob("*"):
+            if path.is_file() and STATE not in path.parts and not path.name.startswith(TEMPORARY):
+                with Image.open(path) as image:
+                    image.load()
+                found[str(path.relative_to(self.out))] = path
+        found.pop("contact-sheet.png", None)
+        return found
+
+    def half_written(self) -> list[Path]:
+        return [path for path in self.out.rglob(f"{TEMPORARY}*") if path.name != STATE]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Folder]:
+    """With a dozen photographs in it, some of them in a folder within."""
+    found = Folder(tmp_path)
+    make_photographs(found.source, 8, (900, 675))
+    make_photographs(found.source / "within", 4, (900, 675))
+    yield found
+    for program in found.programs:
+        program.close()
+
+
+def wait_for_some(folder: Folder, program: Program, number: int) -> None:
+    wait_for(lambda: (folder.out.exists() and len(folder.made()) >= number) or None, program.said)
+
+
+def progressed(folder: Folder, made: int, ended: Callable[[], bool]) -> bool:
+    return ended() or len(folder.made()) > made
+
+
+def pool(program: Program) -> list[int]:
+    """The processes that do the work."""
+    return [pid for pid in program.children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_every_image_is_processed_and_reported_and_looked_at(folder: Folder) -> None:
+    (folder.source / "notes.txt").write_text("no image")
+    code, report = folder.run(filters="blur:2,brightness:1.2")
+    assert code == 0
+    assert (report["processed"], report["failed"], report["other_files"]) == (12, 0, 1)
+    assert list(report["steps"]) == ["load", "blur", "brightness", "save"]
+    for step in report["steps"].values():
+        assert step["count"] == 12
+        assert 0 < step["mean"] <= step["p95"] * 12
+    assert len(folder.made()) == 12
+    with Image.open(folder.out / "contact-sheet.png") as sheet:
+        assert sheet.size[0] > 1000
+
+
+def test_what_is_done_is_not_done_again_unless_its_original_is_newer(folder: Folder) -> None:
+    assert folder.run(filters="blur:1")[1]["processed"] == 12
+    before = {name: path.stat().st_mtime_ns for name, path in folder.made().items()}
+    os.utime(folder.source / "photo-0003.jpg")
+    code, report = folder.run(filters="blur:1")
+    assert (code, report["processed"], report["before"]) == (0, 1, 11)
+    after = {name: path.stat().st_mtime_ns for name, path in folder.made().items()}
+    assert [name for name in before if before[name] != after[name]] == ["photo-0003.jpg"]
+
+
+def test_results_of_other_filters_are_not_mixed_in(folder: Folder) -> None:
+    assert folder.run(filters="blur:1")[0] == 0
+    program = folder.start(filters="blur:2")
+    assert program.process.wait(60) == 2
+    assert "holds images made with 'blur:1'; use another folder, or --again" in program.said()
+    code, report = folder.run("--again", filters="blur:2")
+    assert (code, report["processed"], report["before"]) == (0, 12, 0)
+
+
+def test_only_the_bad_images_fail_each_with_its_reason(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    make_photographs(folder.source, 2, (90, 60))
+    for kind, (name, make) in HANDLED.items():
+        (folder.source / kind).mkdir()
+        write(folder.source / kind, name, make())
+    for kind, (name, make, _) in REFUSED.items():
+        (folder.source / kind).mkdir()
+        write(folder.source / kind, name, make())
+    code, report = folder.run(filters="blur:1")
+    assert code == 1
+    assert (report["processed"], report["failed"], report["attempts_failed"]) == (2 + len(HANDLED), len(REFUSED), 0)
+    assert {Path(failure["path"]).parts[0] for failure in report["failures"]} == set(REFUSED)
+    assert all(Path(failure["path"]).name in failure["reason"] for failure in report["failures"])
+    assert len(folder.made()) == 2 + len(HANDLED)
+    again, report = folder.run(filters="blur:1")
+    assert (again, report["processed"], report["before"]) == (1, 0, 2 + len(HANDLED))
+    assert report["failed"] == len(REFUSED)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_same_command_again_does_what_an_interruption_left_and_nothing_twice(
+    folder: Folder, number: signal.Signals
+) -> None:
+    program = folder.start()
+    wait_for_some(folder, program, 2)
+    program.process.send_signal(number)
+    assert program.process.wait(60) == 130, program.said()
+    first = folder.report(program)
+    assert first["interrupted"]
+    assert 2 <= first["processed"] == len(folder.made())
+    assert folder.half_written() == []
+    code, second = folder.run()
+    assert code == 0
+    assert second["before"] == first["processed"]
+    assert second["processed"] == 12 - first["processed"]
+    assert len(folder.made()) == 12
+
+
+def test_processes_that_are_killed_again_and_again_cost_no_image(folder: Folder) -> None:
+    program = folder.start()
+    killed: set[int] = set()
+
+    def ended() -> bool:
+        return program.process.poll() is not None
+
+    def victim() -> int | None:
+        return next((pid for pid in pool(program) if pid not in killed), None)
+
+    for _ in range(6):
+        made = len(folder.made())
+        wait_for(lambda: victim() or ended() or None, program.said)
+        if (pid := victim()) is None:
+            break
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+        # Some progress between two deaths, else all of them would fall on the same image.
+        wait_for(functools.partial(progressed, folder, made, ended), program.said)
+    assert program.process.wait(150) == 0, program.said()
+    report = folder.report(program)
+    assert len(killed) >= 3
+    assert (report["processed"], report["failed"]) == (12, 0)
+    assert report["attempts_failed"] >= 1
+    assert len(folder.made()) == 12
+    assert folder.half_written() == []
+
+
+def test_after_the_command_itself_is_killed_every_image_is_whole_and_the_next_run_does_the_rest(folder: Folder) -> None:
+    program = folder.start()
+    wait_for_some(folder, program, 3)
+    program.kill_all()
+    there = folder.made()
+    assert 3 <= len(there) < 12
+    code, report = folder.run()
+    assert (code, report["processed"] + report["before"], report["failed"]) == (0, 12, 0)
+    assert report["before"] >= len(there)
+    assert len(folder.made()) == 12
+    assert folder.half_written() == []
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:
+    program = folder.start()
+    wait_for_some(folder, program, 1)
+    second = folder.start()
+    assert second.process.wait(60) == 2
+    assert "another run is at work" in second.said()
+
+
+def test_the_queue_may_be_on_any_broker(tmp_path: Path, shared_url: str) -> None:
+    folder = Folder(tmp_path)
+    make_photographs(folder.source, 4, (90, 60))
+    write(folder.source, "bad.jpg", b"no image")
+    code, report = folder.run("--broker", shared_url, filters="blur:1")
+    assert (code, report["processed"], report["failed"]) == (1, 4, 1)
