@@ -36,7 +36,7 @@ from conveyor.runtime.ticket import Ticket
 from conveyor.runtime.watch import Watch
 
 if TYPE_CHECKING:
-    from conveyor.runtime.ledger import Transaction
+    from conveyor.runtime.transaction import Transaction
 
 __version__ = "0.1.0"
 
@@ -90,7 +90,7 @@ def __getattr__(name: str) -> Any:
     if name != "Transaction":
         raise AttributeError(f"module 'conveyor' has no attribute {name!r}")
     try:
-        from conveyor.runtime.ledger import Transaction
+        from conveyor.runtime.transaction import Transaction
     except ModuleNotFoundError as error:
         from conveyor.errors import MissingExtra
 

@@ -56,7 +56,8 @@ from conveyor.runtime.worker import (
 
 if TYPE_CHECKING:
     from conveyor.runtime.keeper import Keeper
-    from conveyor.runtime.ledger import Ledger, Transaction
+    from conveyor.runtime.ledger import Ledger
+    from conveyor.runtime.transaction import Transaction
 
 log = logging.getLogger("conveyor.app")
 

@@ -10,12 +10,12 @@ import pytest
 
 from conveyor import Conveyor
 from conveyor.core.message import Message
-from conveyor.runtime.ledger import NEVER
+from conveyor.runtime.outbox import NEVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from conveyor.runtime.ledger import Pending
+    from conveyor.runtime.outbox import Pending
     from tests.cli.conftest import Program
 
 

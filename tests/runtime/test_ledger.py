@@ -29,7 +29,9 @@ from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import Release, RetryAt, Verdict, verdict_on_error
 from conveyor.errors import AlreadyHandled, ConfigurationError, LedgerBusy, LedgerError, LedgerUnavailable
 from conveyor.runtime.database import trouble, wal_is_safe
-from conveyor.runtime.ledger import NEVER, Claimed, Ledger, Transaction, _Outgoing
+from conveyor.runtime.ledger import Ledger
+from conveyor.runtime.outbox import NEVER, Claimed, Outgoing
+from conveyor.runtime.transaction import Transaction
 
 if TYPE_CHECKING:
     from servers.postgres import Postgres
@@ -716,7 +718,7 @@ async def test_of_one_key_two_applications_do_not_wait_for_each_other(postgres: 
     shop, billing = await world.ledger(), await world.ledger(app="billing", lock_seconds=1.0)
     async with shop.transaction() as tx:
         connection = await tx.session.connection()
-        await connection.run_sync(lambda sync: shop.write_outbox(sync, [_Outgoing(message("1", "k"), required=False)]))
+        await connection.run_sync(lambda sync: shop.write_outbox(sync, [Outgoing(message("1", "k"), required=False)]))
         async with billing.transaction() as other:
             other.add([message("2", "k")])
     assert await world.outbox() == ["1", "2"]

@@ -10,7 +10,8 @@ import pytest
 from conveyor import Conveyor
 from conveyor.core.message import Message
 from conveyor.runtime import runner as runner_module
-from conveyor.runtime.ledger import NEVER, Ledger
+from conveyor.runtime.ledger import Ledger
+from conveyor.runtime.outbox import NEVER
 
 
 async def test_parked_messages_are_a_note_of_health_and_a_number(

@@ -20,8 +20,10 @@ from conveyor.broker import Broker
 from conveyor.core.message import Message
 from conveyor.errors import BrokerUnavailable, PayloadTooLarge, PublishFailed
 from conveyor.runtime import relay as relay_module
-from conveyor.runtime.ledger import Ledger, Row, Transaction
+from conveyor.runtime.ledger import Ledger
+from conveyor.runtime.outbox import Row
 from conveyor.runtime.relay import Relay, next_round
+from conveyor.runtime.transaction import Transaction
 
 if TYPE_CHECKING:
     from servers.postgres import Postgres

@@ -20,7 +20,8 @@ from conveyor.core.words import counted
 from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from conveyor.runtime.ledger import Ledger, Row
+    from conveyor.runtime.ledger import Ledger
+    from conveyor.runtime.outbox import Row
 
 CHUNK: Final = 500
 """Rows per step, so that memory stays flat."""

@@ -359,4 +359,6 @@ async def _around(middleware: Middleware, step: Next, call: Call) -> Any:
 
 def is_transaction(kind: object) -> bool:
     """Whether a type is the ledger's Transaction, without importing the ledger, which needs SQLAlchemy."""
-    return inspect.isclass(kind) and kind.__module__ == "conveyor.runtime.ledger" and kind.__name__ == "Transaction"
+    return (
+        inspect.isclass(kind) and kind.__module__ == "conveyor.runtime.transaction" and kind.__name__ == "Transaction"
+    )

@@ -19,7 +19,8 @@ from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
 from conveyor.errors import BrokerError, BrokerUnavailable, LedgerError, PublishFailed
 from conveyor.runtime.journal import Journal
-from conveyor.runtime.ledger import NEVER, Claimed, Ledger, Row, steady
+from conveyor.runtime.ledger import Ledger
+from conveyor.runtime.outbox import NEVER, Claimed, Row, steady
 from conveyor.runtime.points import point
 
 log = logging.getLogger("conveyor.relay")
