@@ -15,7 +15,7 @@ import msgspec
 
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
-from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, jobs_of
+from conveyor.core.journal import ENDS, Entry, Job, JobFilter, Kind, Status, jobs_of
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
@@ -68,6 +68,7 @@ CREATE INDEX entries_by_journey ON entries (correlation_id) WHERE correlation_id
 CREATE INDEX entries_by_rare_kind ON entries (kind) WHERE kind NOT IN ('published', 'succeeded');
 """
 
+_ENDS: Final = ", ".join(f"'{kind}'" for kind in sorted(ENDS))
 _decode: Final = msgspec.json.Decoder(list[Entry]).decode
 
 
@@ -277,6 +278,21 @@ class Archive:
         return self._entries(
             f"SELECT {columns} FROM entries WHERE message_id IN (SELECT value FROM json_each(?))", wanted
         )
+
+    def cancelled(self, limit: int) -> list[str]:
+        """The messages that are cancelled and have not ended, the latest ones.
+
+        Raises:
+            JournalError: they cannot be read.
+        """
+        with self._asking():
+            rows = self._rows(
+                "SELECT message_id FROM entries AS wish WHERE kind = 'cancelling' AND kind NOT IN ('published', 'succeeded')"
+                f" AND NOT EXISTS (SELECT 1 FROM entries WHERE message_id = wish.message_id AND kind IN ({_ENDS}))"
+                " ORDER BY seq DESC LIMIT ?",
+                limit,
+            )
+        return [id for (id,) in rows]
 
     def jobs(self, which: JobFilter, limit: int) -> Jobs:
         """Jobs, the newest first, without results and tracebacks; what cannot be found soon is left out.

@@ -356,9 +356,9 @@ class Control:
         """By asker: whoever asked several times meanwhile gets one answer."""
         for order in orders:
             if isinstance(order, Hello) and order.to != self._own_topic:
-                answers[order.to] = _message(order.to, Turn(dict(self.switches)))
-                if ids := self.to_cancel():
+                if ids := self.to_cancel():  # first: with the other answer it begins to work
                     answers[f"{order.to} cancel"] = _message(order.to, Cancel(tuple(ids)))
+                answers[order.to] = _message(order.to, Turn(dict(self.switches)))
             if isinstance(order, Report) and self.status is not None:
                 answers[order.to] = _message(order.to, self.status(order.seen.get(self.runner, 0)))
         if answers:

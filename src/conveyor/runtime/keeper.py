@@ -15,12 +15,13 @@ from typing import Final, ParamSpec, Self, TypeVar
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Queue, Settlement
-from conveyor.core.journal import ENDS, Entry, Job, jobs_of
+from conveyor.core.journal import ENDS, Entry, Job, Kind, jobs_of
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError, JournalError
 from conveyor.runtime.archive import Archive, fit
+from conveyor.runtime.control import Control, cancel
 from conveyor.runtime.health import Health
 from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue
 from conveyor.runtime.loop import Loops
@@ -32,6 +33,8 @@ R = TypeVar("R")
 
 FETCH: Final = 32
 """Batches, or questions, taken from the broker at once."""
+MAY_END: Final = ENDS | {Kind.CANCELLING}
+"""What those who wait for an end are told of: who cancels what does not run, ends it."""
 SPOILT_DELIVERIES: Final = 5
 """A batch that was handed over so often has ended its keepers; it is dropped."""
 AGAIN_SECONDS: Final = 2.0
@@ -42,6 +45,8 @@ MOST_WAITS: Final = 10_000
 """Ids that are waited for at most, over all questions."""
 DRAIN_SECONDS: Final = 3.0
 """How long the keeper takes in what is still in its queue when it is asked to end."""
+MOST_CANCELLED: Final = 10_000
+"""Cancellations that are remembered, for messages that no runner has come to."""
 LONGEST_WAIT_SECONDS: Final = 60.0
 """A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
 
@@ -85,6 +90,10 @@ class Keeper:
         self._writing = ThreadPoolExecutor(1, "conveyor archive")
         self._reading = self._writing if self._reader is archive else ThreadPoolExecutor(1, "conveyor archive reader")
         self._waits: dict[str, set[_Wait]] = {}
+        self._cancelled: dict[str, None] = {}
+        """The ids of messages that are cancelled and have not ended: whichever runner starts is told of them."""
+        self._control = Control(broker, app)
+        self._control.to_cancel = lambda: tuple(self._cancelled)
         self._loops = Loops()
 
     async def __aenter__(self) -> Self:
@@ -92,8 +101,12 @@ class Keeper:
             await self._write(self.archive.open)
             if self._reader is not self.archive:
                 await self._read(functools.partial(self._reader.open, create=False))
+            self._cancelled = dict.fromkeys(await self._write(self.archive.cancelled, MOST_CANCELLED))
             await self._broker.declare([self._queue, self._questions])
+            await self._control.start()
+            await self._tell_runners(self._cancelled)
         except BaseException:
+            await self._control.close()
             self._close()
             raise
         self._loops.start("journal", self._take)
@@ -107,6 +120,7 @@ class Keeper:
             async with asyncio.timeout(DRAIN_SECONDS):
                 await self._drained()
         await self._loops.stop()
+        await self._control.close()
         for wait in {wait for waits in self._waits.values() for wait in waits}:
             self._end(wait)
         with contextlib.suppress(TimeoutError, BrokerError):
@@ -153,8 +167,9 @@ class Keeper:
                 deliveries = await subscription.fetch(FETCH)
                 batches = [(delivery.message.id, self._entries(delivery)) for delivery in deliveries]
                 await self._keep(batches, deliveries)
+                await self._heed_cancellations([entry for _, entries in batches for entry in entries])
                 if self._waits:
-                    await self._tell({e.message_id for _, entries in batches for e in entries if e.kind in ENDS})
+                    await self._tell({e.message_id for _, entries in batches for e in entries if e.kind in MAY_END})
                 await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
         finally:
             await subscription.close()
@@ -186,6 +201,24 @@ class Keeper:
                     log.info("the journal is kept again")
                 self.problem = None
                 return
+
+    async def _heed_cancellations(self, entries: Sequence[Entry]) -> None:
+        """Remember what is cancelled until it has ended; runners are told once more, also those that missed it the first time."""
+        wished = [entry.message_id for entry in entries if entry.kind is Kind.CANCELLING]
+        self._cancelled.update(dict.fromkeys(wished))
+        if not self._cancelled:
+            return
+        for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
+            del self._cancelled[id]
+        for entry in entries:
+            if entry.kind in ENDS:
+                self._cancelled.pop(entry.message_id, None)
+        await self._tell_runners([id for id in wished if id in self._cancelled])
+
+    async def _tell_runners(self, ids: Iterable[str]) -> None:
+        if told := tuple(ids):
+            with contextlib.suppress(BrokerError):  # runners that start ask
+                await cancel(self._broker, told)
 
     async def _tidy(self) -> None:
         while True:
@@ -245,7 +278,9 @@ class Keeper:
         """Answer those who wait for one of these."""
         for wait in {wait for id in ended & self._waits.keys() for wait in self._waits[id]}:
             with contextlib.suppress(JournalError):  # it cannot be read now; it is answered at its deadline
-                await self._answer(wait, await self._known(wait))
+                jobs = await self._known(wait)
+                if any(job.status.ended for job in jobs):
+                    await self._answer(wait, jobs)
 
     async def _known(self, wait: _Wait) -> list[Job]:
         return jobs_of(await self._read(self._reader.of, wait.ids))
