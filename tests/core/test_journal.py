@@ -1,0 +1,158 @@
+"""What the entries of the journal add up to, in whichever order they arrive."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, in_order, job_of, jobs_of, stops
+
+MOMENTS = st.integers(0, 5).map(float)
+ENTRIES = st.builds(
+    Entry,
+    kind=st.sampled_from(Kind),
+    at=MOMENTS,
+    message_id=st.just("m"),
+    topic=st.just("t"),
+    worker=st.just("shop.charge"),
+    attempt=st.integers(0, 3),
+    crashes=st.integers(0, 2),
+    started=st.none() | MOMENTS,
+    reason=st.sampled_from(("", "rejected", "exhausted")),
+    error=st.sampled_from(("", "boom", "bang")),
+    done=st.none() | MOMENTS,
+    result=st.none() | st.just("1"),
+)
+
+
+def entry(kind: Kind, at: float = 1.0, id: str = "m", worker: str = "shop.charge", **more: object) -> Entry:
+    made = Entry(kind, at, id, "placed", "" if kind is Kind.PUBLISHED else worker)
+    return msgspec.structs.replace(made, **more)
+
+
+@given(st.data(), st.lists(ENTRIES, min_size=1, max_size=8))
+def test_a_job_is_the_same_in_whichever_order_its_entries_arrive_and_however_often(
+    data: st.DataObject, entries: list[Entry]
+) -> None:
+    shuffled = data.draw(st.permutations(entries + data.draw(st.lists(st.sampled_from(entries), max_size=4))))
+    assert job_of(shuffled) == job_of(entries)
+    assert jobs_of(shuffled) == jobs_of(entries)
+    assert in_order(shuffled) == in_order(entries)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "status"),
+    [
+        ("published", Status.WAITING),
+        ("published started", Status.RUNNING),
+        ("published started progressed", Status.RUNNING),
+        ("published started retried", Status.RETRYING),
+        ("published started retried started", Status.RUNNING),
+        ("published started released", Status.WAITING),
+        ("published started succeeded", Status.DONE),
+        ("published duplicate", Status.DONE),
+        ("published succeeded started", Status.DONE),
+        ("published dead", Status.DEAD),
+        ("published dead started", Status.RUNNING),
+        ("published dead started succeeded", Status.DONE),
+        ("published cancelled", Status.CANCELLED),
+    ],
+)
+def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: Status) -> None:
+    job = job_of(entry(Kind(kind), at) for at, kind in enumerate(kinds.split(), 1))
+    assert job.status is status
+    assert (job.ended is not None) == status.ended
+
+
+@pytest.mark.parametrize("reason", ["rejected", "invalid"])
+def test_what_no_attempt_could_change_has_failed_and_is_not_dead(reason: str) -> None:
+    assert job_of([entry(Kind.DEAD, reason=reason)]).status is Status.FAILED
+
+
+def test_a_job_tells_of_its_last_attempt() -> None:
+    job = job_of(
+        [
+            entry(Kind.PUBLISHED, 1.0),
+            entry(Kind.RETRIED, 3.0, attempt=1, started=2.0, error="boom", due=4.0, process="a/1"),
+            entry(Kind.STARTED, 5.0, attempt=2, started=5.0, process="b/2"),
+            entry(Kind.PROGRESSED, 6.0, attempt=2, done=3.0, total=10.0, note="halfway", process="b/2"),
+        ]
+    )
+    assert (job.status, job.attempts, job.started, job.process) == (Status.RUNNING, 2, 5.0, "b/2")
+    assert (job.done, job.total, job.note, job.error, job.created) == (3.0, 10.0, "halfway", "boom", 1.0)
+
+
+def test_success_leaves_no_error_behind_and_has_the_result() -> None:
+    job = job_of([entry(Kind.RETRIED, 1.0, error="boom"), entry(Kind.SUCCEEDED, 2.0, attempt=2, result="[1]")])
+    assert (job.error, job.result, job.ended, job.attempts) == ("", "[1]", 2.0, 2)
+
+
+def test_several_workers_of_one_message_are_several_jobs_and_none_is_one_that_waits() -> None:
+    jobs = jobs_of(
+        [
+            entry(Kind.PUBLISHED, 1.0),
+            entry(Kind.SUCCEEDED, 2.0, worker="shop.charge"),
+            entry(Kind.DEAD, 3.0, worker="shop.mail", reason="exhausted"),
+            entry(Kind.PUBLISHED, 1.5, "other"),
+        ]
+    )
+    assert {(job.id, job.worker, job.status) for job in jobs} == {
+        ("m", "shop.charge", Status.DONE),
+        ("m", "shop.mail", Status.DEAD),
+        ("other", "", Status.WAITING),
+    }
+    assert jobs[0].worker == "shop.mail"
+
+
+def test_of_nothing_there_is_no_job() -> None:
+    with pytest.raises(ValueError, match="nothing is known"):
+        job_of([])
+    assert jobs_of([]) == []
+
+
+@pytest.mark.parametrize("name", ["charge", "shop.charge"])
+def test_a_worker_may_be_named_without_its_application(name: str) -> None:
+    job = job_of([entry(Kind.SUCCEEDED)])
+    assert JobFilter(worker=name).fits(job)
+    assert not JobFilter(worker="harge").fits(job)
+
+
+def test_a_journey_is_a_tree_by_causation() -> None:
+    tree = stops(
+        [
+            entry(Kind.SUCCEEDED, 5.0, "grandchild", causation_id="child"),
+            entry(Kind.PUBLISHED, 1.0, "root"),
+            entry(Kind.PUBLISHED, 3.0, "child", causation_id="root"),
+            entry(Kind.PUBLISHED, 4.0, "second", causation_id="root"),
+            entry(Kind.RETRIED, 2.0, "root", attempt=1),
+        ]
+    )
+    assert [shape(stop) for stop in tree] == ["root(child(grandchild()) second())"]
+    assert [e.kind for e in tree[0].entries] == [Kind.PUBLISHED, Kind.RETRIED]
+
+
+def shape(stop: Stop) -> str:
+    return f"{stop.message_id}({' '.join(shape(each) for each in stop.leads_to)})"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("abcdefz")), max_size=12))
+def test_every_message_is_in_the_tree_once_whatever_their_causes_claim(claims: list[tuple[str, str | None]]) -> None:
+    tree = stops(entry(Kind.PUBLISHED, at, id, causation_id=cause) for at, (id, cause) in enumerate(claims))
+    found: list[str] = []
+    waiting = list(tree)
+    while waiting:
+        stop = waiting.pop()
+        found.append(stop.message_id)
+        waiting.extend(stop.leads_to)
+    assert sorted(found) == sorted({id for id, _ in claims})
+
+
+def test_a_journey_of_very_many_hops_is_no_trouble() -> None:
+    tree = stops(entry(Kind.PUBLISHED, at, str(at), causation_id=str(at - 1)) for at in range(5_000))
+    hops, stop = 1, tree[0]
+    while stop.leads_to:
+        (stop,) = stop.leads_to
+        hops += 1
+    assert hops == 5_000
