@@ -162,7 +162,7 @@ class Archive:
         try:
             self._check_same()
             self._check_room()
-            with self._db:  # a transaction
+            with self._transaction("BEGIN IMMEDIATE"):
                 for id, entries in batches:
                     self._write(id, entries)
         except (apsw.Error, OSError) as error:
@@ -216,7 +216,7 @@ class Archive:
             old = max(old, wanted or last)
         until = min(old, first + PRUNED_AT_ONCE - 1)
         if first <= until and first <= last:
-            with self._db:
+            with self._transaction("BEGIN IMMEDIATE"):
                 self._rows("DELETE FROM entries WHERE seq <= ?", until)
                 self._rows("DELETE FROM batches WHERE last_entry <= ? AND last_entry < ?", until, last)
         self._rows(f"PRAGMA incremental_vacuum({PRUNED_AT_ONCE // 10})")
@@ -357,7 +357,7 @@ class Archive:
         self._check_same()
         self._db.set_progress_handler(lambda: time.monotonic() > deadline, 20_000)
         try:
-            with self._db:  # one moment of the file
+            with self._transaction("BEGIN"):  # one moment of the file
                 yield
         except apsw.InterruptError as error:
             raise _TooLong(f"the question to {self.path} took more than {QUESTION_SECONDS:g} s") from error
@@ -422,6 +422,17 @@ class Archive:
                 f"the disk of {self.path} is almost full ({free // 1024} kB free): the journal waits, work goes on;"
                 " free some space, or let the journal keep less"
             )
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[None]:
+        self._db.execute(begin)
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # SQLite itself takes back what met a full disk
+                self._db.execute("ROLLBACK")
+            raise
 
     def _rows(self, statement: str, *values: object) -> list[Any]:
         return self._db.execute(statement, cast("Any", values)).fetchall()

@@ -1,0 +1,282 @@
+"""The archive: what is kept of a journal, for how long, how much, and how it is found again."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from pathlib import Path
+
+import apsw
+import pytest
+
+from conveyor.core.journal import Entry, JobFilter, Kind, Status, in_order
+from conveyor.core.questions import JobsOf, JourneyOf
+from conveyor.errors import JournalError
+from conveyor.runtime import archive as archives
+from conveyor.runtime.archive import Archive
+from conveyor.runtime.journal import IN_MEMORY
+from conveyor.testing.clock import TurnableClock
+
+
+def entry(kind: Kind, id: str, at: float = 1.0, *, worker: str = "shop.charge", **more: object) -> Entry:
+    given = {"correlation_id": None, "topic": "placed", **more}
+    return Entry(kind=kind, at=at, message_id=id, worker="" if kind is Kind.PUBLISHED else worker, **given)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "shop.journal"
+
+
+def count(archive: Archive) -> int:
+    return len(archive.jobs(JobFilter(), 100_000).jobs)
+
+
+def test_what_is_written_is_read_again_whole(path: Path) -> None:
+    told = [
+        entry(Kind.PUBLISHED, "m", 1.25),
+        entry(
+            Kind.RETRIED, "m", 2.5, attempt=1, started=2.0, due=3.0, error="Ünicode \0 \ud7ff 'quoted'", traceback="…"
+        ),
+        entry(Kind.PROGRESSED, "m", 4.0, attempt=2, done=0.5, total=1e300, note="half"),
+        entry(Kind.SUCCEEDED, "m", 5.0, attempt=2, result='{"a": [1, "ü"]}'),
+    ]
+    archive = Archive(path).open()
+    archive.write([("batch", told)])
+    archive.close()
+    again = Archive(path).open(create=False)
+    assert in_order(again.journey("m").entries) == told
+    again.close()
+
+
+def test_a_batch_that_comes_again_changes_nothing(path: Path) -> None:
+    archive = Archive(path).open()
+    for _ in range(3):
+        archive.write([("batch", [entry(Kind.PUBLISHED, "a"), entry(Kind.PUBLISHED, "b")])])
+    assert len(archive.of(["a", "b"])) == 2
+    archive.close()
+
+
+def test_a_journey_is_found_by_each_of_its_messages_and_by_its_own_id(path: Path) -> None:
+    archive = Archive(path).open()
+    archive.write(
+        [
+            ("1", [entry(Kind.PUBLISHED, "root-1"), entry(Kind.PUBLISHED, "child-1", correlation_id="root-1")]),
+            ("2", [entry(Kind.SUCCEEDED, "child-1", correlation_id="root-1"), entry(Kind.PUBLISHED, "root-2")]),
+        ]
+    )
+    for id in ("root-1", "child-1", "child", "root-1"):
+        assert len(archive.journey(id).entries) == 3
+    assert archive.journey("nobody").entries == []
+    ambiguous = archive.journey("root")
+    assert (ambiguous.entries, ambiguous.others) == ([], ("root-1", "root-2"))
+    archive.close()
+
+
+def test_jobs_are_found_by_status_worker_topic_and_age_the_newest_first(path: Path) -> None:
+    archive = Archive(path).open()
+    archive.write(
+        [
+            (
+                "batch",
+                [
+                    entry(Kind.PUBLISHED, "done"),
+                    entry(Kind.SUCCEEDED, "done", 2.0, result="1"),
+                    entry(Kind.PUBLISHED, "waits", topic="shop.resize"),
+                    entry(Kind.STARTED, "runs", 3.0, started=3.0),
+                    entry(Kind.RETRIED, "again", 4.0, error="boom"),
+                    entry(Kind.RETRIED, "ran", 4.0, error="boom"),
+                    entry(Kind.SUCCEEDED, "ran", 5.0),
+                    entry(Kind.DEAD, "dead", 6.0, reason="exhausted"),
+                    entry(Kind.DEAD, "failed", 7.0, reason="rejected", worker="shop.mail"),
+                    entry(Kind.CANCELLED, "cancelled", 8.0),
+                ],
+            )
+        ]
+    )
+
+    def found(**which: object) -> list[str]:
+        return [job.id for job in archive.jobs(JobFilter(**which), 10).jobs]  # type: ignore[arg-type]
+
+    assert found() == ["cancelled", "failed", "dead", "ran", "again", "runs", "waits", "done"]
+    for status, ids in {
+        Status.DONE: ["ran", "done"],
+        Status.WAITING: ["waits"],
+        Status.RUNNING: ["runs"],
+        Status.RETRYING: ["again"],
+        Status.DEAD: ["dead"],
+        Status.FAILED: ["failed"],
+        Status.CANCELLED: ["cancelled"],
+    }.items():
+        assert found(status=status) == ids
+    assert found(worker="mail") == found(worker="shop.mail") == ["failed"]
+    assert found(worker="resize") == found(topic="shop.resize") == ["waits"]
+    assert found(since=6.5) == ["cancelled", "failed"]
+    assert found(ids=("dead", "done")) == ["dead", "done"]
+    assert archive.jobs(JobFilter(), 10).jobs[-1].result is None  # whoever waits for it gets it
+    page = archive.jobs(JobFilter(), 3)
+    assert ([job.id for job in page.jobs], page.more) == (["cancelled", "failed", "dead"], True)
+    archive.close()
+
+
+def test_many_jobs_are_read_page_by_page(path: Path) -> None:
+    archive = Archive(path).open()
+    archive.write([("batch", [entry(Kind.SUCCEEDED, f"{n:04}", float(n)) for n in range(3 * archives.PAGE)])])
+    assert count(archive) == 3 * archives.PAGE
+    archive.close()
+
+
+def test_what_is_too_old_goes(path: Path) -> None:
+    clock = TurnableClock(1_000.0)
+    archive = Archive(path, age_seconds=100.0, clock=clock).open()
+    archive.write([("old", [entry(Kind.PUBLISHED, "old")])])
+    clock.turn(60.0)
+    archive.write([("new", [entry(Kind.PUBLISHED, "new")])])
+    while archive.prune():
+        pass
+    assert count(archive) == 2
+    clock.turn(60.0)
+    while archive.prune():
+        pass
+    assert [job.id for job in archive.jobs(JobFilter(), 10).jobs] == ["new"]
+    clock.turn(1_000.0)
+    while archive.prune():
+        pass
+    assert count(archive) == 0
+    archive.write([("newer", [entry(Kind.PUBLISHED, "newer")])])
+    while archive.prune():
+        pass
+    assert count(archive) == 1  # it is not taken for what went before
+    archive.close()
+
+
+def test_the_file_stays_within_its_size_and_the_newest_stay(path: Path) -> None:
+    archive = Archive(path, size_bytes=1_000_000).open()
+    for batch in range(60):
+        archive.write([(str(batch), [entry(Kind.PUBLISHED, f"{batch}-{n}", error="x" * 400) for n in range(100)])])
+        while archive.prune(always=False):
+            pass
+    while archive.prune():
+        pass
+    assert path.stat().st_size < 1_500_000
+    assert len(archive.of(["59-99"])) == 1
+    assert archive.of(["0-0"]) == []
+    assert 1_000 < count(archive) < 3_000
+    archive.close()
+
+
+def test_nobody_else_may_read_the_file(path: Path) -> None:
+    archive = Archive(path).open()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    archive.close()
+
+
+def test_keepers_that_make_the_file_at_the_same_time_share_it(path: Path) -> None:
+    opened: list[Archive] = []
+    threads = [threading.Thread(target=lambda: opened.append(Archive(path).open())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, archive in enumerate(opened):
+        archive.write([(str(number), [entry(Kind.PUBLISHED, str(number))])])
+    assert [count(archive) for archive in opened] == [4] * 4
+    for archive in opened:
+        archive.close()
+
+
+def test_a_file_that_was_deleted_is_begun_anew(path: Path) -> None:
+    archive = Archive(path).open()
+    archive.write([("1", [entry(Kind.PUBLISHED, "lost")])])
+    for file in path.parent.glob("shop.journal*"):
+        file.unlink()
+    archive.write([("2", [entry(Kind.PUBLISHED, "kept")])])
+    assert [job.id for job in archive.jobs(JobFilter(), 10).jobs] == ["kept"]
+    assert path.exists()
+    archive.close()
+
+
+def test_a_full_disk_is_said_in_words_and_over_when_there_is_room(path: Path) -> None:
+    archive = Archive(path).open()
+    many = [entry(Kind.PUBLISHED, str(n), error="x" * 1_000) for n in range(200)]
+    archive._db.execute("PRAGMA max_page_count = 20")
+    with pytest.raises(JournalError, match=r"disk of .* is full: the journal waits, work goes on"):
+        archive.write([("batch", many)])
+    archive._db.execute("PRAGMA max_page_count = 1000000")
+    archive.write([("batch", many)])
+    assert count(archive) == 200
+    archive.close()
+
+
+def test_the_last_of_the_disk_is_left_to_the_queues(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = Archive(path).open()
+    monkeypatch.setattr(archives, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(archives, "KEPT_FREE_SHARE", 1.0)
+    with pytest.raises(JournalError, match="almost full"):
+        archive.write([("batch", [entry(Kind.PUBLISHED, "m")])])
+    archive.close()
+
+
+def test_a_question_that_takes_too_long_is_answered_with_what_was_found(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = Archive(path).open()
+    archive.write([(str(n), [entry(Kind.SUCCEEDED, f"{n}-{m}") for m in range(500)]) for n in range(20)])
+    monkeypatch.setattr(archives, "QUESTION_SECONDS", 0.0)
+    assert archive.jobs(JobFilter(worker="nobody"), 10) == ([], True)
+    monkeypatch.undo()
+    assert archive.jobs(JobFilter(worker="nobody"), 10) == ([], False)
+    archive.close()
+
+
+def test_an_answer_is_bounded_and_says_that_there_is_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = Archive(path).open()
+    archive.write([("batch", [entry(Kind.RETRIED, "m", float(n), traceback="x" * 4_000) for n in range(50)])])
+    monkeypatch.setattr(archives, "LARGEST_ANSWER_BYTES", 40_000)
+    answer = archive.answer("", JourneyOf("m"))
+    assert 5 < len(answer.entries) < 15
+    assert answer.more
+    monkeypatch.setattr(archives, "LONGEST_JOURNEY", 10)
+    assert archive.journey("m").more
+    assert not archive.answer("", JobsOf()).more
+    archive.close()
+
+
+def test_what_is_no_journal_is_left_alone_and_refused_in_words(path: Path) -> None:
+    with pytest.raises(JournalError, match="there is no journal"):
+        Archive(path).open(create=False)
+    assert not path.exists()
+    path.write_bytes(b"certainly no database" * 100)
+    with pytest.raises(JournalError, match="is no journal; move it away"):
+        Archive(path).open()
+    path.unlink()
+    other = apsw.Connection(str(path))
+    other.execute("CREATE TABLE somebody (else_s)")
+    other.close()
+    with pytest.raises(JournalError, match="a database of another program"):
+        Archive(path).open()
+
+
+def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="does not exist"):
+        Archive(tmp_path / "nowhere" / "x.journal").open()
+    with pytest.raises(JournalError, match="it is a folder"):
+        Archive(tmp_path).open()
+
+
+def test_a_file_of_a_later_version_is_left_alone(path: Path) -> None:
+    archive = Archive(path).open()
+    archive._db.execute("PRAGMA user_version = 99")
+    archive.close()
+    with pytest.raises(JournalError, match="a later version of Conveyor"):
+        Archive(path).open()
+
+
+def test_in_memory_it_goes_with_its_object() -> None:
+    archive = Archive(IN_MEMORY).open()
+    archive.write([("batch", [entry(Kind.PUBLISHED, "m")])])
+    assert count(archive) == 1
+    archive.close()
+    archive.open()
+    assert count(archive) == 0
+    archive.close()
