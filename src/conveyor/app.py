@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iter
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, Self, TypeVar, Unpack, overload
 
 from conveyor import brokers
 from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, Clock, Queue
@@ -28,7 +28,7 @@ from conveyor.core.journal import Job
 from conveyor.core.message import Message
 from conveyor.core.pause import Switches
 from conveyor.core.retry import RetryPolicy
-from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, NoSubscriber
+from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, JobError, NoSubscriber, PayloadError
 from conveyor.runtime.background import Background
 from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.carry import Carry
@@ -468,6 +468,24 @@ class Conveyor:
         """
         return Ticket(self, id)
 
+    @overload
+    async def gather(
+        self,
+        tickets: Sequence[Ticket[T]],
+        *,
+        timeout: Seconds | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        return_errors: Literal[False] = False,
+    ) -> list[T]: ...
+    @overload
+    async def gather(
+        self,
+        tickets: Sequence[Ticket[T]],
+        *,
+        timeout: Seconds | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        return_errors: Literal[True],
+    ) -> list[T | JobError | PayloadError]: ...
     async def gather(
         self,
         tickets: Sequence[Ticket[T]],
@@ -475,7 +493,7 @@ class Conveyor:
         timeout: Seconds | None = None,
         on_progress: Callable[[int, int], object] | None = None,
         return_errors: bool = False,
-    ) -> list[T]:
+    ) -> list[Any]:
         """The results of several jobs, in the order of their tickets, as soon as all have ended.
 
         Parameters:
@@ -489,6 +507,24 @@ class Conveyor:
         """
         return await gather(self, tickets, timeout=timeout, on_progress=on_progress, return_errors=return_errors)
 
+    @overload
+    def gather_sync(
+        self,
+        tickets: Sequence[Ticket[T]],
+        *,
+        timeout: Seconds | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        return_errors: Literal[False] = False,
+    ) -> list[T]: ...
+    @overload
+    def gather_sync(
+        self,
+        tickets: Sequence[Ticket[T]],
+        *,
+        timeout: Seconds | None = None,
+        on_progress: Callable[[int, int], object] | None = None,
+        return_errors: Literal[True],
+    ) -> list[T | JobError | PayloadError]: ...
     def gather_sync(
         self,
         tickets: Sequence[Ticket[T]],
@@ -496,9 +532,9 @@ class Conveyor:
         timeout: Seconds | None = None,
         on_progress: Callable[[int, int], object] | None = None,
         return_errors: bool = False,
-    ) -> list[T]:
+    ) -> list[Any]:
         """gather() for code without an event loop; on_progress is called in another thread."""
-        work = self.gather(tickets, timeout=timeout, on_progress=on_progress, return_errors=return_errors)
+        work = gather(self, tickets, timeout=timeout, on_progress=on_progress, return_errors=return_errors)
         return self.wait_here(work, "gather_sync", "app.gather(…)")
 
     async def connect_journal(self) -> Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import os
@@ -11,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
 
+from conveyor import Context, Message
 from conveyor.errors import Retry
 from conveyor.runtime import pool
 
@@ -184,3 +187,60 @@ def kinds(*values: object) -> list[tuple[str, int]]:
 
 def give_back(value: Any) -> Any:
     return value
+
+
+# --- handlers -----------------------------------------------------------------------------------------------------------
+
+
+INJECTED: Any = None
+"""The runner fills it in."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Seen:
+    name: str
+    where: int
+
+
+def report_half(path: str, context: Context = INJECTED) -> str:
+    context.progress(1, 2, "half")
+    return meet(path)
+
+
+def look(picture: Picture, context: Context = INJECTED, message: Message = INJECTED) -> Seen:
+    """What a worker in a process of the pool is given, and may say."""
+    context.publish(Seen(f"published on attempt {context.attempt}", len(message.body)))
+    assert context.message == message
+    assert context.idempotency_key
+    context.log.info("looked")
+    return Seen(picture.name, len(picture.data))
+
+
+def look_at_raw(body: bytes) -> Seen:
+    return Seen(type(body).__name__, len(body))
+
+
+def scale(picture: Picture, by: int = 2) -> Picture:
+    return Picture(picture.name, picture.data * by)
+
+
+async def publish_now_there(context: Context) -> None:
+    await context.publish_now(Seen("x", 1))
+
+
+def try_to_publish_now(context: Context = INJECTED) -> None:
+    asyncio.run(publish_now_there(context))
+
+
+def await_the_drain(path: str, context: Context = INJECTED) -> str:
+    said = meet(path)
+    deadline = time.monotonic() + 60
+    while not context.shutting_down.is_set() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return said

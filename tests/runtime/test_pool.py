@@ -6,12 +6,11 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from conveyor.runtime import logs
 from conveyor.runtime.logs import Current
 from conveyor.runtime.pool import CpuPool
 from tests.runtime import jobs
+from tests.runtime.meeting import Meeting, gone
 
 HERE = Path(__file__).parent
 
@@ -35,43 +35,6 @@ async def pool() -> AsyncIterator[CpuPool]:
     pool = CpuPool(2)
     yield pool
     await pool.close()
-
-
-class Meeting:
-    """Where jobs meet the test: a socket whose address a job is given."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / "meeting")
-        self._server = socket.socket(socket.AF_UNIX)
-        self._server.bind(self.path)
-        self._server.listen()
-        self._server.setblocking(False)
-
-    async def arrival(self) -> socket.socket:
-        loop = asyncio.get_running_loop()
-        line, _ = await asyncio.wait_for(loop.sock_accept(self._server), 60)
-        return line
-
-    async def pid(self) -> int:
-        with await self.arrival() as line:
-            return int(await asyncio.get_running_loop().sock_recv(line, 100))
-
-    def close(self) -> None:
-        self._server.close()
-
-
-@pytest.fixture
-def meeting(tmp_path: Path) -> Iterator[Meeting]:
-    meeting = Meeting(tmp_path)
-    yield meeting
-    meeting.close()
-
-
-async def gone(pid: int) -> None:
-    """Wait until a process has ended and is reaped."""
-    async with asyncio.timeout(30):
-        while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110, ASYNC240 - /proc does not block
-            await asyncio.sleep(0.01)
 
 
 async def test_a_job_runs_in_another_process_and_gives_its_result(pool: CpuPool) -> None:

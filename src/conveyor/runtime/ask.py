@@ -104,7 +104,7 @@ class Asker:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
         known: dict[str, Job] = {}
-        heard = False
+        heard, nobody = False, NOBODY_ANSWERED
         while True:
             left = max(0.0, deadline - loop.time())
             patience = min(left, ASK_AGAIN_SECONDS)
@@ -117,11 +117,12 @@ class Asker:
                         known = {job.id: job for job in _newest([*known.values(), *answer.jobs])}
                         if any(job.status.ended for job in answer.jobs):
                             return known
-            except NoKeeper:
+            except NoKeeper as error:
+                nobody = str(error)
                 await asyncio.sleep(min(left, NOBODY_SECONDS))
             if deadline <= loop.time():
                 if not heard:
-                    raise NoKeeper(NOBODY_ANSWERED)
+                    raise NoKeeper(nobody)
                 return known
 
     async def close(self) -> None:

@@ -1,0 +1,756 @@
+"""Whoever sent a job can ask how it is, have its result, and cancel it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from conveyor import (
+    ConfigurationError,
+    Context,
+    Conveyor,
+    ConveyorError,
+    Job,
+    JobCancelled,
+    JobFailed,
+    JobTimeout,
+    PayloadError,
+    ResultNotKept,
+    Retry,
+    RetryPolicy,
+    Ticket,
+)
+from conveyor.errors import JobUnknown, NoKeeper, RemoteTraceback
+from conveyor.runtime.call import RESULT_LIMIT
+from tests.runtime import jobs
+from tests.runtime.meeting import Meeting, gone
+
+SECONDS = 60.0
+"""For what takes milliseconds, unless the machine is busy."""
+INJECTED: Any = None
+"""Type checkers see a parameter with a default, which nobody has to give; the runner fills it in."""
+TWICE = RetryPolicy(attempts=2, initial=0.0)
+
+
+@dataclass(frozen=True)
+class Size:
+    path: Path
+    price: Decimal
+
+
+class Thumb(msgspec.Struct, frozen=True):
+    sizes: list[Size]
+    data: bytes
+
+
+def make(name: str = "t") -> Conveyor:
+    return Conveyor(name, broker="memory://", journal=True)
+
+
+async def until(ticket: Ticket[Any], status: str) -> Job:
+    """Wait until a job is somewhere."""
+    async with asyncio.timeout(SECONDS):
+        while (job := await ticket.status()).status != status:
+            await asyncio.sleep(0.02)
+    return job
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_the_result_is_what_the_job_returned_with_its_type(kind: str) -> None:
+    app = make()
+    thumb = Thumb([Size(Path("a/b.jpg"), Decimal("1.10"))], b"\0\xff")
+
+    @app.task
+    async def in_loop(number: int) -> Thumb:
+        return thumb
+
+    @app.task
+    def in_thread(number: int) -> Thumb:
+        return thumb
+
+    async with app.running():
+        ticket = await (in_loop if kind == "async" else in_thread).send(1)
+        assert await ticket.result(SECONDS) == thumb
+        assert await ticket.result(timedelta(seconds=SECONDS)) == thumb
+
+
+async def test_results_of_every_plain_type_come_back_as_what_they_are() -> None:
+    app = make()
+
+    @app.task
+    async def give_bytes() -> bytes:
+        return b"\0\xff"
+
+    @app.task
+    async def give_maybe(there: bool) -> Size | None:
+        return Size(Path("x"), Decimal("2.0")) if there else None
+
+    @app.task
+    async def give_nothing() -> None:
+        return None
+
+    @app.task
+    async def give_anything(number: int):  # type: ignore[no-untyped-def]  # noqa: ANN202 - without one is what it is about
+        return {"number": number, "path": Path("x")}
+
+    async with app.running():
+        assert await (await give_bytes.send()).result(SECONDS) == b"\0\xff"
+        assert await (await give_maybe.send(there=True)).result(SECONDS) == Size(Path("x"), Decimal("2.0"))
+        assert await (await give_maybe.send(there=False)).result(SECONDS) is None
+        await (await give_nothing.send()).result(SECONDS)
+        untyped: Ticket[Any] = await give_anything.send(3)
+        assert await untyped.result(SECONDS) == {"number": 3, "path": "x"}
+
+
+async def test_a_result_that_is_too_large_is_a_clear_error_and_the_job_is_done() -> None:
+    app = make()
+
+    @app.task
+    async def give(size: int) -> str:
+        return "x" * size
+
+    async with app.running():
+        just = await give.send(RESULT_LIMIT - 2)
+        assert len(await just.result(SECONDS)) == RESULT_LIMIT - 2
+        ticket = await give.send(RESULT_LIMIT)
+        with pytest.raises(ResultNotKept, match=r"262,146 bytes as JSON, and 262,144 are kept at most"):
+            await ticket.result(SECONDS)
+        assert (await ticket.status()).status == "done"
+        assert app.metrics.worker("give").dead == 0
+
+
+async def test_a_result_without_a_form_in_json_is_a_clear_error_and_the_job_is_done() -> None:
+    app = make()
+
+    @app.task
+    async def give() -> threading.Event:
+        return threading.Event()
+
+    @app.task
+    async def lie() -> int:
+        return "no number"  # type: ignore[return-value]
+
+    async with app.running():
+        for task in (give, lie):
+            with pytest.raises(ResultNotKept, match="no form in JSON"):
+                await (await task.send()).result(SECONDS)
+        assert app.metrics.worker("give").dead == app.metrics.worker("lie").dead == 0
+
+
+async def test_a_result_of_another_type_than_the_task_says_here_is_a_clear_error() -> None:
+    app, elsewhere = make(), make()
+
+    @app.task(name="give")
+    async def give() -> int:
+        return 3
+
+    @elsewhere.task(name="give")
+    async def give_text() -> str:
+        return ""
+
+    async with app.running():
+        ticket = await give.send()
+        await ticket.result(SECONDS)
+        with elsewhere.replaced(broker=app.broker, clock=time.time):
+            async with elsewhere:
+                with pytest.raises(PayloadError, match=r"the result of job .* is not what t\.give says here"):
+                    await give_text.ticket(ticket.id).result(SECONDS)
+
+
+async def test_what_a_task_returns_is_its_result_and_no_event() -> None:
+    app = make()
+    seen: list[Size] = []
+
+    @app.worker
+    async def look(size: Size) -> None:
+        seen.append(size)
+
+    @app.task
+    async def give(context: Context = INJECTED) -> Size:
+        context.publish(Size(Path("published"), Decimal(1)))
+        return Size(Path("returned"), Decimal(1))
+
+    async with app.running():
+        assert (await (await give.send()).result(SECONDS)).path == Path("returned")
+        async with asyncio.timeout(SECONDS):
+            while not seen:
+                await asyncio.sleep(0.01)
+    assert [size.path for size in seen] == [Path("published")]
+
+
+# --- how it is --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_status_is_known_before_while_and_after() -> None:
+    app = make()
+    go = asyncio.Event()
+
+    @app.task
+    async def wait() -> str:
+        await go.wait()
+        return "gone"
+
+    async with app:
+        ticket = await wait.send()
+        async with app.running():
+            job = await until(ticket, "running")
+            assert (job.worker, job.attempts) == ("t.wait", 1)
+            assert job.created is not None
+            assert job.started is not None
+            assert job.created <= job.started
+            go.set()
+            await ticket.result(SECONDS)
+            job = await ticket.status()
+            assert (job.status, job.error) == ("done", "")
+            assert job.started is not None
+            assert job.ended is not None
+            assert job.started <= job.ended
+
+
+async def test_a_job_that_nobody_runs_yet_is_waiting() -> None:
+    app = make()
+
+    @app.task
+    async def idle() -> None: ...
+
+    @app.worker
+    async def other(size: Size) -> None: ...
+
+    async with app.running(["other"]):
+        ticket = await idle.send()
+        assert (await ticket.status()).status == "waiting"
+        with pytest.raises(JobTimeout, match=r"has not ended after 0\.1 s: it waits") as caught:
+            await ticket.result(0.1)
+        assert (caught.value.status, caught.value.id) == ("waiting", ticket.id)
+        assert isinstance(caught.value, TimeoutError)
+
+
+async def test_a_job_between_two_attempts_shows_its_error() -> None:
+    app = make()
+
+    @app.task(retry=RetryPolicy(attempts=2, initial=200.0))
+    async def fail() -> None:
+        raise ValueError("no good")
+
+    async with app.running():
+        ticket = await fail.send()
+        job = await until(ticket, "retrying")
+        assert (job.attempts, job.error) == (1, "ValueError: no good")
+        with pytest.raises(
+            JobTimeout, match="1 attempt failed, and it waits for the next one; last error: ValueError: no good"
+        ):
+            await ticket.result(0.0)
+
+
+async def test_a_job_that_is_tried_again_has_its_result_in_the_end() -> None:
+    app = make()
+
+    @app.task(retry=TWICE)
+    async def try_twice(context: Context = INJECTED) -> int:
+        if context.attempt == 1:
+            raise ValueError("not yet")
+        return context.attempt
+
+    async with app.running():
+        ticket = await try_twice.send()
+        assert await ticket.result(SECONDS) == 2
+        job = await ticket.status()
+        assert (job.status, job.attempts, job.error) == ("done", 2, "")
+
+
+async def test_the_result_of_a_dead_job_is_its_error_with_the_remote_traceback() -> None:
+    app = make()
+
+    def guilty() -> None:
+        raise ValueError("no good")
+
+    @app.task(retry=TWICE)
+    async def fail() -> None:
+        guilty()
+
+    async with app.running():
+        ticket = await fail.send()
+        with pytest.raises(
+            JobFailed, match=r"t\.fail was given up after 2 attempts \(exhausted\): ValueError: no good"
+        ) as caught:
+            await ticket.result(SECONDS)
+        assert (caught.value.error, caught.value.attempts) == ("ValueError: no good", 2)
+        assert isinstance(caught.value.__cause__, RemoteTraceback)
+        assert "in guilty" in "".join(traceback.format_exception(caught.value))
+        assert (await ticket.status()).status == "dead"
+
+
+async def test_progress_is_seen_while_the_job_runs() -> None:
+    app = make()
+    go = threading.Event()
+
+    @app.task
+    async def in_loop(context: Context = INJECTED) -> None:
+        context.progress(1, 4, "loop")
+        await asyncio.to_thread(go.wait, SECONDS)
+
+    @app.task
+    def in_thread(context: Context = INJECTED) -> None:
+        for done in range(1000):
+            context.progress(done, note="thread")
+        go.wait(SECONDS)
+
+    async with app.running():
+        one, other = await in_loop.send(), await in_thread.send()
+        async with asyncio.timeout(SECONDS):
+            while (first := await one.status()).done is None or (second := await other.status()).done != 999:
+                await asyncio.sleep(0.02)
+        assert (first.done, first.total, first.note) == (1, 4, "loop")
+        assert (second.total, second.note) == (None, "thread")
+        with pytest.raises(JobTimeout, match=r"attempt 1 runs in .*, 1 of 4 \(loop\)"):
+            await one.result(0.0)
+        go.set()
+        await app.gather([one, other], timeout=SECONDS)
+
+
+@pytest.mark.parametrize(("done", "total"), [(float("nan"), None), (1.0, float("inf"))])
+async def test_progress_is_numbers(done: float, total: float | None) -> None:
+    app = make()
+
+    @app.task(retry=TWICE)
+    async def wrong(context: Context = INJECTED) -> None:
+        context.progress(done, total)
+
+    async with app.running():
+        with pytest.raises(JobFailed, match="both are numbers"):
+            await (await wrong.send()).result(SECONDS)
+
+
+# --- several ----------------------------------------------------------------------------------------------------------
+
+
+async def test_gather_gives_the_results_in_the_order_of_the_tickets_and_tells_of_each_end() -> None:
+    app = make()
+    go: dict[int, asyncio.Event] = {number: asyncio.Event() for number in range(3)}
+
+    @app.task
+    async def wait(number: int) -> int:
+        await go[number].wait()
+        return number
+
+    told: list[tuple[int, int]] = []
+
+    def on_progress(done: int, total: int) -> None:
+        told.append((done, total))
+        if done < 3:
+            go[2 - done].set()
+
+    async with app.running():
+        tickets = [await wait.send(number) for number in range(3)]
+        assert await app.gather(tickets, timeout=SECONDS, on_progress=on_progress) == [0, 1, 2]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+async def test_gather_raises_the_first_error_or_puts_it_in_its_place() -> None:
+    app = make()
+
+    @app.task(retry=RetryPolicy(attempts=1))
+    async def halve(number: int) -> int:
+        if number % 2:
+            raise ValueError(f"{number} is odd")
+        return number // 2
+
+    async with app.running():
+        tickets = [await halve.send(number) for number in (4, 3, 2)]
+        with pytest.raises(JobFailed, match="3 is odd"):
+            await app.gather(tickets, timeout=SECONDS)
+        first, error, last = await app.gather(tickets, timeout=SECONDS, return_errors=True)
+        assert (first, last) == (2, 1)
+        assert isinstance(error, JobFailed)
+
+
+async def test_gather_says_what_has_not_ended_in_time() -> None:
+    app = make()
+
+    @app.task
+    async def quick() -> int:
+        return 1
+
+    @app.task
+    async def never() -> int:
+        await asyncio.Event().wait()
+        return 2
+
+    async with app.running(grace_seconds=0.0):
+        tickets = [await quick.send(), await never.send()]
+        await tickets[0].result(SECONDS)
+        with pytest.raises(JobTimeout, match=f"1 job has not ended after 0.2 s, such as {tickets[1].id}"):
+            await app.gather(tickets, timeout=0.2)
+
+
+async def test_gather_of_more_jobs_than_fit_into_a_question() -> None:
+    app = make()
+
+    @app.task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    async with app.running():
+        tickets = [await double.send(number) for number in range(1_100)]
+        assert await app.gather(tickets, timeout=2 * SECONDS) == [2 * number for number in range(1_100)]
+
+
+# --- cancelling -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_job_cancelled_before_it_starts_never_runs() -> None:
+    app = make()
+    ran: list[int] = []
+
+    @app.task(concurrency=1, prefetch=1)
+    async def run(number: int) -> None:
+        ran.append(number)
+        if number == 0:
+            await go.wait()
+
+    go = asyncio.Event()
+    async with app.running():
+        first, second, third = [await run.send(number) for number in range(3)]
+        await until(first, "running")
+        await second.cancel()
+        with pytest.raises(JobCancelled, match=r"t\.run was cancelled"):
+            await second.result(SECONDS)
+        go.set()
+        await app.gather([first, third], timeout=SECONDS)
+        assert (await second.status()).status == "cancelled"
+    assert ran == [0, 2]
+
+
+async def test_whoever_waits_for_a_delayed_job_hears_at_once_that_it_is_cancelled() -> None:
+    app = make()
+
+    @app.task
+    async def later() -> None: ...
+
+    async with app.running():
+        ticket = await later.options(delay=3600.0).send()
+        waiting = asyncio.create_task(ticket.result(SECONDS))
+        await asyncio.sleep(0)
+        await ticket.cancel()
+        with pytest.raises(JobCancelled):
+            await waiting
+
+
+async def test_a_running_async_job_is_cancelled_and_knows_why() -> None:
+    app = make()
+    saw: list[bool] = []
+
+    @app.task
+    async def hang(context: Context = INJECTED) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            saw.append(context.cancelled.is_set())
+            raise
+
+    async with app.running():
+        ticket = await hang.send()
+        await until(ticket, "running")
+        await ticket.cancel()
+        with pytest.raises(JobCancelled):
+            await ticket.result(SECONDS)
+        job = await ticket.status()
+        assert (job.status, job.attempts) == ("cancelled", 1)
+        assert app.metrics.worker("hang").cancelled == 1
+    assert saw == [True]
+
+
+async def test_a_running_job_in_a_thread_is_stopped_at_its_next_instruction() -> None:
+    app = make()
+    saw: list[tuple[str, bool]] = []
+    ended = threading.Event()
+
+    @app.task
+    def hang(context: Context = INJECTED) -> None:
+        try:
+            while True:
+                time.sleep(0.01)
+        except BaseException as error:
+            saw.append((type(error).__name__, context.cancelled.is_set()))
+            raise
+        finally:
+            ended.set()
+
+    async with app.running():
+        ticket = await hang.send()
+        await until(ticket, "running")
+        await ticket.cancel()
+        with pytest.raises(JobCancelled):
+            await ticket.result(SECONDS)
+        await asyncio.to_thread(ended.wait, SECONDS)
+    assert saw == [("CancelledError", True)]
+
+
+async def test_a_job_that_swallows_its_cancellation_ends_as_cancelled_all_the_same() -> None:
+    app = make()
+    go = asyncio.Event()
+
+    @app.task(timeout=None)
+    async def stubborn() -> None:
+        while not go.is_set():
+            try:
+                await go.wait()
+            except asyncio.CancelledError:
+                pass
+
+    async with app.running():
+        ticket = await stubborn.send()
+        await until(ticket, "running")
+        await ticket.cancel()
+        with pytest.raises(JobCancelled):
+            await ticket.result(SECONDS)
+        go.set()
+
+
+async def test_a_job_between_two_attempts_can_be_cancelled() -> None:
+    app = make()
+
+    @app.task(retry=RetryPolicy(attempts=5, initial=0.0))
+    async def fail(context: Context = INJECTED) -> None:
+        ran.append(context.attempt)
+        raise Retry("again", after=1.0)
+
+    ran: list[int] = []
+    async with app.running():
+        ticket = await fail.send()
+        await until(ticket, "retrying")
+        await ticket.cancel()
+        with pytest.raises(JobCancelled):
+            await ticket.result(SECONDS)
+        async with asyncio.timeout(SECONDS):
+            while not app.metrics.worker("fail").cancelled:
+                await asyncio.sleep(0.02)
+    assert ran == [1]
+
+
+async def test_a_job_that_is_done_stays_done() -> None:
+    app = make()
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    async with app.running():
+        ticket = await give.send()
+        await ticket.result(SECONDS)
+        await ticket.cancel()
+        assert await ticket.result(SECONDS) == 3
+        assert (await ticket.status()).status == "done"
+
+
+async def test_a_job_cancelled_while_no_worker_was_there_is_let_go_by_the_next_one(tmp_path: Path) -> None:
+    def sender() -> Conveyor:
+        return Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue", journal=True)
+
+    ran: list[int] = []
+
+    def declared(app: Conveyor) -> Any:
+        @app.task
+        async def run(number: int) -> None:
+            ran.append(number)
+
+        return run
+
+    first = sender()
+    send = declared(first).send
+    async with first:
+        ticket = await send(1)
+        await ticket.cancel()
+    second = sender()
+    task = declared(second)
+    async with second.running():
+        with pytest.raises(JobCancelled):
+            await task.ticket(ticket.id).result(SECONDS)
+        last = await task.send(3)
+        await last.result(SECONDS)
+    assert ran == [3]
+
+
+# --- from elsewhere ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_ticket_is_found_by_its_id() -> None:
+    app = make()
+
+    @app.task
+    async def give(number: int) -> Size:
+        return Size(Path(str(number)), Decimal(number))
+
+    async with app.running():
+        sent = await give.send(3)
+        assert await give.ticket(sent.id).result(SECONDS) == Size(Path("3"), Decimal(3))
+        assert await app.ticket(sent.id).result(SECONDS) == Size(Path("3"), Decimal(3))
+        assert (await app.ticket(sent.id).status()).topic == "t.give"
+
+
+async def test_a_job_that_nobody_knows_is_a_clear_error() -> None:
+    app = make()
+    async with app.running():
+        with pytest.raises(JobUnknown, match="the journal knows no job nonsense"):
+            await app.ticket("nonsense").status()
+        with pytest.raises(JobTimeout, match="the journal knows nothing about it"):
+            await app.ticket("nonsense").result(0.1)
+        with pytest.raises(JobUnknown):
+            await app.ticket("nonsense").cancel()
+
+
+async def test_without_a_journal_tickets_say_how_to_turn_it_on() -> None:
+    app = Conveyor("t", broker="memory://")
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    async with app.running():
+        ticket = await give.send()
+        assert ticket.message is not None
+        for ask in (ticket.result, ticket.status, ticket.cancel):
+            with pytest.raises(ConfigurationError, match=r"journal=True"):
+                await ask()
+
+
+async def test_without_a_keeper_the_wait_for_a_result_says_so() -> None:
+    app = make()
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    async with app.running(keeper=False):
+        ticket = await give.send()
+        with pytest.raises(NoKeeper, match="nobody keeps a journal"):
+            await ticket.result(0.1)
+
+
+# --- without an event loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The URL of a broker on which an application runs in another thread."""
+    url = f"sqlite:///{tmp_path}/t.queue"
+    app = Conveyor("t", broker=url, journal=True)
+
+    @app.task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    ready, stop = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with app.running():
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert ready.wait(SECONDS)
+    yield url
+    stop.set()
+    thread.join()
+
+
+def test_scripts_use_tickets_without_an_event_loop(served: str) -> None:
+    app = Conveyor("t", broker=served, journal=True)
+
+    @app.task
+    async def double(number: int) -> int:
+        raise AssertionError("it runs elsewhere")
+
+    ticket = double.send_sync(4)
+    assert ticket.result_sync(SECONDS) == 8
+    assert ticket.status_sync().status == "done"
+    told: list[int] = []
+    tickets = [double.send_sync(number) for number in range(3)]
+    assert app.gather_sync(tickets, timeout=SECONDS, on_progress=lambda done, _: told.append(done)) == [0, 2, 4]
+    assert told[-1] == 3
+    late = double.options(delay=600.0).send_sync(1)
+    late.cancel_sync()
+    with pytest.raises(JobCancelled):
+        late.result_sync(SECONDS)
+
+
+async def test_the_sync_twins_refuse_to_block_an_event_loop() -> None:
+    app = make()
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    async with app.running():
+        ticket = await give.send()
+        for call, instead in (
+            (ticket.result_sync, r"await ticket\.result"),
+            (ticket.status_sync, r"await ticket\.status"),
+            (ticket.cancel_sync, r"await ticket\.cancel"),
+            (lambda: app.gather_sync([ticket]), r"await app\.gather"),
+        ):
+            with pytest.raises(ConveyorError, match=instead):
+                call()
+
+
+# --- in processes of the pool -----------------------------------------------------------------------------------------
+
+
+async def test_progress_of_a_job_in_a_process_is_seen_while_it_runs(meeting: Meeting) -> None:
+    app = make()
+    report = app.task(cpu=True)(jobs.report_half)
+    async with app.running():
+        ticket = await report.send(meeting.path)
+        with await meeting.arrival() as line:
+            async with asyncio.timeout(SECONDS):
+                while (job := await ticket.status()).done is None:
+                    await asyncio.sleep(0.02)
+            assert (job.status, job.done, job.total, job.note) == ("running", 1, 2, "half")
+            line.send(b"on")
+        assert await ticket.result(SECONDS) == "on"
+
+
+async def test_the_process_of_a_job_that_is_cancelled_is_killed(meeting: Meeting) -> None:
+    app = make()
+    hang, add = app.task(cpu=True)(jobs.hang), app.task(cpu=True)(jobs.add)
+    async with app.running():
+        ticket: Ticket[Any] = await hang.send(meeting.path)
+        pid = await meeting.pid()
+        await ticket.cancel()
+        with pytest.raises(JobCancelled):
+            await ticket.result(SECONDS)
+        await gone(pid)
+        assert await (await add.send(1, 2)).result(SECONDS) == 3
+
+
+async def test_a_job_whose_process_dies_fails_with_what_is_known() -> None:
+    app = make()
+    fault, add = app.task(cpu=True, retry=TWICE)(jobs.fault), app.task(cpu=True)(jobs.add)
+    async with app.running():
+        ticket = await fault.send()
+        with pytest.raises(JobFailed, match=r"after 2 attempts .*killed by SIGSEGV"):
+            await ticket.result(SECONDS)
+        assert await (await add.send(1, 2)).result(SECONDS) == 3
+
+
+async def test_a_job_in_a_process_has_a_typed_result() -> None:
+    app = make()
+    scale = app.task(cpu=True)(jobs.scale)
+    async with app.running():
+        ticket = await scale.send(jobs.Picture("a", b"12"), by=3)
+        assert await ticket.result(SECONDS) == jobs.Picture("a", b"121212")
