@@ -21,6 +21,7 @@ from conveyor.brokers.rabbitmq.address import read_url
 from conveyor.brokers.rabbitmq.amqp import Channel, Incoming
 from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBACK_ZLIB, trace_in, trace_note
 from conveyor.brokers.rabbitmq.link import Link
+from conveyor.brokers.rabbitmq.topology import Topology
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, QueueConflict
@@ -323,6 +324,57 @@ async def test_the_bound_of_a_queue_does_not_change_under_its_receivers(url: str
         with pytest.raises(QueueConflict, match="1 messages"):
             await new.declare([bound(4)])
         assert (await one(new, "news")).message.id == delivery.message.id
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["plain", "ordered"])
+async def test_what_is_published_while_a_bound_changes_is_not_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    def bound(most: int | None) -> Queue:
+        return Queue(name="q", topics=("t", "u"), ordered=ordered, max_length=most)
+
+    async with opened(url) as broker, opened(url) as other:
+        await broker.declare([bound(10)])
+        delete = Topology.delete
+
+        async def while_others_publish(self: Topology, queue: str) -> None:
+            assert not await other.publish([Message("before", "t", b"{}")])
+            await delete(self, queue)
+            assert not await other.publish([Message("after", "u", b"{}")])
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Topology, "delete", while_others_publish)
+            await broker.declare([bound(20)])
+        assert not await other.publish([Message("at last", "t", b"{}")])
+        subscription = await broker.subscribe("q", 100)
+        got: list[str] = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(got) < 3:
+                deliveries = await subscription.fetch(10)
+                got += [each.message.id for each in deliveries]
+                assert {each.message.topic for each in deliveries} <= {"t", "u"}
+                await broker.settle([Settlement(each, DONE) for each in deliveries])
+        assert sorted(got) == ["after", "at last", "before"]
+
+
+async def test_letters_that_say_the_same_are_each_found_and_taken_alone(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("t",))])
+
+        def bury(channel: BlockingChannel) -> None:
+            for _ in range(3):
+                channel.basic_publish("", "orders.dead", b"same")
+
+        await plainly(url, bury)
+        which = DeadFilter()
+        letters = await broker.dead_letters(which, limit=10)
+        assert len({each.position for each in letters}) == 3
+        assert len({each.message.id for each in letters}) == 3
+        page = await broker.dead_letters(which, limit=10, after=letters[0].position)
+        assert [each.position for each in page] == [each.position for each in letters[1:]]
+        assert await broker.discard([letters[2]]) == 1
+        assert await broker.redrive(await broker.dead_letters(which, limit=10)) == 2
+        assert [info.ready for info in await broker.queues()] == [2]
 
 
 async def test_a_queue_that_refuses_more_is_told_as_full(url: str) -> None:

@@ -265,7 +265,7 @@ async def test_a_forked_child_is_refused(opened: Open) -> None:
 async def test_each_hot_question_has_its_index() -> None:
     db = apsw.Connection(":memory:")
     db.execute(SQL["schema"])
-    hot = "keep_order drop_oldest next_of_keys next_at turned become_due expire claim claimed held end bury give_back extend purge".split()
+    hot = "keep_order drop_oldest next_of_keys next_at turned become_due expire claim fitting claimed held end bury give_back extend purge".split()
     for name in hot:
         values = (None,) * max(int(number) for number in re.findall(r"\?(\d)", SQL[name]))
         plan = [str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {SQL[name]}", values)]
@@ -395,6 +395,17 @@ async def test_large_and_small_bodies_of_one_batch_keep_apart(opened: Open) -> N
     await broker.publish([message(str(number), body=body) for number, body in enumerate(bodies)])
     received = await (await broker.subscribe("q", 100)).fetch(100)
     assert [each.message.body for each in received] == bodies
+
+
+async def test_a_claim_has_no_more_bytes_than_others_can_wait_for(opened: Open) -> None:
+    broker = await opened()
+    await broker.declare([Queue(name="q", topics=("t",))])
+    await broker.publish([message(f"small{n}") for n in range(300)])
+    subscription = await broker.subscribe("q", 1_000)
+    assert len(await subscription.fetch(1_000)) == 300
+    await broker.publish([message(f"large{n}", body=bytes(1_000_000)) for n in range(40)])
+    sizes = [len(await subscription.fetch(500)) for _ in range(3)]
+    assert sizes == [16, 16, 8]
 
 
 async def test_what_another_program_wrote_badly_does_not_stop_the_queue(opened: Open, tmp_path: Path) -> None:

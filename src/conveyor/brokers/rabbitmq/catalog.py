@@ -30,19 +30,27 @@ PATIENCE_SECONDS: Final = 5.0
 _decode: Final = msgspec.json.Decoder(dict[str, Spec])
 
 
+class NotAlone(BrokerError):
+    """The user may not create the lock, so others may be at work at the same time."""
+
+
 @contextlib.asynccontextmanager
-async def locked(connection: Connection, name: str) -> AsyncIterator[Channel]:
+async def locked(connection: Connection, name: str, *, alone: bool = False) -> AsyncIterator[Channel]:
     """Be the only one, over all connections, between here and the end of the block; on a channel of one's own.
 
     An exclusive queue is the lock: nobody else can declare it, and it goes with its connection. Who may not create one
-    goes on without.
+    goes on without: a message that somebody has taken is nobody else's for that time, which is enough for reading and changing.
+
+    Parameters:
+        alone: never go on without.
 
     Raises:
         BrokerUnavailable: another one has it for too long.
+        NotAlone: it cannot be had, and is needed.
     """
     try:
         async with asyncio.timeout(LOCK_SECONDS):
-            channel = await _take(connection, name)
+            channel = await _take(connection, name, alone=alone)
     except TimeoutError:
         raise BrokerUnavailable(f"another process has held {name!r} for {LOCK_SECONDS:g} s") from None
     try:
@@ -56,7 +64,7 @@ async def locked(connection: Connection, name: str) -> AsyncIterator[Channel]:
                 await channel.close()
 
 
-async def _take(connection: Connection, name: str) -> Channel:
+async def _take(connection: Connection, name: str, *, alone: bool) -> Channel:
     wait = LOCK_AGAIN_SECONDS
     while True:
         channel = await connection.channel()
@@ -64,6 +72,8 @@ async def _take(connection: Connection, name: str) -> Channel:
             await channel.queue_declare(name, durable=False, exclusive=True, arguments={"x-queue-type": "classic"})
         except ChannelClosed as error:
             if error.code == ACCESS_REFUSED:
+                if alone:
+                    raise NotAlone(f"may not create {name!r}: {error.text}") from error
                 return await connection.channel()
             if error.code != RESOURCE_LOCKED:
                 raise
@@ -117,9 +127,11 @@ class Catalog:
                 return
         await channel.close()
         if not there.messages:
-            async with self._turn, locked(connection, f"{self._name}.lock") as channel:
-                if not await self._take_all(channel, RETURN_SECONDS):
-                    await self._put({})
+            # Somebody may have it in his hands. Who cannot keep others out does not begin anew: beside theirs, an empty one would be read.
+            with contextlib.suppress(NotAlone):
+                async with self._turn, locked(connection, f"{self._name}.lock", alone=True) as channel:
+                    if not await self._take_all(channel, RETURN_SECONDS):
+                        await self._put({})
 
     async def read(self) -> dict[str, Spec]:
         """All queues by name, as they are now."""

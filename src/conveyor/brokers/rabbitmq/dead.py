@@ -11,6 +11,7 @@ import bisect
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -100,7 +101,7 @@ def buried(letter: DeadLetter, spec: Spec, position: str) -> Outgoing:
     return Outgoing("", spec.dead, letter.message.body, properties_of(letter.message, notes))
 
 
-def read_letter(incoming: Incoming, what: Arrived, queue: str) -> DeadLetter:
+def read_letter(incoming: Incoming, what: Arrived, queue: str, position: str) -> DeadLetter:
     """A message of a dead-letter queue, whether Conveyor or the server's own dead-lettering put it there."""
     headers: Mapping[str, Any] = properties_or_none(incoming).headers or {}
     reason, error = str(headers.get(REASON) or ""), what.error
@@ -111,7 +112,7 @@ def read_letter(incoming: Incoming, what: Arrived, queue: str) -> DeadLetter:
             f"dead-lettered by the server from {death.get('queue')}" if death else "put there by another program"
         )
     return DeadLetter(
-        position=position_of(incoming),
+        position=position,
         queue=queue,
         message=what.message,
         reason=reason,
@@ -123,7 +124,19 @@ def read_letter(incoming: Incoming, what: Arrived, queue: str) -> DeadLetter:
     )
 
 
-def position_of(incoming: Incoming) -> str:
+class Names:
+    """Gives the letters of a walk their positions; those that say the very same are counted, in the order in which they lie there."""
+
+    def __init__(self) -> None:
+        self._seen = Counter[str]()
+
+    def __call__(self, incoming: Incoming) -> str:
+        position = _position_of(incoming)
+        self._seen[position] += 1
+        return position if self._seen[position] == 1 else f"{position}~{self._seen[position]:06}"
+
+
+def _position_of(incoming: Incoming) -> str:
     """Where a letter is among the others, the same at each look. What another program put there is known by what it says."""
     properties = properties_or_none(incoming)
     headers: Mapping[str, Any] = properties.headers or {}
@@ -168,9 +181,10 @@ class Cemetery:
     async def page(self, which: DeadFilter, limit: int, after: str) -> list[DeadLetter]:
         """The first letters behind a position that a filter lets through, oldest first; no more than these are kept meanwhile."""
         found: list[DeadLetter] = []
+        name = Names()
 
         def look(incoming: Incoming) -> bool:
-            letter = self._letter(incoming, nameless=position_of(incoming))
+            letter = self._letter(incoming, name(incoming))
             if letter.position > after and meant(letter, which):
                 bisect.insort(found, letter, key=_by_position)
                 del found[limit:]
@@ -184,13 +198,14 @@ class Cemetery:
         """Take letters out, once they have been used; how many of them still were there."""
         wanted = set(positions)
         taken: list[tuple[DeadLetter, int]] = []
+        name = Names()
 
         def look(incoming: Incoming) -> bool:
-            position = position_of(incoming)
+            position = name(incoming)
             if position in wanted:
                 wanted.discard(position)
                 # Two letters that say the same are two messages: what has no id goes back with one of its own.
-                taken.append((self._letter(incoming, nameless=""), incoming.delivery_tag))
+                taken.append((self._letter(incoming, position, nameless=""), incoming.delivery_tag))
             return not wanted
 
         async def finish() -> set[int]:
@@ -203,8 +218,9 @@ class Cemetery:
             await self._walk(channel, look, finish)
         return len(taken)
 
-    def _letter(self, incoming: Incoming, *, nameless: str) -> DeadLetter:
-        return read_letter(incoming, self._read(incoming, nameless), self._spec.name)
+    def _letter(self, incoming: Incoming, position: str, *, nameless: str | None = None) -> DeadLetter:
+        what = self._read(incoming, position if nameless is None else nameless)
+        return read_letter(incoming, what, self._spec.name, position)
 
     async def _walk(
         self,

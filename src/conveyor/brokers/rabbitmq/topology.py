@@ -124,6 +124,8 @@ class Topology:
         if not spec.passive:
             await self._declare(spec, spec.later, self._arguments(spec))
             await self._bind(spec)
+            if there is not None:  # it may have been led elsewhere, by somebody who died in the midst of _rebound()
+                await self._lead(spec, to=spec.name, away_from=spec.later)
 
     async def raise_ladder(self, spec: Spec, steps: int) -> bool:
         """Create the queues of the delay ladder up to so many; False where we may not."""
@@ -230,7 +232,9 @@ class Topology:
     async def _rebound(self, spec: Spec) -> None:
         """A queue's bound is fixed when it is created: it is created anew, which only an empty one allows.
 
-        What a receiver has in its hands would go with the queue, and AMQP counts it nowhere: so nobody may receive from it.
+        What a receiver has in its hands would go with the queue, and AMQP counts it nowhere: so nobody may receive from it. What is
+        published meanwhile goes to where delayed messages wait, and from there to the new queue; create() ends that. A message of the
+        moment in which both receive comes twice.
         """
         there, later = await self.count(spec.name), await self.count(spec.later)
         if there is not None and later is not None and later.consumers:
@@ -238,6 +242,11 @@ class Topology:
                 f"the queue {spec.name!r} has receivers under another bound than max_length={spec.max_length}; "
                 "stop them, and start again"
             )
+        if there is not None and later is not None and not there.messages:
+            await self._lead(spec, to=spec.later, away_from=spec.name)
+            there = await self.count(spec.name)
+            if there is not None and there.messages:
+                await self._lead(spec, to=spec.name, away_from=spec.later)
         if there is not None and there.messages:
             raise QueueConflict(
                 f"the queue {spec.name!r} holds {there.messages} messages under another bound than max_length={spec.max_length}; "
@@ -245,6 +254,22 @@ class Topology:
             )
         await self.delete(spec.name)
         await self._declare(spec, spec.name, self._arguments(spec, bounded=True))
+
+    async def _lead(self, spec: Spec, *, to: str, away_from: str) -> None:
+        """Let what is published for a queue go to another one instead; in between, both get it."""
+        sources = [(self.exchange, routing_key(topic)) for topic in spec.topics]
+        if spec.ordered:
+            sources = [(spec.unkeyed, "")]
+        if foreign := spec.native.get("exchange"):
+            sources += [(foreign, key) for key in _foreign_keys(spec)]
+
+        async def lead(channel: Channel) -> None:
+            for exchange, key in sources:
+                await channel.queue_bind(to, exchange, key)
+            for exchange, key in sources:
+                await channel.queue_unbind(away_from, exchange, key)
+
+        await self._unless_refused(lead)
 
     async def _bind(self, spec: Spec) -> None:
         """Let the topics in. What we may not bind is bound already, or another's business."""
@@ -280,8 +305,7 @@ class Topology:
                 raise QueueConflict(
                     f"the exchange {exchange!r} cannot be used as {kind}: {error.text}; see exchange_type in native"
                 ) from error
-        own = spec.native.get("routing_key")
-        for key in [own] if own is not None else [routing_key(topic) for topic in spec.topics]:
+        for key in _foreign_keys(spec):
             await self._unless_refused(
                 lambda channel, key=key: channel.queue_bind(spec.name, exchange, key)  # type: ignore[misc]
             )
@@ -313,6 +337,12 @@ class Topology:
         except ChannelClosed as error:
             if error.code != ACCESS_REFUSED:
                 raise BrokerError(f"the server refuses a binding: {error.text}") from error
+
+
+def _foreign_keys(spec: Spec) -> list[str]:
+    """The routing keys under which others publish to an exchange of theirs what is for this queue."""
+    own = spec.native.get("routing_key")
+    return [own] if own is not None else [routing_key(topic) for topic in spec.topics]
 
 
 def _words(arguments: Mapping[str, FieldValue]) -> str:

@@ -344,8 +344,10 @@ def _why(error: BaseException, address: Address) -> str:
             return f"{said} to the beginning of TLS; does it speak TLS on this port (tls-port)? redis:// is without"
         return f"{said}; is it Redis that listens there, without TLS (rediss:// is with)?"
     if isinstance(error, ssl.SSLError):
-        said = error.reason or error
-        return f"TLS failed ({said}); look at the certificate, at ca= in the URL, and whether it speaks TLS on this port"
+        said = error.reason or str(error)
+        return (
+            f"TLS failed ({said}); look at the certificate, at ca= in the URL, and whether it speaks TLS on this port"
+        )
     return str(error) or type(error).__name__
 
 

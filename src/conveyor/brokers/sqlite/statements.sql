@@ -113,6 +113,12 @@ WHERE seq IN (SELECT seq FROM message WHERE state = 1 AND queue = ?1 AND at <= ?
 UPDATE message SET state = 1, at = ?2, token = ?3, owner = ?4, deliveries = deliveries + 1
 WHERE seq IN (SELECT seq FROM message WHERE state = 0 AND queue = ?1 ORDER BY priority DESC, seq LIMIT ?5)
 
+-- name: fitting
+SELECT count(*) FROM (
+    SELECT sum(length) OVER (ROWS UNBOUNDED PRECEDING) AS bytes
+    FROM (SELECT length(body) AS length FROM message WHERE state = 0 AND queue = ?1 ORDER BY priority DESC, seq LIMIT ?2))
+WHERE bytes <= ?3
+
 -- name: claim_early
 UPDATE message SET state = 1, due = iif(state = 2, at, due), at = ?2, token = ?3, owner = ?4, deliveries = deliveries + 1
 WHERE seq IN (

@@ -26,6 +26,11 @@ LARGE_BODY: Final = 65_536
 """Bytes; larger bodies are read one by one, smaller ones of a batch together."""
 CLAIM_ROWS: Final = 1_000
 """So many messages are claimed in one commit at most: their bodies come out of SQLite as one value, which has its limit."""
+CLAIM_BYTES: Final = 8 * 1024 * 1024
+"""So many bytes of bodies are claimed in one commit at most, unless FEW_ROWS have more: others wait as long as they are read."""
+FEW_ROWS: Final = 16
+EARLY_ROWS: Final = 100
+"""As many for whoever receives early, whose messages are in three places, and not looked at before."""
 PURGE_ROWS: Final = 5_000
 """So many messages are purged in one commit, so that others wait milliseconds."""
 COLUMNS: Final = 17
@@ -398,6 +403,11 @@ class Store:
             self._db.execute(SQL["become_due"], (row.id, self._now, limit))
         if ended:
             self._db.execute(SQL["expire"], (row.id, self._now, limit, EXPIRED))
+        if limit > FEW_ROWS and not early:
+            [[fitting]] = self.file.rows(SQL["fitting"], row.id, limit, CLAIM_BYTES)
+            limit = max(FEW_ROWS, fitting)
+        elif early:
+            limit = min(limit, EARLY_ROWS)
         until, token = self._now + row.lease_seconds, secrets.randbits(62)
         self._db.execute(SQL["claim_early" if early else "claim"], (row.id, until, token, self._owner_id, limit))
         if not self._db.changes():
