@@ -63,12 +63,16 @@ def brief_rate(rate: float) -> str:
 
 def brief_span(seconds: float | None) -> str:
     """A duration in at most six characters: its largest unit."""
+    if seconds is not None and 0.9995 <= seconds < 1:
+        seconds = 1.0
     return " ".join(span(seconds).split()[:2])
 
 
 def brief_bytes(number: int) -> str:
-    """Memory in at most six characters."""
-    return f"{number / 1e6:,.0f} MB" if number < 999_500_000 else f"{number / 1e9:.1f} GB"
+    """Memory in at most seven characters."""
+    if number < 999_500_000:
+        return f"{number / 1e6:.0f} MB"
+    return f"{number / 1e9:.1f} GB" if number < 99_950_000_000 else f"{number / 1e9:.0f} GB"
 
 
 def in_middle(text: str, columns: int) -> str:

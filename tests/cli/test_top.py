@@ -1,0 +1,390 @@
+"""``conveyor top`` in a real terminal: what it shows of real runners, what its keys do, and how it bears an outage."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+import pyte
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conveyor import brokers
+from conveyor.broker import QueueInfo
+from conveyor.cli.screen import QUEUES, RUNNERS, Column, brief, brief_bytes, brief_rate, brief_span, in_middle, widths
+from conveyor.cli.top import Rates, RunnerRow, queue_rows
+from conveyor.runtime.control import Status, WorkerStatus
+from conveyor.runtime.health import Health
+
+if TYPE_CHECKING:
+    from servers.redis import Redis
+    from tests.cli.conftest import Program
+
+PATIENCE_SECONDS: Final = 60.0
+ENTER, TAB, ESCAPE, CTRL_C = "\r", "\t", "\x1b", "\x03"
+
+BANK: Final = """
+import asyncio
+from pathlib import Path
+
+from conveyor import Conveyor, RetryPolicy
+
+app = Conveyor("bank")
+
+
+@app.task(retry=RetryPolicy(attempts=1))
+async def charge(card: str) -> None:
+    if Path("closed").exists():
+        raise ConnectionError(f"the bank is closed, says the clerk to {card}; come back on Monday from nine o'clock on, please")
+    with open("charged", "a") as charged:
+        charged.write(card + "\\n")
+
+
+@app.task
+async def write_a_letter_to_the_holder_of_the_card(card: str) -> None: ...
+"""
+
+
+class Terminal:
+    """A terminal in memory, with a program in it.
+
+    Parameters:
+        command: the program and its arguments.
+    """
+
+    def __init__(self, conveyor: Program, command: Sequence[str], columns: int = 80, rows: int = 24) -> None:
+        self.display = pyte.Screen(columns, rows)
+        self._stream = pyte.ByteStream(self.display)
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.program = subprocess.Popen(
+            command,
+            cwd=conveyor.folder,
+            env=conveyor.environment | {"TERM": "xterm-256color"},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    @property
+    def text(self) -> str:
+        """What is on it."""
+        return "\n".join(self.display.display)
+
+    def press(self, *keys: str) -> None:
+        """Press keys, one after the other."""
+        for key in keys:
+            os.write(self._ours, key.encode())
+
+    def until(self, true: Callable[[str], object], what: str = "") -> str:
+        """Wait until what is on it is so; what is on it then."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not true(self.text):
+            assert time.monotonic() < deadline, f"never saw {what}:\n{self.text}"
+            assert self.read(0.2), f"it ended before there was {what}:\n{self.text}"
+        return self.text
+
+    def shows(self, *texts: str) -> str:
+        """Wait until all of these are on it; what is on it then."""
+        return self.until(lambda text: all(each in text for each in texts), " and ".join(texts))
+
+    def read(self, seconds: float) -> bool:
+        """Take in what the program draws within so many seconds; False where it has ended."""
+        if not select.select([self._ours], [], [], seconds)[0]:
+            return True
+        try:
+            drawn = os.read(self._ours, 65_536)
+        except OSError:  # nobody holds the other end any more
+            return False
+        self._stream.feed(drawn)
+        return bool(drawn)
+
+    def ended(self) -> int:
+        """Wait for the program's end; its exit code."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.read(0.2):
+            assert time.monotonic() < deadline, self.text
+        return self.program.wait(PATIENCE_SECONDS)
+
+    def close(self) -> None:
+        """End it, however it is."""
+        self.program.kill()
+        self.program.wait()
+        os.close(self._ours)
+
+    def row(self, start: str) -> str:
+        """The line that begins so."""
+        return next(line for line in self.display.display if line.startswith(start))
+
+
+@pytest.fixture
+def bank(conveyor: Program) -> Program:
+    """The program, in a folder with the bank's app."""
+    (conveyor.folder / "bank.py").write_text(BANK)
+
+    async def make() -> None:
+        broker = brokers.from_url(f"sqlite:///{conveyor.folder / 'bank.queue'}")
+        await broker.open()
+        await broker.close()
+
+    asyncio.run(make())  # or conveyor top, started first, would say that there is none
+    return conveyor
+
+
+@contextlib.contextmanager
+def running(conveyor: Program, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The bank's workers at work."""
+    log = (conveyor.folder / "log").open("ab")
+    command = conveyor.command("run", "bank:app", *arguments)
+    with log, subprocess.Popen(command, cwd=conveyor.folder, env=conveyor.environment, stderr=log) as program:
+        try:
+            yield program
+        finally:
+            program.terminate()
+            try:
+                program.wait(PATIENCE_SECONDS)
+            finally:
+                program.kill()
+
+
+@contextlib.contextmanager
+def top(conveyor: Program, *arguments: str, columns: int = 80, rows: int = 24) -> Iterator[Terminal]:
+    """conveyor top in a terminal."""
+    terminal = Terminal(conveyor, conveyor.command("top", *arguments), columns, rows)
+    try:
+        yield terminal
+    finally:
+        terminal.close()
+
+
+def charge(conveyor: Program, card: str, *arguments: str) -> None:
+    conveyor.ok("publish", "bank", "charge", "--data", f'{{"card": "{card}"}}', *arguments)
+
+
+def charged(conveyor: Program) -> list[str]:
+    file = conveyor.folder / "charged"
+    return file.read_text().split() if file.exists() else []
+
+
+def ready_runners(text: str) -> int:
+    return len(re.findall(r"[MG]B ready", text))
+
+
+def figures(row: str) -> list[str]:
+    """The columns of a queue's row, without its name."""
+    return row.split()[1:]
+
+
+def test_it_shows_queues_runners_and_errors_and_leaves_nothing_behind(bank: Program) -> None:
+    (bank.folder / "closed").touch()
+    with running(bank, "--processes", "2"), top(bank, "bank:app") as terminal:
+        terminal.shows("2 runners")
+        charge(bank, "4711")
+        terminal.shows("dead ConnectionError: the bank is closed")
+        terminal.until(lambda _: figures(terminal.row("bank.charge"))[3] == "1", "the dead letter")
+        ready, in_flight, delayed, dead, oldest, _, failed, retried = figures(terminal.row("bank.charge"))
+        assert (ready, in_flight, delayed, dead, oldest, failed, retried) == ("0", "0", "0", "1", "-", "1", "0")
+        terminal.until(lambda text: ready_runners(text) == 2, "both runners")
+        assert "bank.wri…the_card " in terminal.text  # a name that does not fit is cut where one sees it
+        terminal.press(TAB, TAB, ENTER)
+        shown = terminal.shows("it became a dead letter", "on Monday from nine o'clock")
+        assert "Traceback" in shown
+        terminal.press(ESCAPE)
+        terminal.until(lambda text: "became a dead letter" not in text)
+        terminal.press("q")
+        assert terminal.ended() == 0
+    assert [each["name"] for each in bank.json("queues", "--app", "bank", "--all")["queues"]] == [
+        "bank.charge",
+        "bank.write_a_letter_to_the_holder_of_the_card",
+    ]
+
+
+def test_a_queue_is_paused_and_goes_on_by_a_key(bank: Program) -> None:
+    with running(bank), top(bank, "bank:app") as terminal:
+        terminal.shows("1 runner", "bank.charge")
+        terminal.press("p")
+        terminal.until(lambda _: "paused" in terminal.row("bank.charge"), "the pause")
+        charge(bank, "4711")
+        terminal.until(lambda _: figures(terminal.row("bank.charge"))[0] == "1", "the message that waits")
+        assert charged(bank) == []
+        terminal.press("p")
+        terminal.until(lambda _: charged(bank), "the work")
+        terminal.until(lambda _: "paused" not in terminal.row("bank.charge"), "the end of the pause")
+
+
+def test_dead_letters_are_put_back_after_a_question(bank: Program) -> None:
+    (bank.folder / "closed").touch()
+    with running(bank), top(bank, "bank:app") as terminal:
+        terminal.shows("1 runner", "bank.charge")
+        terminal.press("r")
+        terminal.shows("has no dead letters")
+        for card in ("4711", "4712"):
+            charge(bank, card)
+        terminal.until(lambda _: figures(terminal.row("bank.charge"))[3] == "2", "the dead letters")
+        (bank.folder / "closed").unlink()
+        terminal.press("r")
+        terminal.shows("Put 2 dead letters back into bank.charge?")
+        terminal.press("n")
+        terminal.until(lambda text: "Put 2" not in text)
+        assert figures(terminal.row("bank.charge"))[3] == "2"
+        terminal.press("r")
+        terminal.shows("Put 2 dead letters back into bank.charge?")
+        terminal.press("y")
+        terminal.shows("2 dead letters put back")
+        terminal.until(lambda _: sorted(charged(bank)) == ["4711", "4712"], "the work")
+        terminal.until(lambda _: figures(terminal.row("bank.charge"))[3] == "0", "no dead letter")
+
+
+def test_a_runner_that_stands_still_is_said_to_be_silent(bank: Program) -> None:
+    with running(bank, "--hang-limit", "1000"), top(bank, "bank:app", columns=120) as terminal:
+        text = terminal.until(lambda text: ready_runners(text) == 1, "the runner")
+        row = next(line for line in text.split("\n") if "(1)" in line)
+        runner = int(row.split(":")[1].split()[0])
+        os.kill(runner, signal.SIGSTOP)
+        try:
+            terminal.shows("silent ")
+        finally:
+            os.kill(runner, signal.SIGCONT)
+        terminal.until(lambda text: "silent " not in text and ready_runners(text) == 1)
+
+
+def test_it_says_that_the_broker_is_away_and_goes_on_when_it_is_back(bank: Program, redis: Redis) -> None:
+    url = redis.url()
+    with running(bank, "--broker", url), top(bank, "--broker", url) as terminal:
+        terminal.shows("1 runner", "bank.charge")
+        redis.stop()
+        try:
+            terminal.shows("AWAY for", "bank.charge")  # what was known stays
+            terminal.press("p")
+            terminal.shows("the broker is away")
+        finally:
+            redis.start()
+        terminal.until(lambda text: "AWAY" not in text and ready_runners(text) == 1, "its return")
+        terminal.press("p")
+        terminal.until(lambda _: "paused" in terminal.row("bank.charge"), "the pause")
+        terminal.press(CTRL_C)
+        assert terminal.ended() == 0
+
+
+def test_a_wide_terminal_is_used_and_a_change_of_its_size_is_followed(bank: Program) -> None:
+    with running(bank), top(bank, "bank:app", columns=160, rows=40) as terminal:
+        terminal.shows("1 runner", "bank.write_a_letter_to_the_holder_of_the_card", "workers")
+        fcntl.ioctl(terminal._ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        terminal.display.resize(24, 80)
+        os.killpg(terminal.program.pid, signal.SIGWINCH)
+        text = terminal.until(lambda text: "bank.wri…the_card" in text, "the narrow one")
+        assert "workers" not in text
+
+
+def test_without_a_terminal_it_says_what_there_is_for_programs(bank: Program) -> None:
+    assert "conveyor queues --watch --json" in bank.refused("top", "bank:app")
+
+
+def test_a_wrong_address_is_said_before_the_screen_is_taken(bank: Program) -> None:
+    with top(bank, "--broker", "sqlite:///none.queue") as terminal:
+        assert terminal.ended() == 1
+        assert "there is no queue file none.queue" in " ".join(terminal.text.split())
+
+
+# --- what it reckons ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10**15))
+def test_a_count_takes_six_characters_at_most(number: int) -> None:
+    assert len(brief(number)) <= 6
+
+
+@given(st.floats(0, 1e12), st.integers(0, 10**11))
+def test_rates_and_sizes_and_durations_take_the_room_of_their_columns_at_most(some: float, size: int) -> None:
+    assert len(brief_rate(some)) <= 6
+    assert len(brief_span(min(some, 86_400 * 9_999))) <= 6
+    assert len(brief_bytes(size)) <= 7
+
+
+@given(st.text(), st.integers(1, 40))
+def test_what_does_not_fit_is_cut_with_a_sign(text: str, columns: int) -> None:
+    cut = in_middle(text, columns)
+    assert len(cut) <= columns
+    assert "…" in cut or len(cut) == len(in_middle(text, 10_000))
+
+
+@given(
+    st.sampled_from([QUEUES, RUNNERS]),
+    st.lists(st.text(max_size=100), min_size=1, max_size=5),
+    st.integers(78, 300),
+)
+def test_the_columns_fill_the_room_and_never_more(columns: Sequence[Column], names: list[str], room: int) -> None:
+    shown = [column for column in columns if not column.wide or room >= 110]
+    found = widths(shown, [[name] * len(shown) for name in names], room)
+    assert sum(found) + len(found) <= room
+    assert all(width >= len(column.label) or not column.width for width, column in zip(found, shown, strict=True))
+
+
+def status(at: float, *, handled: int = 0, failed: int = 0, unready: tuple[str, ...] = ()) -> Status:
+    worker = WorkerStatus(
+        name="charge", queue="bank.charge", concurrency=1, in_flight=3, handled=handled, failed=failed
+    )
+    return Status(
+        runner="r",
+        app="bank",
+        process="1",
+        host="h",
+        pid=1,
+        started=0.0,
+        at=at,
+        resident_bytes=1,
+        health=Health(unready=unready),
+        workers=(worker,),
+    )
+
+
+def test_a_rate_is_that_of_the_last_ten_seconds() -> None:
+    rates = Rates()
+    assert rates.of("r", "charge") == 0.0
+    rates.note(status(100.0))
+    assert rates.of("r", "charge") == 0.0
+    rates.note(status(102.0, handled=10, failed=10))
+    assert rates.of("r", "charge") == 10.0
+    for second in range(103, 123):
+        rates.note(status(float(second), handled=10, failed=10))
+    assert rates.of("r", "charge") == 0.0
+
+
+def test_a_queue_s_row_knows_what_only_runners_see() -> None:
+    info = QueueInfo(
+        name="bank.charge",
+        topics=(),
+        ordered=False,
+        max_length=None,
+        temporary=False,
+        lease_seconds=30.0,
+        ready=1,
+        in_flight=0,
+        delayed=0,
+        dead=0,
+        oldest_seconds=None,
+        consumers=1,
+    )
+    [row] = queue_rows([info], [status(1.0, failed=2)], Rates(), frozenset(["bank.charge"]), {"bank.charge": (5, 4)})
+    assert (row.in_flight, row.failed, row.retried, row.paused, row.workers) == (3, 7, 4, True, ("charge",))
+
+
+def test_a_runner_s_health_says_what_is_most_important() -> None:
+    assert RunnerRow(status(1.0), 0.0, 0.0).health == "ready"
+    assert RunnerRow(status(1.0, unready=("draining",)), 0.0, 0.0).health == "draining"
+    assert RunnerRow(status(1.0, unready=("draining",)), 0.0, 7.0).health == "silent 7 s"
