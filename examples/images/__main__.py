@@ -23,7 +23,7 @@ from examples.images.bench import compare, make_pictures, measure
 from examples.images.demo import Demonstrations, images_in
 from examples.images.display import RunDisplay, workers_table
 from examples.images.filters import EXAMPLES, FilterError, FilterPipeline
-from examples.images.folder import STATE, FolderError, process_folder
+from examples.images.folder import JOURNAL, STATE, FolderError, process_folder
 from examples.images.report import Report
 from examples.images.settings import Settings
 from examples.images.sheet import contact_sheet
@@ -63,6 +63,8 @@ def process(given: argparse.Namespace) -> int:
         os.environ["IMAGES_PROCESSES"] = given.processes
         read(Settings, "processes", given.processes, said="--processes")
         settings = from_environment(Settings)
+    if not logging.getLogger().isEnabledFor(logging.INFO):  # what becomes of each image is in the report
+        logging.getLogger("conveyor.consumer").setLevel(logging.CRITICAL)
     source, target = Path(given.source), Path(given.target)
     console = Console(stderr=given.json)
     display = RunDisplay()
@@ -80,11 +82,14 @@ def process(given: argparse.Namespace) -> int:
         print(json.dumps(report.summary(), indent=2))
     else:
         report.show(console)
+    if report.failures:
+        journal = target / STATE / JOURNAL
+        console.print(f"more about a failure: conveyor trace {report.failures[0].id} --file {journal}", soft_wrap=True)
     if report.interrupted:
         console.print("interrupted; the same command again does the rest")
         return INTERRUPTED
     if sheet := make_sheet(report, source, target, given.filters, given.sheet):
-        console.print(f"before and after: {sheet}")
+        console.print(f"before and after: {sheet}", soft_wrap=True)
     return 1 if report.failed else 0
 
 

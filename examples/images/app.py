@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, cast
 
-from conveyor import Conveyor, RetryPolicy, Task
+import msgspec
+
+from conveyor import Context, Conveyor, RetryPolicy, Task
 from conveyor.errors import HandlerCrashed
 from examples.images.files import Processed, Refused, process_file
-from examples.images.filters import FilterPipeline
+from examples.images.filters import FilterPipeline, Step
 from examples.images.settings import Settings
 from examples.settings import from_environment
 
@@ -19,28 +22,50 @@ RETRY: Final = RetryPolicy(
     # A refused image stays refused. A process that died was perhaps killed from outside, and so may be the next one.
     rules={Refused: None, HandlerCrashed: RetryPolicy(attempts=20, initial=0.1, maximum=5.0)},
 )
+LOAD_AND_SAVE: Final = 2
+"""Steps beside the filters."""
 
 
-def process_image(source: Path, target: Path, filters: str, largest_pixels: int) -> Processed:
-    """Process one image; it is a task of the applications that make_app makes.
+def process_image(
+    source: Path, target: Path, filters: str, largest_pixels: int, context: Context | None = None
+) -> Processed:
+    """Process one image; it is the task of the applications that make_app makes, and says after each step how far it is.
 
     Raises:
         Refused: this image will not do, now or later.
         OSError: another time it may.
     """
-    return process_file(source, target, FilterPipeline(filters), largest_pixels=largest_pixels)
+    pipeline = FilterPipeline(filters)
+    if context is None:
+        return process_file(source, target, pipeline, largest_pixels=largest_pixels)
+    steps = itertools.count(1)
+    of = len(pipeline.filters) + LOAD_AND_SAVE
+
+    def tell(step: Step) -> None:
+        context.progress(next(steps), of, step.name)
+
+    processed = process_file(source, target, pipeline, largest_pixels=largest_pixels, on_step=tell)
+    return msgspec.structs.replace(processed, attempt=context.attempt)
 
 
-def make_app(settings: Settings, broker: str | None = None) -> tuple[Conveyor, Task[[Path, Path, str, int], Processed]]:
-    """An application, and its task.
+class Images(NamedTuple):
+    """An application, and its task."""
+
+    app: Conveyor
+    process: Task[[Path, Path, str, int], Processed]
+
+
+def make_app(settings: Settings, broker: str | None = None, journal: bool | Path | None = None) -> Images:
+    """An application with these settings.
 
     Parameters:
         broker: a URL; left out, $CONVEYOR_BROKER, else a SQLite file in this folder.
+        journal: whether, or where, a journal is kept; left out, as $CONVEYOR_JOURNAL says.
     """
-    app = Conveyor("images", broker=broker)
+    app = Conveyor("images", broker=broker, journal=journal)
     task = app.task(cpu=True, concurrency=settings.processes, timeout=settings.timeout, retry=RETRY)(process_image)
-    return app, task
+    return Images(app, cast("Task[[Path, Path, str, int], Processed]", task))
 
 
 app, process = make_app(from_environment(Settings))
-"""For ``conveyor run examples.images.app:app``."""
+"""For ``conveyor run examples.images.app:app``, which also helps others who process a folder on the same broker."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -52,6 +52,7 @@ class Processed(Struct, frozen=True):
         steps: loading, each filter and saving, with their seconds.
         seconds: all of it.
         process: the id of the process that did it.
+        attempt: which attempt it was.
     """
 
     source: str
@@ -61,12 +62,21 @@ class Processed(Struct, frozen=True):
     steps: tuple[Step, ...]
     seconds: float
     process: int
+    attempt: int = 1
 
 
 def process_file(
-    source: Path, target: Path, pipeline: FilterPipeline, *, largest_pixels: int = LARGEST_PIXELS
+    source: Path,
+    target: Path,
+    pipeline: FilterPipeline,
+    *,
+    largest_pixels: int = LARGEST_PIXELS,
+    on_step: Callable[[Step], object] = lambda _: None,
 ) -> Processed:
     """Load an image, apply the filters, and save what they make. Doing it again makes the same.
+
+    Parameters:
+        on_step: called after each step.
 
     Raises:
         Refused: this image will not do, now or later.
@@ -75,12 +85,15 @@ def process_file(
     started = time.perf_counter()
     format_for(target)  # before the work, not after it
     image = load_image(source, largest_pixels=largest_pixels)
-    loaded = time.perf_counter()
-    filtered = pipeline.apply(image)
+    load = Step("load", time.perf_counter() - started)
+    on_step(load)
+    filtered = pipeline.apply(image, on_step)
     saving = time.perf_counter()
     save_image(filtered.image, target, profile=_profile_for(filtered.image, image))
     ended = time.perf_counter()
-    steps = (Step("load", loaded - started), *filtered.steps, Step("save", ended - saving))
+    save = Step("save", ended - saving)
+    on_step(save)
+    steps = (load, *filtered.steps, save)
     return Processed(str(source), str(target), *filtered.image.size, steps, ended - started, os.getpid())
 
 

@@ -241,13 +241,18 @@ class FilterPipeline:
     def __init__(self, filters: Sequence[Filter] | str) -> None:
         self.filters: Final = tuple(parse_filters(filters) if isinstance(filters, str) else filters)
 
-    def apply(self, image: Image.Image) -> Filtered:
-        """Apply every filter, and time it."""
+    def apply(self, image: Image.Image, on_step: Callable[[Step], object] = lambda _: None) -> Filtered:
+        """Apply every filter, and time it.
+
+        Parameters:
+            on_step: called after each filter.
+        """
         steps = []
         for each in self.filters:
             started = time.perf_counter()
             image = each.apply(image)
             steps.append(Step(each.name, time.perf_counter() - started))
+            on_step(steps[-1])
         return Filtered(image, tuple(steps))
 
     def __repr__(self) -> str:

@@ -18,15 +18,17 @@ from typing import Any, Final
 
 import msgspec
 
-from conveyor import Call, Next
-from examples.images.app import RETRY, make_app
-from examples.images.files import FORMATS, TEMPORARY, Processed
+from conveyor import JobError, JobFailed
+from examples.images.app import Images, make_app
+from examples.images.files import FORMATS, TEMPORARY, Processed, Refused
 from examples.images.filters import parse_filters
 from examples.images.report import Report
 from examples.images.settings import Settings
 
 STATE: Final = ".conveyor"
-"""A folder within the output: the queue, the recipe, and the lock."""
+"""A folder within the output: the queue, the journal, the recipe, and the lock."""
+JOURNAL: Final = "images.journal"
+"""Within it: what happened to every image, for ``conveyor trace --file``."""
 AHEAD: Final = 4
 """Images that are queued for each process: enough that none waits, few enough that memory does not grow with the folder."""
 MEGAPIXEL: Final = 1_000_000
@@ -113,15 +115,14 @@ def process_folder(
     if source == target:
         raise FolderError("the output has to go into another folder than the input")
     with locked(target) as state:
-        since = begin(state, filters, again=again)
+        recipe = begin(state, filters, again=again)
         clean(target)
-        if broker is None:
-            broker = own_queue(state)
+        images = make_app(settings, broker or own_queue(state), state / JOURNAL)
         run = Run(sum(1 for path in walk(source, target) if is_image(path)))
         on_start(run)
         started = time.monotonic()
-        conductor = Conductor(run, source, target, filters, settings, broker)
-        run.report.interrupted = not asyncio.run(_to_the_end(conductor.work(since)))
+        conductor = Conductor(run, source, target, recipe, settings, images)
+        run.report.interrupted = not asyncio.run(_to_the_end(conductor.work()))
         run.report.seconds = time.monotonic() - started
         clean(target)
     return run.report
@@ -140,65 +141,77 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> bool:
 
 
 class Conductor:
-    """Sends images to the application, a few at a time, and learns what becomes of each."""
+    """Sends images to the application, a few at a time, and learns from its tickets what becomes of each."""
 
-    def __init__(self, run: Run, source: Path, target: Path, filters: str, settings: Settings, broker: str) -> None:
+    def __init__(
+        self, run: Run, source: Path, target: Path, recipe: Recipe, settings: Settings, images: Images
+    ) -> None:
         self._run = run
         self._source = source
         self._target = target
-        self._filters = filters
+        self._recipe = recipe
         self._largest = settings.largest_megapixels * MEGAPIXEL
-        self._places = AHEAD * settings.processes
-        self._room = asyncio.Semaphore(self._places)
-        self._open: dict[str, Path] = {}
-        self._app, self._task = make_app(settings, broker)
-        self._app.use(self._watch)
+        self._room = asyncio.Semaphore(AHEAD * settings.processes)
+        self._open: set[Path] = set()
+        self._images = images
 
-    async def work(self, since: float) -> None:
+    async def work(self) -> None:
         """Have every image processed that is not there yet."""
-        async with self._app.running():
-            for (
-                worker
-            ) in self._app.workers.values():  # elsewhere than in a file of ours, an interrupted run may have left some
-                await self._app.broker.purge(worker.queue.name)
-            for path in walk(self._source, self._target):
-                relative = path.relative_to(self._source)
-                if not is_image(path):
-                    self._run.report.other_files += 1
-                elif is_current(path, self._target / relative, since):
-                    self._run.report.add_before(relative)
-                    await asyncio.sleep(0)  # there may be many, and the application shall go on meanwhile
-                else:
-                    await self._send(path, relative)
-            for _ in range(self._places):
-                await self._room.acquire()  # all have come to their ends
-
-    async def _send(self, path: Path, relative: Path) -> None:
-        await self._room.acquire()
-        self._open[str(path)] = relative
-        await self._task.send(path, self._target / relative, self._filters, self._largest)
-
-    async def _watch(self, call: Call, next: Next) -> Any:
-        """Middleware: sees how each attempt ends."""
-        path = str(call.payload.source)
+        app = self._images.app
         try:
-            processed: Processed = await next(call)
-        except Exception as error:
-            rule = RETRY.policy_for(error)
-            if rule is None or call.deliveries[0].attempts + 1 >= rule.attempts:
-                reason = str(error) or type(error).__name__
-                self._end(path, lambda relative: self._run.report.add_failure(relative, reason))
-            else:
-                self._run.report.attempts_failed += 1
-            raise
-        self._end(path, lambda relative: self._run.note(relative, processed))
-        return processed
+            async with app.running():
+                for (
+                    worker
+                ) in app.workers.values():  # where the queue is not ours alone, an interrupted run left some in it
+                    await app.broker.purge(worker.queue.name)
+                async with asyncio.TaskGroup() as following:
+                    await self._send_all(following)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from errors
+        finally:
+            for (
+                path
+            ) in self._open:  # what was in hand when it was interrupted is finished by now, or comes the next time
+                if self._is_current(path):
+                    self._run.report.add_unseen(path)
 
-    def _end(self, path: str, note: Callable[[Path], None]) -> None:
-        relative = self._open.pop(path, None)
-        if relative is not None:
-            note(relative)
-            self._room.release()
+    async def _send_all(self, following: asyncio.TaskGroup) -> None:
+        for path in walk(self._source, self._target):
+            relative = path.relative_to(self._source)
+            if not is_image(path):
+                self._run.report.other_files += 1
+            elif self._is_current(relative):
+                self._run.report.add_before(relative)
+                await asyncio.sleep(0)  # there may be many, and the application shall go on meanwhile
+            else:
+                await self._room.acquire()
+                self._open.add(relative)
+                following.create_task(self._have_processed(relative), name=str(relative))
+
+    async def _have_processed(self, path: Path) -> None:
+        source, target = self._source / path, self._target / path
+        ticket = await self._images.process.send(source, target, self._recipe.filters, self._largest)
+        try:
+            self._run.note(path, await ticket.result())
+        except JobFailed as error:
+            self._run.report.add_failure(path, _reason(error), ticket.id)
+        except JobError as error:  # somebody else cancelled it
+            self._run.report.add_failure(path, str(error), ticket.id)
+        self._open.remove(path)
+        self._room.release()
+
+    def _is_current(self, path: Path) -> bool:
+        """Whether an image was made already by this recipe, of what its original is now."""
+        try:
+            made = (self._target / path).stat().st_mtime
+            return made >= self._recipe.since and made >= (self._source / path).stat().st_mtime
+        except FileNotFoundError:
+            return False
+
+
+def _reason(error: JobFailed) -> str:
+    """What it was refused for, or the error of its last attempt."""
+    return error.error.removeprefix(f"{Refused.__name__}: ")
 
 
 # --- the folders --------------------------------------------------------------------------------------------------------
@@ -223,15 +236,6 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in FORMATS and not path.name.startswith(TEMPORARY)
 
 
-def is_current(source: Path, target: Path, since: float) -> bool:
-    """Whether an image was made already, of what the source is now."""
-    try:
-        made = target.stat().st_mtime
-    except FileNotFoundError:
-        return False
-    return made >= since and made >= source.stat().st_mtime
-
-
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[Path]:
     """The state's folder, which is this process' alone while the block lasts.
@@ -249,8 +253,8 @@ def locked(target: Path) -> Iterator[Path]:
         yield state
 
 
-def begin(state: Path, filters: str, *, again: bool) -> float:
-    """Note the recipe; gives the time since when images are made by it.
+def begin(state: Path, filters: str, *, again: bool) -> Recipe:
+    """The recipe: that of an earlier run, or a new one from now on.
 
     Raises:
         FolderError: the folder holds images that were made with other filters.
@@ -259,7 +263,7 @@ def begin(state: Path, filters: str, *, again: bool) -> float:
     if file.exists():
         known = msgspec.json.decode(file.read_bytes(), type=Recipe)
         if known.filters == filters and not again:
-            return known.since
+            return known
         if not again:
             raise FolderError(
                 f"{state.parent} holds images made with {known.filters!r}; use another folder, or --again to make them anew"
@@ -268,7 +272,7 @@ def begin(state: Path, filters: str, *, again: bool) -> float:
     temporary = file.with_suffix(".new")
     temporary.write_bytes(msgspec.json.encode(recipe))
     temporary.replace(file)
-    return recipe.since
+    return recipe
 
 
 def own_queue(state: Path) -> str:

@@ -54,10 +54,15 @@ class StepTimes:
 
 
 class Failure(Struct, frozen=True):
-    """An image that was given up, and why."""
+    """An image that was given up, and why.
+
+    Parameters:
+        id: of its job, for ``conveyor trace``.
+    """
 
     path: str
     reason: str
+    id: str
 
 
 class Report:
@@ -68,8 +73,8 @@ class Report:
         self.before = 0
         """Images that an earlier run had done."""
         self.failed = 0
-        self.attempts_failed = 0
-        """Attempts that failed and were repeated."""
+        self.repeated = 0
+        """Images whose first attempt failed, and a later one succeeded."""
         self.other_files = 0
         self.pixels = 0
         self.seconds = 0.0
@@ -83,6 +88,7 @@ class Report:
     def add(self, path: Path, processed: Processed) -> None:
         """An image was processed."""
         self.processed += 1
+        self.repeated += processed.attempt > 1
         self.pixels += processed.width * processed.height
         for step in processed.steps:
             self.steps.setdefault(step.name, StepTimes()).add(step.seconds)
@@ -93,11 +99,16 @@ class Report:
         self.before += 1
         self._note_example(path)
 
-    def add_failure(self, path: Path, reason: str) -> None:
+    def add_unseen(self, path: Path) -> None:
+        """An image was processed; how long that took was not heard any more."""
+        self.processed += 1
+        self._note_example(path)
+
+    def add_failure(self, path: Path, reason: str, id: str) -> None:
         """An image was given up."""
         self.failed += 1
         if len(self.failures) < FAILURES:
-            self.failures.append(Failure(str(path), reason))
+            self.failures.append(Failure(str(path), reason, id))
 
     def _note_example(self, path: Path) -> None:
         if len(self.examples) < EXAMPLES:
@@ -111,7 +122,7 @@ class Report:
             "processed": self.processed,
             "before": self.before,
             "failed": self.failed,
-            "attempts_failed": self.attempts_failed,
+            "repeated": self.repeated,
             "other_files": self.other_files,
             "interrupted": self.interrupted,
             "seconds": self.seconds,
@@ -125,7 +136,9 @@ class Report:
                 }
                 for name, times in self.steps.items()
             },
-            "failures": [{"path": failure.path, "reason": failure.reason} for failure in self.failures],
+            "failures": [
+                {"path": failure.path, "reason": failure.reason, "id": failure.id} for failure in self.failures
+            ],
         }
 
     def show(self, console: Console) -> None:
@@ -147,10 +160,11 @@ class Report:
         rate = self.processed / self.seconds if self.seconds else 0.0
         console.print(
             f"{self.processed} processed in {self.seconds:.1f} s ({rate:.1f} images/s, {self.pixels / 1e6:.0f} megapixels), "
-            f"{self.before} done before, {self.failed} failed, {self.attempts_failed} attempts repeated, "
-            f"{self.other_files} other files left out"
+            f"{self.before} done before, {self.failed} failed, {self.repeated} not at the first attempt, "
+            f"{self.other_files} other files left out",
+            soft_wrap=True,
         )
         for failure in self.failures[:SHOWN]:
-            console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}")
+            console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}", soft_wrap=True)
         if self.failed > SHOWN:
             console.print(f"  … and {self.failed - SHOWN} more")

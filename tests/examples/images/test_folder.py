@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 from examples.images.files import TEMPORARY
-from examples.images.folder import STATE
+from examples.images.folder import JOURNAL, STATE
 from examples.images.pictures import make_photographs
 from tests.examples.beside import Program, wait_for
 from tests.examples.images.odd import HANDLED, REFUSED, write
@@ -133,7 +135,7 @@ def test_only_the_bad_images_fail_each_with_its_reason(tmp_path: Path) -> None:
         write(folder.source / kind, name, make())
     code, report = folder.run(filters="blur:1")
     assert code == 1
-    assert (report["processed"], report["failed"], report["attempts_failed"]) == (2 + len(HANDLED), len(REFUSED), 0)
+    assert (report["processed"], report["failed"], report["repeated"]) == (2 + len(HANDLED), len(REFUSED), 0)
     assert {Path(failure["path"]).parts[0] for failure in report["failures"]} == set(REFUSED)
     assert all(Path(failure["path"]).name in failure["reason"] for failure in report["failures"])
     assert len(folder.made()) == 2 + len(HANDLED)
@@ -184,7 +186,7 @@ def test_processes_that_are_killed_again_and_again_cost_no_image(folder: Folder)
     report = folder.report(program)
     assert len(killed) >= 3
     assert (report["processed"], report["failed"]) == (12, 0)
-    assert report["attempts_failed"] >= 1
+    assert report["repeated"] >= 1
     assert len(folder.made()) == 12
     assert folder.half_written() == []
 
@@ -208,6 +210,24 @@ def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:
     second = folder.start()
     assert second.process.wait(60) == 2
     assert "another run is at work" in second.said()
+
+
+def test_the_journal_tells_every_attempt_at_a_failed_image(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    make_photographs(folder.source, 1, (90, 60))
+    write(folder.source, "bad.jpg", b"no image")
+    code, report = folder.run(filters="blur:1")
+    assert code == 1
+    (failure,) = report["failures"]
+    trace = subprocess.run(
+        [sys.executable, "-m", "conveyor", "trace", failure["id"], "--file", folder.out / STATE / JOURNAL],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "Refused: bad.jpg is no image that can be read" in trace.stdout
+    assert f"--file {folder.out / STATE / JOURNAL}" in folder.programs[0].said()
 
 
 def test_the_queue_may_be_on_any_broker(tmp_path: Path, shared_url: str) -> None:

@@ -43,7 +43,7 @@ def test_a_report_of_very_many_images_does_not_grow_and_stays_about_right() -> N
     report = Report()
     for number in range(5 * SAMPLE):
         report.add(Path(str(number)), processed(number % 1000 / 1000))
-        report.add_failure(Path(str(number)), "broken")
+        report.add_failure(Path(str(number)), "broken", "1")
     load = report.steps["load"]
     assert load.count == 5 * SAMPLE
     assert abs(load.percentile(0.95) - 0.95) < 0.03
@@ -57,7 +57,7 @@ def test_a_report_tells_people_what_they_want_to_know() -> None:
     report = Report()
     report.add(Path("a.jpg"), processed(0.1))
     report.add_before(Path("b.jpg"))
-    report.add_failure(Path("[c].jpg"), "c.jpg is [broken]")
+    report.add_failure(Path("[c].jpg"), "c.jpg is [broken]", "1")
     report.seconds = 2.0
     out = io.StringIO()
     report.show(Console(file=out, width=200))
