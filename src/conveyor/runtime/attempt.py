@@ -52,6 +52,11 @@ class Form(msgspec.Struct, frozen=True):
         return data
 
 
+def portable(message: Message, **changes: Any) -> Message:
+    """The same message, with headers that can be pickled."""
+    return msgspec.structs.replace(message, headers=dict(message.headers), **changes)
+
+
 @functools.cache
 def _known(pickled: bytes) -> tuple[Codec, tuple[str, ...] | None]:
     """What decodes, and the names of a job's parameters."""
@@ -124,7 +129,7 @@ class Attempt(msgspec.Struct, frozen=True):
         )
         if inspect.isgenerator(result):
             result = list(result)
-        return Ran(frames.lent(result), emitter.messages)
+        return Ran(frames.lent(result), [portable(emitted) for emitted in emitter.messages])
 
 
 def _decoded(form: bytes, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,15 +10,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from conveyor.broker import Broker, Delivery
 from conveyor.core.codec import Codec, result_codec_for
 from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Done
 from conveyor.errors import AlreadyHandled, HandlerError, PayloadError
-from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted
+from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.context import Context, Tell, from_thread
 from conveyor.runtime.frames import lent
@@ -276,7 +274,7 @@ class Caller:
         """What a process of the pool is to do."""
         message, wanted, body = None, None, None
         if arguments:
-            message = msgspec.structs.replace(call.message, body=b"", headers=dict(call.message.headers))
+            message = portable(call.message, body=b"")
             named = {kind: tuple(p.name for p in self._plan.injected if p.type is kind) for kind in (Context, Message)}
             outgoing = self._around.outgoing
             wanted = Wanted(

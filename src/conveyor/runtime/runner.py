@@ -159,6 +159,8 @@ class Runner:
         """
         self._state = "draining"
         self._around.shutting_down.set()
+        if self._around.pool is not None:
+            self._around.pool.drain()
         consumers = self.consumers.values()
         for consumer in consumers:
             consumer.gate.clear()
