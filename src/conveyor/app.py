@@ -28,7 +28,15 @@ from conveyor.core.journal import Job
 from conveyor.core.message import Message
 from conveyor.core.pause import Switches
 from conveyor.core.retry import RetryPolicy
-from conveyor.errors import ConfigurationError, ConveyorError, HandlerError, JobError, NoSubscriber, PayloadError
+from conveyor.errors import (
+    ConfigurationError,
+    ConveyorError,
+    HandlerError,
+    JobError,
+    JournalError,
+    NoSubscriber,
+    PayloadError,
+)
 from conveyor.runtime.background import Background
 from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.carry import Carry
@@ -710,7 +718,10 @@ class Conveyor:
             connection = await self.connect()
             async with contextlib.AsyncExitStack() as stack:
                 if keeper and connection.journal is not None:
-                    await stack.enter_async_context(self.keeper(connection.broker))
+                    try:
+                        await stack.enter_async_context(self.keeper(connection.broker))
+                    except JournalError as error:  # work does not depend on it
+                        log.error("no journal is kept here: %s", error)
                 runner = await self._runner(connection, self._chosen(workers), stack)
                 await runner.start()
                 try:

@@ -117,6 +117,7 @@ class Archive:
         self._unlooked = 0
         self._inode = 0
         self._may_create = True
+        self._is_open = False
 
     def open(self, *, create: bool = True) -> Self:
         """Open it, or create it where that is wanted.
@@ -143,13 +144,16 @@ class Archive:
                 raise
             if isinstance(self.path, Path):
                 self._inode = self.path.stat().st_ino
+            self._is_open = True
         except (apsw.Error, OSError) as error:
             raise JournalError(self._explain(error)) from error
         return self
 
     def close(self) -> None:
-        """Close it."""
-        self._db.close()
+        """Close it, where it is open."""
+        if self._is_open:
+            self._db.close()
+        self._is_open = False
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -409,7 +413,7 @@ class Archive:
         with contextlib.suppress(FileNotFoundError):
             if self.path.stat().st_ino == self._inode:
                 return
-        self._db.close()
+        self.close()
         self.open(create=self._may_create)
 
     def _check_room(self) -> None:

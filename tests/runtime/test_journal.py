@@ -1,0 +1,543 @@
+"""The journal: what happens to messages is noted, shipped, kept and told, and work never waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from conveyor import Context, Conveyor, Reject, RetryPolicy
+from conveyor.broker import Broker, Queue
+from conveyor.brokers.memory import MemoryBroker
+from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
+from conveyor.core.message import Message
+from conveyor.core.questions import Answer, JourneyOf
+from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, JournalError, NoKeeper
+from conveyor.runtime import journal as journals
+from conveyor.runtime import keeper as keepers
+from conveyor.runtime.archive import Archive
+from conveyor.runtime.ask import Asker
+from conveyor.runtime.journal import ASK, IN_MEMORY, Journal, journal_queue
+from conveyor.runtime.keeper import Keeper
+from conveyor.runtime.metrics import Metrics
+from conveyor.testing.clock import TurnableClock
+
+PATIENCE_SECONDS = 60.0
+AT_ONCE = RetryPolicy(attempts=3, initial=0.01)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Charged:
+    number: int
+
+
+def shop(broker: str | Broker, journal: bool | Path = True) -> Conveyor:
+    """An application whose first hop fails once, and for ever where the number is below 0."""
+    app = Conveyor("shop", broker=broker, journal=journal)
+
+    @app.worker(retry=AT_ONCE)
+    async def charge(order: Placed, context: Context) -> Charged:
+        if order.number < 0 or context.attempt == 1:
+            raise RuntimeError(f"no money for {order.number}")
+        return Charged(order.number)
+
+    @app.worker
+    async def ship(_: Charged) -> None:
+        pass
+
+    @app.task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    return app
+
+
+async def ended(asker: Asker, *ids: str) -> dict[str, Job]:
+    """Wait until all of these have ended."""
+    known: dict[str, Job] = {}
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while waiting := [id for id in ids if id not in known or not known[id].status.ended]:
+            known |= await asker.wait(waiting, timeout_seconds=5.0)
+    return known
+
+
+async def found(asker: Asker, id: str, number: int) -> Answer:
+    """The journey, when so many of its messages have ended."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while True:
+            answer = await asker.journey(id)
+            jobs = await asker.jobs(JobFilter(ids=tuple({entry.message_id for entry in answer.entries})))
+            if sum(job.status.ended for job in jobs) >= number:
+                return answer
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis", "rabbitmq"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Every broker there is."""
+    if request.param in ("redis", "rabbitmq"):
+        address: str = request.getfixturevalue(request.param).url()
+        return address
+    return "memory://" if request.param == "memory" else f"sqlite:///{tmp_path / 'shop.queue'}"
+
+
+async def test_on_every_broker_the_whole_journey_is_told_with_every_attempt_and_the_result_of_a_job(
+    url: str, tmp_path: Path
+) -> None:
+    app = shop(url, tmp_path / "shop.journal")
+    async with app.running():
+        asker = (await app.connect()).asker
+        good = await app.publish(Placed(1))
+        bad = await app.publish(Placed(-1))
+        job = await app.publish({"number": 21}, topic="shop.double")
+        known = await ended(asker, bad.id, job.id)
+        assert (known[job.id].status, known[job.id].result) == (Status.DONE, "42")
+        assert (known[bad.id].status, known[bad.id].attempts) == (Status.DEAD, 3)
+        assert known[bad.id].error == "RuntimeError: no money for -1"
+
+        (stop,) = stops((await found(asker, good.id, 2)).entries)
+        assert [entry.kind for entry in stop.entries] == [Kind.PUBLISHED, Kind.RETRIED, Kind.SUCCEEDED]
+        assert [entry.error for entry in stop.entries] == ["", "RuntimeError: no money for 1", ""]
+        (child,) = stop.leads_to
+        assert (child.topic, [entry.kind for entry in child.entries]) == ("charged", [Kind.PUBLISHED, Kind.SUCCEEDED])
+        assert child.entries[0].worker == "shop.charge"
+        assert (await asker.journey(child.message_id)).entries == (await asker.journey(good.id)).entries
+
+        assert {j.status for j in await asker.jobs(JobFilter(worker="charge"))} == {Status.DONE, Status.DEAD}
+
+    # What it knew is there when everything has ended.
+    archive = Archive(tmp_path / "shop.journal").open(create=False)
+    assert {job.status for job in archive.jobs(JobFilter(), 100).jobs} == {Status.DONE, Status.DEAD}
+    assert len(archive.journey(good.id).entries) == 5
+    archive.close()
+
+
+async def test_where_it_is_off_there_is_no_queue_and_nobody_to_ask(tmp_path: Path) -> None:
+    app = shop(f"sqlite:///{tmp_path / 'shop.queue'}", journal=False)
+    async with app.running():
+        connection = await app.connect()
+        assert connection.journal is None
+        assert not [queue.name for queue in await app.broker.queues() if "journal" in queue.name]
+        with pytest.raises(NoKeeper, match="nobody keeps a journal"):
+            await connection.asker.jobs()
+    assert not (tmp_path / "shop.queue.journal").exists()
+    async with app:
+        with pytest.raises(ConfigurationError, match=r"journal=True\) or set CONVEYOR_JOURNAL"):
+            app.keeper(app.broker)
+
+
+@pytest.mark.parametrize(
+    ("said", "on"), [("1", True), ("on", True), ("0", False), ("off", False), ("x.journal", True), (None, False)]
+)
+def test_the_environment_turns_it_on_and_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, said: str | None, on: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if said is not None:
+        monkeypatch.setenv("CONVEYOR_JOURNAL", said)
+    app = Conveyor("shop", broker="redis://localhost")
+    place = app.journal_place(app.new_broker())
+    assert place == (None if not on else Path(said or "") if said == "x.journal" else Path("shop.journal"))
+    assert Conveyor("shop", journal=False).journal_place(app.new_broker()) is None  # the code has the last word
+
+
+def test_it_lies_beside_a_queue_file_and_in_memory_where_the_messages_are(tmp_path: Path) -> None:
+    for url, place in {
+        f"sqlite:///{tmp_path / 'x.queue'}": tmp_path / "x.queue.journal",
+        "memory://": IN_MEMORY,
+        "redis://localhost": Path("shop.journal"),
+    }.items():
+        app = Conveyor("shop", broker=url, journal=True)
+        assert app.journal_place(app.new_broker()) == place
+    inside = Conveyor("shop", broker=MemoryBroker(), journal=True)
+    assert inside.journal_place(MemoryBroker()) == IN_MEMORY
+
+
+async def test_what_a_program_publishes_is_in_the_journal_of_those_who_handle_it_later(tmp_path: Path) -> None:
+    app = shop(f"sqlite:///{tmp_path / 'shop.queue'}")
+    async with app:
+        message = await app.publish(Placed(1))
+    async with app.running():
+        asker = (await app.connect()).asker
+        answer = await found(asker, message.id, 2)
+    assert answer.entries[0].kind is Kind.PUBLISHED
+
+
+async def test_what_runs_is_told_while_it_runs_with_its_progress() -> None:
+    app = Conveyor("shop", broker="memory://", journal=True)
+    go_on = asyncio.Event()
+
+    @app.task
+    async def slow(context: Context) -> None:
+        context.progress(3, 10, "halfway")
+        await go_on.wait()
+
+    async with app.running():
+        asker = (await app.connect()).asker
+        message = await app.publish({}, topic="shop.slow")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                (job,) = await asker.jobs(JobFilter(ids=(message.id,))) or [Job(id="", topic="")]
+                if job.status is Status.RUNNING and job.done is not None:
+                    break
+        assert (job.done, job.total, job.note, job.worker) == (3.0, 10.0, "halfway", "shop.slow")
+        assert job.started is not None
+        assert (await asker.wait([message.id], timeout_seconds=0.1))[message.id].status is Status.RUNNING
+        go_on.set()
+        assert (await ended(asker, message.id))[message.id].status is Status.DONE
+
+
+async def test_a_rejected_message_a_batch_and_a_handler_in_a_thread_are_told_too() -> None:
+    app = Conveyor("shop", broker="memory://", journal=True)
+
+    @app.worker(name="refuse", topic="a")
+    async def refuse(_: dict[str, int]) -> None:
+        raise Reject("not mine")
+
+    @app.worker(name="many", topic="b", batch=10)
+    async def many(_: list[dict[str, int]]) -> None: ...
+
+    @app.worker(name="aside", topic="c")
+    def aside(_: dict[str, int]) -> None: ...
+
+    async with app.running():
+        sent = [await app.publish({"n": n}, topic=topic) for n, topic in enumerate("abbc")]
+        known = await ended((await app.connect()).asker, *(message.id for message in sent))
+    first, *others = (known[message.id] for message in sent)
+    assert (first.status, first.reason, first.error) == (Status.FAILED, "rejected", "Reject: not mine")
+    assert {job.status for job in others} == {Status.DONE}
+
+
+async def test_what_no_store_can_keep_as_it_is_is_kept_all_the_same() -> None:
+    app = Conveyor("shop", broker="memory://", journal=True)
+
+    @app.worker(retry=RetryPolicy(attempts=1))
+    async def odd(_: Placed) -> None:
+        raise RuntimeError("half a character: \ud800, and none: \0")
+
+    async with app.running():
+        message = await app.publish(Placed(1))
+        job = (await ended((await app.connect()).asker, message.id))[message.id]
+    assert job.error == "RuntimeError: half a character: ?, and none: \0"
+
+
+# --- shipping ---------------------------------------------------------------------------------------------------------
+
+
+class Away(MemoryBroker):
+    """A broker that takes nothing while it is away."""
+
+    why: BrokerError | None = None
+
+    async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        if self.why is not None and queue is not None and queue.startswith("conveyor.journal"):
+            raise self.why
+        return await super().publish(messages, queue=queue)
+
+
+@asynccontextmanager
+async def opened(*, make: Callable[[], MemoryBroker] = MemoryBroker) -> AsyncIterator[MemoryBroker]:
+    broker = make()
+    await broker.open()
+    await broker.declare([journal_queue("shop")])
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
+def message(id: str) -> Message:
+    return Message(id=id, topic="placed", body=b"", created=1.0)
+
+
+async def left(broker: Broker) -> int:
+    """Batches that wait for a keeper."""
+    return next(info.ready for info in await broker.queues() if info.name == journal_queue("shop").name)
+
+
+async def test_an_outage_of_the_broker_loses_nothing_that_there_is_room_for() -> None:
+    async with opened(make=Away) as broker:
+        assert isinstance(broker, Away)
+        metrics = Metrics("1")
+        journal = Journal("shop", broker, metrics, TurnableClock())
+        broker.why = BrokerUnavailable("away")
+        for number in range(3):
+            journal.published(message(str(number)))
+            await journal.flush()
+        assert await left(broker) == 0
+        broker.why = None
+        await journal.close()
+        assert await left(broker) == 2  # the first one alone, which was under way; then all others
+        assert metrics.journal_dropped == 0
+
+
+async def test_what_there_is_no_room_for_is_dropped_counted_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journals, "CAPACITY", 5)
+    monkeypatch.setattr(journals, "CAPACITY_BYTES", 100)
+    async with opened() as broker:
+        metrics = Metrics("1")
+        journal = Journal("shop", broker, metrics, TurnableClock())
+        journal.note(Entry(Kind.SUCCEEDED, 1.0, "heavy", "t", result="x" * 60))
+        journal.note(Entry(Kind.SUCCEEDED, 1.0, "too heavy", "t", result="x" * 60))
+        assert metrics.journal_dropped == 1
+        for number in range(10):
+            journal.published(message(str(number)))
+        assert metrics.journal_dropped == 7
+        await journal.close()
+        assert metrics.snapshot().journal_dropped == 7
+    assert [record.message for record in caplog.records if "dropped" in record.message].__len__() == 1
+
+
+async def test_a_broker_that_stays_away_costs_the_end_no_time_and_the_rest_is_counted() -> None:
+    async with opened(make=Away) as broker:
+        assert isinstance(broker, Away)
+        metrics = Metrics("1")
+        journal = Journal("shop", broker, metrics, TurnableClock())
+        broker.why = BrokerUnavailable("away")
+        journal.published(message("a"))
+        await journal.flush()
+        journal.published(message("b"))
+        await journal.close()
+        assert metrics.journal_dropped == 2
+
+
+async def test_work_goes_on_while_the_journal_cannot_be_shipped() -> None:
+    broker = Away()
+    await broker.open()
+    app = shop(broker)
+    handled = asyncio.Event()
+
+    @app.worker(name="see", topic="seen")
+    async def see(_: dict[str, int]) -> None:
+        handled.set()
+
+    broker.why = BrokerError("refused for good")
+    async with app.running():
+        await app.publish({}, topic="seen")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await handled.wait()
+    assert app.metrics.journal_dropped > 0
+    await broker.close()
+
+
+async def test_a_queue_that_somebody_removed_is_there_again() -> None:
+    async with opened() as broker:
+        journal = Journal("shop", broker, Metrics("1"), TurnableClock())
+        await broker.remove(journal_queue("shop").name)
+        journal.published(message("lost"))
+        await journal.flush()
+        journal.published(message("kept"))
+        await journal.flush()
+        assert await left(broker) == 1
+
+
+async def test_large_results_travel_in_several_batches() -> None:
+    async with opened() as broker:
+        journal = Journal("shop", broker, Metrics("1"), TurnableClock())
+        for number in range(6):
+            journal.note(Entry(Kind.SUCCEEDED, 1.0, str(number), "t", result="x" * 100_000))
+        await journal.flush()
+        assert await left(broker) == 2
+
+
+async def test_the_queue_is_bounded_and_drops_the_oldest() -> None:
+    assert journal_queue("shop").max_length == journals.QUEUE_LENGTH
+
+
+# --- keeping ----------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A journal, its keeper, and somebody who asks."""
+
+    def __init__(self, broker: Broker, path: Path, clock: TurnableClock) -> None:
+        self.broker = broker
+        self.path = path
+        self.clock = clock
+        self.journal = Journal("shop", broker, Metrics("1"), clock)
+        self.asker = Asker(broker, clock)
+
+    def keeper(self) -> Keeper:
+        return Keeper("shop", self.broker, Archive(self.path, clock=self.clock), self.clock)
+
+    async def until_known(self, id: str) -> None:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not (await self.asker.journey(id)).entries:
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def kept(tmp_path: Path) -> AsyncIterator[Kept]:
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(opened())
+        kept = Kept(broker, tmp_path / "shop.journal", TurnableClock())
+        stack.push_async_callback(kept.asker.close)
+        yield kept
+
+
+async def test_a_batch_that_makes_no_sense_is_dropped_with_a_word_and_holds_up_nothing(
+    kept: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = journal_queue("shop").name
+    await kept.broker.publish([Message(id="1", topic=name, body=b"\xff nonsense")], queue=name)
+    await kept.broker.publish([Message(id="2", topic=name, body=b"\x93\x01\x02\x03")], queue=name)
+    kept.journal.published(message("m"))
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("m")
+    assert await left(kept.broker) == 0
+    assert len([record for record in caplog.records if "makes no sense" in record.message]) == 2
+
+
+async def test_a_batch_that_its_keepers_die_of_is_dropped(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keepers, "SPOILT_DELIVERIES", 0)
+    kept.journal.published(message("m"))
+    await kept.journal.flush()
+    async with kept.keeper():
+        pass
+    assert await left(kept.broker) == 0
+    archive = Archive(kept.path).open(create=False)
+    assert archive.of(["m"]) == []
+    archive.close()
+
+
+async def test_an_archive_that_cannot_be_written_is_waited_for_and_loses_nothing(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(keepers, "AGAIN_SECONDS", 0.01)
+    failed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    write, full = Archive.write, True
+
+    def fails(archive: Archive, batches: Sequence[tuple[str, Sequence[Entry]]]) -> None:
+        if full:
+            loop.call_soon_threadsafe(failed.set)
+            raise JournalError("the disk is full")
+        write(archive, batches)
+
+    monkeypatch.setattr(Archive, "write", fails)
+    async with kept.keeper() as keeper:
+        kept.journal.published(message("m"))
+        await kept.journal.flush()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await failed.wait()
+            while keeper.health().ready:
+                await asyncio.sleep(0)
+        assert keeper.health().unready == ("journal: the disk is full",)
+        full = False
+        await kept.until_known("m")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not keeper.health().ready:
+                await asyncio.sleep(0.01)
+    said = [record.message for record in caplog.records if record.name == "conveyor.keeper"]
+    assert said.count("the disk is full") == 1
+    assert "the journal is kept again" in said
+
+
+async def test_what_waits_for_an_end_is_answered_by_whichever_keeper_is_there_by_then(kept: Kept) -> None:
+    waiting = asyncio.create_task(kept.asker.wait(["m"], timeout_seconds=PATIENCE_SECONDS))
+    await asyncio.sleep(0)
+    kept.journal.note(Entry(Kind.SUCCEEDED, 1.0, "m", "t", "shop.charge", result="7"))
+    await kept.journal.flush()
+    async with kept.keeper(), asyncio.timeout(PATIENCE_SECONDS):
+        assert (await waiting)["m"].result == "7"
+
+
+async def test_a_wait_ends_when_the_first_of_several_has_ended(kept: Kept) -> None:
+    async with kept.keeper():
+        kept.journal.note(Entry(Kind.STARTED, 1.0, "slow", "t", "shop.charge", started=1.0))
+        await kept.journal.flush()
+        await kept.until_known("slow")
+        waiting = asyncio.create_task(kept.asker.wait(["slow", "quick"], timeout_seconds=PATIENCE_SECONDS))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            kept.journal.note(Entry(Kind.DEAD, 2.0, "quick", "t", "shop.charge", reason="exhausted"))
+            await kept.journal.flush()
+            known = await waiting
+    assert known["quick"].status is Status.DEAD
+
+
+async def test_who_waits_where_nobody_keeps_a_journal_is_told_so(kept: Kept) -> None:
+    with pytest.raises(NoKeeper):
+        await kept.asker.wait(["m"], timeout_seconds=0.0)
+
+
+async def test_several_keepers_know_together_what_each_knows(kept: Kept, tmp_path: Path) -> None:
+    await kept.broker.declare([journal_queue("mail")])
+    other = Keeper("mail", kept.broker, Archive(tmp_path / "mail.journal", clock=kept.clock), kept.clock)
+    elsewhere = Journal("mail", kept.broker, Metrics("1"), kept.clock)
+    async with kept.keeper(), other:
+        kept.journal.published(message("m"))
+        await kept.journal.flush()
+        elsewhere.note(Entry(Kind.SUCCEEDED, 2.0, "m", "placed", "mail.send"))
+        await elsewhere.flush()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len((await kept.asker.journey("m")).entries) < 2:
+                await asyncio.sleep(0.02)
+        (job,) = await kept.asker.jobs()
+        assert (job.worker, job.status) == ("mail.send", Status.DONE)
+
+
+async def test_a_question_that_makes_no_sense_harms_nobody(kept: Kept) -> None:
+    async with kept.keeper():
+        await kept.broker.publish([Message(id="q", topic=ASK, body=b"what?")])
+        assert (await kept.asker.journey("m")).entries == ()
+
+
+async def test_a_keeper_that_ends_leaves_nothing_behind(kept: Kept) -> None:
+    async with kept.keeper():
+        kept.journal.published(message("m"))
+        await kept.journal.flush()
+    assert await left(kept.broker) == 0
+    archive = Archive(kept.path).open(create=False)
+    assert len(archive.answer("", JourneyOf("m")).entries) == 1
+    archive.close()
+    await kept.asker.close()
+    assert [info.name for info in await kept.broker.queues()] == [journal_queue("shop").name]
+
+
+async def test_an_archive_that_cannot_be_opened_is_an_error_in_words(kept: Kept, tmp_path: Path) -> None:
+    keeper = Keeper("shop", kept.broker, Archive(tmp_path / "nowhere" / "x"), kept.clock)
+    with pytest.raises(JournalError, match="does not exist"):
+        async with keeper:
+            raise AssertionError("it cannot be open")
+    app = shop("memory://", journal=tmp_path / "nowhere" / "x")
+    async with app.running():  # work does not depend on it
+        await app.publish(Placed(1))
+
+
+async def test_retention_goes_by_the_clock(kept: Kept) -> None:
+    kept.journal.published(message("old"))
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("old")
+    kept.clock.turn(8 * 86_400)
+    kept.journal.published(message("new"))
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("new")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (await kept.asker.journey("old")).entries:
+                await asyncio.sleep(0.02)
+
+
+def test_what_is_not_ended_by_the_ledger_is_told_as_a_duplicate() -> None:
+    known = in_order([Entry(Kind.DUPLICATE, 2.0, "m", "t", "w"), Entry(Kind.SUCCEEDED, 1.0, "m", "t", "w")])
+    assert [entry.kind for entry in known] == [Kind.SUCCEEDED, Kind.DUPLICATE]
+
+
+def test_the_queue_of_each_application_is_its_own() -> None:
+    assert isinstance(journal_queue("a"), Queue)
+    assert journal_queue("a").name != journal_queue("b").name
