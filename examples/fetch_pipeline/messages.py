@@ -18,9 +18,9 @@ DATA_STORAGE: Final = "data_storage"
 HOPS: Final = (START_FETCH, DATA_PROCESSING, DATA_STORAGE)
 """The queues, in the order in which a job passes them."""
 
-ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+ID: Final = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 JobId = Annotated[str, Meta(pattern=ID)]
-Station = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9~:._-]{0,99}$")]
+Station = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9~:._-]{0,99}\Z")]
 Days = Annotated[int, Meta(ge=1, le=366)]
 
 

@@ -21,7 +21,7 @@ class FileInfo(Struct, frozen=True):
 
     path: Annotated[str, Meta(min_length=1, max_length=1000)]
     size: Annotated[int, Meta(ge=0)] | None = None
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    sha256: Annotated[str, Meta(pattern=r"\A[0-9a-fA-F]{64}\Z")] | None = None
 
 
 @event(MEDIA_PROCESS)

@@ -29,7 +29,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     )
     output: Annotated[str, setting("where thumbnails go; left out, MEDIA/processed", variable="MEDIA_OUTPUT")] = ""
     thumbnails: Annotated[
-        str, setting("their longest sides, in pixels", variable="MEDIA_THUMBNAILS", pattern=r"^\d{1,4}(,\d{1,4}){0,7}$")
+        str,
+        setting(
+            "their longest sides, in pixels", variable="MEDIA_THUMBNAILS", pattern=r"\A[0-9]{1,4}(,[0-9]{1,4}){0,7}\Z"
+        ),
     ] = "128,512"
     largest_file_mb: Annotated[
         int, setting("larger files are refused", variable="MEDIA_LARGEST_FILE_MB", ge=1, le=100_000)

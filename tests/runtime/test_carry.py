@@ -51,6 +51,31 @@ def application() -> Conveyor:
     return app
 
 
+@pytest.mark.parametrize(
+    ("sent", "called_with"),
+    [
+        ("job-1", "job-1"),
+        ("100% of it; a=b", "100% of it; a=b"),
+        ("Köln", "K%C3%B6ln"),
+        ("a\r\nX-Evil: 1", "a%0D%0AX-Evil:%201"),
+        ("ends ", "ends%20"),
+    ],
+)
+async def test_what_another_program_sent_is_fit_for_a_header_of_http(sent: str, called_with: str) -> None:
+    app = application()
+    seen: list[str] = []
+
+    @app.worker
+    async def answer(asked: Asked) -> Noted:
+        seen.append(carried()[ID])
+        return Noted()
+
+    async with Harness(app) as desk:
+        await desk.publish(Asked(), headers={ID: sent})
+        assert [each.headers[ID] for each in desk.messages(Noted)] == [sent]
+    assert seen == [called_with]
+
+
 async def test_a_header_goes_on_to_everything_that_follows(lines: io.StringIO) -> None:
     app = application()
     seen: list[str] = []

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
+import string
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+from urllib.parse import quote
 
 import msgspec
 
@@ -11,6 +15,9 @@ from conveyor.core.message import NO_HEADERS, Message
 from conveyor.runtime.logs import current
 
 log = logging.getLogger("conveyor.carry")
+
+_PLAIN: Final = re.compile(r"[!-~]+(?: +[!-~]+)*")
+_AS_IT_IS: Final = string.punctuation.replace("%", "").replace('"', "")
 
 
 class Carry(msgspec.Struct, frozen=True):
@@ -54,11 +61,19 @@ def carried_on(carries: Sequence[Carry], message: Message) -> tuple[dict[str, st
     return headers, fields
 
 
+def carried_now() -> Mapping[str, str]:
+    """The headers that the message being handled carries on, as they are; empty outside of a handler."""
+    about = current.get()
+    return NO_HEADERS if about is None or about.carried is None else about.carried
+
+
 def carried() -> Mapping[str, str]:
     """The headers that the message being handled carries on (``app.carry``), for calls to other services; empty outside of a handler.
 
     ``httpx.AsyncClient(event_hooks={"request": [add]})`` with ``async def add(request): request.headers.update(carried())``
-    puts them on every request.
+    puts them on every request. Such a header holds printable ASCII only: of a value that has anything else, which another program may have
+    sent, that is percent-encoded, as CloudEvents does it.
     """
-    about = current.get()
-    return NO_HEADERS if about is None or about.carried is None else about.carried
+    return {
+        name: value if _PLAIN.fullmatch(value) else quote(value, _AS_IT_IS) for name, value in carried_now().items()
+    }

@@ -15,7 +15,7 @@ from conveyor.core.codec import Codec, codec_for
 from conveyor.core.events import EventType, check_topic, event_type, is_event
 from conveyor.core.message import PRIORITIES, Message, emitted_id, uuid7
 from conveyor.errors import PayloadError, PayloadTooLarge
-from conveyor.runtime.carry import carried
+from conveyor.runtime.carry import carried_now
 
 HEADERS_LIMIT: Final = 16 * 1024
 """Characters of all the application's headers of a message together."""
@@ -148,7 +148,7 @@ class Outgoing:
             )
         now = self.clock()
         if options is NO_OPTIONS:
-            return Message(id, topic, body, key, carried(), content_type, correlation_id, causation_id, now)
+            return Message(id, topic, body, key, carried_now(), content_type, correlation_id, causation_id, now)
         if options.priority not in PRIORITIES:
             raise PayloadError(f"priority is 0 (ordinary) to 9 (first), not {options.priority!r}")
         return Message(
@@ -156,7 +156,7 @@ class Outgoing:
             topic,
             body,
             key,
-            _headers(options.headers, carried()),
+            _headers(options.headers, carried_now()),
             content_type,
             correlation_id,
             causation_id,
