@@ -71,16 +71,21 @@ def parser(kind: type[S], prog: str, description: str, epilog: str) -> argparse.
         epilog="\n".join(["only in the environment:", *secret, "", epilog]) if secret else epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_flags(found, kind)
+    return found
+
+
+def add_flags(flags: argparse.ArgumentParser, kind: type[msgspec.Struct]) -> None:
+    """Add a flag for every setting that is no secret, with its environment variable beside it."""
     for name, known in _known(kind).items():
         if known.secret:
             continue
         tail = "" if known.default in ("", False) else f"; default {known.default}"
         flag, what = "--" + name.replace("_", "-"), f"{known.what} (${known.variable}{tail})".replace("%", "%%")
         if isinstance(known.default, bool):
-            found.add_argument(flag, action="store_const", const="1", help=what)
+            flags.add_argument(flag, action="store_const", const="1", help=what)
         else:
-            found.add_argument(flag, metavar=name.split("_")[-1].upper(), help=what)
-    return found
+            flags.add_argument(flag, metavar=name.split("_")[-1].upper(), help=what)
 
 
 def from_flags(kind: type[S], flags: argparse.ArgumentParser, arguments: Sequence[str] | None) -> S:
@@ -89,7 +94,16 @@ def from_flags(kind: type[S], flags: argparse.ArgumentParser, arguments: Sequenc
     Raises:
         SettingError: a value makes no sense.
     """
-    given = vars(flags.parse_args(arguments))
+    return from_parsed(kind, flags.parse_args(arguments))
+
+
+def from_parsed(kind: type[S], flags: argparse.Namespace) -> S:
+    """from_flags() for a command line that was parsed already.
+
+    Raises:
+        SettingError: a value makes no sense.
+    """
+    given = vars(flags)
     for name, known in _known(kind).items():
         if (text := given.get(name)) is not None:
             read(kind, name, text, said="--" + name.replace("_", "-"))
@@ -97,7 +111,7 @@ def from_flags(kind: type[S], flags: argparse.ArgumentParser, arguments: Sequenc
     return from_environment(kind)
 
 
-def _known(kind: type[S]) -> dict[str, Known]:
+def _known(kind: type[msgspec.Struct]) -> dict[str, Known]:
     found = {}
     for field in msgspec.structs.fields(kind):
         meta = next(each for each in field.type.__metadata__ if isinstance(each, msgspec.Meta))

@@ -29,7 +29,7 @@ from examples.images.settings import Settings
 from examples.images.sheet import contact_sheet
 from examples.images.tasks import LEASE_SECONDS, TaskQueue
 from examples.images.workers import SimpleWorker
-from examples.settings import SettingError, from_environment, read
+from examples.settings import SettingError, add_flags, from_parsed
 
 FILTERS: Final = "blur:3,sharpen:2,brightness:1.3"
 SHEET: Final = "contact-sheet.png"
@@ -58,11 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def process(given: argparse.Namespace) -> int:
     """Process a folder."""
-    settings = from_environment(Settings)
-    if given.processes is not None:
-        os.environ["IMAGES_PROCESSES"] = given.processes
-        read(Settings, "processes", given.processes, said="--processes")
-        settings = from_environment(Settings)
+    settings = from_parsed(Settings, given)
     if not logging.getLogger().isEnabledFor(logging.INFO):  # what becomes of each image is in the report
         logging.getLogger("conveyor.consumer").setLevel(logging.CRITICAL)
     source, target = Path(given.source), Path(given.target)
@@ -208,7 +204,7 @@ def parser() -> argparse.ArgumentParser:
         "target", metavar="OUT", help="folder for the results; images that are there already are not made again"
     )
     one.add_argument("--filters", default=FILTERS, help=f"{filters}; default {FILTERS}")
-    one.add_argument("--processes", metavar="N", help="images at once ($IMAGES_PROCESSES; default: one per core)")
+    add_flags(one, Settings)
     one.add_argument("--again", action="store_true", help="make all images anew, also those that are there")
     one.add_argument("--sheet", metavar="FILE", help=f"where the contact sheet goes; default OUT/{SHEET}")
     one.add_argument("--broker", metavar="URL", help="where the queue is ($CONVEYOR_BROKER; default: a file in OUT)")

@@ -67,5 +67,5 @@ def make_app(settings: Settings, broker: str | None = None, journal: bool | Path
     return Images(app, cast("Task[[Path, Path, str, int], Processed]", task))
 
 
-app, process = make_app(from_environment(Settings))
+app, process = make_app(from_environment(Settings), journal=True)
 """For ``conveyor run examples.images.app:app``, which also helps others who process a folder on the same broker."""
