@@ -18,6 +18,7 @@ ALL = [
     *([name] for name in COMMANDS),
     *(["dead", name] for name in ("list", "show", "redrive", "discard")),
     *(["outbox", name] for name in ("list", "retry", "discard")),
+    *(["queues", name] for name in ("pause", "resume")),
 ]
 
 
