@@ -80,6 +80,28 @@ class Inbox:
 # Entering -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", r"is no AMQP server; it says b'HTTP/1.1 400"),
+        (b"220 mail.example\r\n", "is no AMQP server"),
+        (b"+OK\r\n", "is no AMQP server"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "it speaks TLS: use amqps://"),
+        (b"AMQP\x00\x01\x00\x00", "asks for 1.0.0"),
+    ],
+)
+async def test_who_does_not_speak_amqp_is_known_by_his_first_words(says: bytes, told: str) -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(says)
+        await reader.read()  # it says no more, and waits
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1", 0) as server:
+        address = Address("127.0.0.1", server.sockets[0].getsockname()[1])
+        with pytest.raises(ConnectionFailed, match=told):
+            await connect([address], timeout_seconds=3600.0)
+
+
 async def test_a_connection_shows_its_name_and_agrees_on_a_heartbeat(rabbitmq: RabbitMQ) -> None:
     address = address_of(rabbitmq)
     async with connected(address, name="the till", heartbeat_seconds=6.5) as (connection, _):

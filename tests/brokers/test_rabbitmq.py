@@ -305,6 +305,10 @@ async def test_a_user_without_the_permission_to_configure_works_on_what_exists(r
         assert await broker.settle([Settlement(delivery, DONE)]) == []
         with pytest.raises(BrokerError, match="permission"):
             await broker.declare([Queue(name="new", topics=("order",))])
+    rabbitmq.ctl("set_permissions", "--vhost", parts.path[1:], name, "^$", "^conveyor.catalog$|^amq.default$", ".*")
+    async with opened(url.replace(parts.netloc.partition("@")[0], f"{name}:secret")) as broker:
+        with pytest.raises(BrokerError, match="403 ACCESS_REFUSED .* a permission is missing"):
+            await broker.publish([Message("m-2", "order", b"{}")])
 
 
 # --- the server's moods -----------------------------------------------------------------------------------------------

@@ -65,9 +65,13 @@ class Loops:
                 failures = 1 if loop.time() - started > CALM_SECONDS else failures + 1
                 self.problems[name] = describe(error)
                 wait = RESTARTS.wait_seconds(failures, 0.0)
-                # That somebody else is away is no riddle: its words are enough.
-                riddle = failures == 1 and not isinstance(error, (BrokerUnavailable, LedgerUnavailable))
-                log.warning("%s failed, starting again in %.2f s: %s", name, wait, describe(error), exc_info=riddle)
+                if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):  # no riddle: its words are enough
+                    log.warning("%s (the loop %r tries again in %.2f s)", describe(error), name, wait)
+                else:
+                    said = describe(error)
+                    log.warning(
+                        "the loop %r failed, and starts again in %.2f s: %s", name, wait, said, exc_info=failures == 1
+                    )
             finally:
                 calm.cancel()
             await asyncio.sleep(wait)

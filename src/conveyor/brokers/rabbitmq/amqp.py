@@ -94,6 +94,7 @@ CLOSE_SECONDS: Final = 5.0
 NO_CODE: Final = 0
 """The code of a close that the server gave no code for: the socket went away, or the server fell silent."""
 FRAME_ERROR: Final = 501
+TLS_ALERT: Final = 0x15
 
 DELIVER: Final = commands.Basic.Deliver.index
 ACK: Final = commands.Basic.Ack.index
@@ -215,7 +216,8 @@ async def connect(
             async with asyncio.timeout(timeout_seconds):
                 await connection.open()
         except TimeoutError:
-            reasons.append((address, TimeoutError(f"no answer within {timeout_seconds:g} s")))
+            said = f"no answer within {timeout_seconds:g} s; is it the AMQP port of a RabbitMQ server?"
+            reasons.append((address, TimeoutError(said)))
         except (OSError, AmqpError) as error:
             reasons.append((address, error))
         else:
@@ -416,13 +418,14 @@ class Connection(asyncio.Protocol):
 
     def _read(self, data: bytes) -> int:
         """Handle all whole frames of some bytes; how far they reach."""
+        if not self._opened.done() and data and data[0] != METHOD:
+            self._check_greeting(data)
         position, end = 0, len(data)
         while end - position >= 8 and not self.closed.done():
             kind, number, size = FRAME.unpack_from(data, position)
             start = position + 7
             stop = start + size
             if size > self.max_payload:
-                self._check_greeting(data)
                 raise Malformed(f"a frame of {size} bytes, where {self.max_payload} were agreed on")
             if stop >= end:
                 if kind not in {METHOD, HEADER, BODY, HEARTBEAT}:
@@ -439,9 +442,14 @@ class Connection(asyncio.Protocol):
         return position
 
     def _check_greeting(self, data: bytes) -> None:
-        if not self._opened.done() and data.startswith(b"AMQP"):
+        """Say what is wrong at the first bytes of somebody who does not speak AMQP 0.9.1; he may say no more, and wait for us."""
+        if data.startswith(b"AMQP") and len(data) >= 8:
             version = ".".join(map(str, data[5:8]))
             raise Malformed(f"it does not speak AMQP 0.9.1 but asks for {version}")
+        if data[0] == TLS_ALERT:
+            raise Malformed("it speaks TLS: use amqps://, or the port without it")
+        if data[0] != HEARTBEAT and not b"AMQP".startswith(data[:4]):
+            raise Malformed(f"what answers on this port is no AMQP server; it says {data[:40]!r}")
 
     # The connection's own methods
 

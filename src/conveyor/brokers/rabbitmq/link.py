@@ -9,7 +9,14 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from conveyor.brokers.rabbitmq.address import Options
-from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, ConnectionFailed, connect
+from conveyor.brokers.rabbitmq.amqp import (
+    AmqpError,
+    ChannelClosed,
+    Connection,
+    ConnectionClosed,
+    ConnectionFailed,
+    connect,
+)
 from conveyor.errors import BrokerError, BrokerUnavailable
 
 log: Final = logging.getLogger("conveyor.rabbitmq")
@@ -20,6 +27,8 @@ LONGEST_WAIT_SECONDS: Final = 5.0
 PATIENCE_SECONDS: Final = 5.0
 """How long a call waits for a connection that is away before it says so."""
 CONNECT_SECONDS: Final = 10.0
+ACCESS_REFUSED: Final = 403
+NOT_ALLOWED: Final = 530
 
 Session = TypeVar("Session")
 
@@ -142,6 +151,17 @@ class Link(Generic[Session]):
 
     def _complaint(self, error: Exception | None) -> str:
         where = ", ".join(map(str, self._options.addresses))
+        reason: Exception | None = error
         if isinstance(error, ConnectionFailed) and len(error.reasons) == 1:
-            return f"cannot reach RabbitMQ at {where}: {error.reasons[0][1]}"
-        return f"cannot reach RabbitMQ at {where}: {error or 'no answer yet'}"
+            reason = error.reasons[0][1]
+        if isinstance(reason, ConnectionClosed | ChannelClosed) and reason.code in {ACCESS_REFUSED, NOT_ALLOWED}:
+            return f"RabbitMQ at {where} is there, and refuses: {said(reason)}"
+        return f"cannot reach RabbitMQ at {where}: {reason or 'no answer yet'}"
+
+
+def said(error: BaseException) -> str:
+    """What the server said; of a missing permission, also that it is one."""
+    reason = error if isinstance(error, ChannelClosed) else error.__cause__
+    if isinstance(reason, ChannelClosed) and reason.code == ACCESS_REFUSED:
+        return f"{error} – a permission is missing (rabbitmqctl set_permissions: configure, write, read)"
+    return str(error)

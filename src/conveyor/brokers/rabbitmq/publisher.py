@@ -20,7 +20,7 @@ from conveyor.brokers.rabbitmq.amqp import (
     Properties,
     Returned,
 )
-from conveyor.brokers.rabbitmq.link import Link
+from conveyor.brokers.rabbitmq.link import Link, said
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed
 
@@ -174,7 +174,7 @@ class Publisher:
             except ValueError as error:
                 fates.append(Refused(f"AMQP cannot carry it: {error}"))
             except (ConnectionClosed, ChannelClosed) as error:
-                fates.append(Refused(f"the connection was lost before it was sent: {error}"))
+                fates.append(Refused(f"the connection was lost before it was sent: {said(error)}"))
                 lost = True
             except TimeoutError:  # what comes behind would overtake this one, or wait as long in vain
                 why = f"the server takes nothing now: {self.blocked or 'its socket is full'}"
@@ -288,7 +288,7 @@ def _fate(error: BaseException) -> Fate:
         case Nacked():
             return Refused("the server refused it: a queue is full and rejects, or the server is in trouble", full=True)
         case _:
-            return Unknown(str(error))
+            return Unknown(said(error))
 
 
 def told(

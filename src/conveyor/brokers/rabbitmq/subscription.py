@@ -14,6 +14,7 @@ from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, FieldValue,
 from conveyor.brokers.rabbitmq.delay import AGAIN_SECONDS, Mover, moved_copy
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, Arrived, copy_of
 from conveyor.brokers.rabbitmq.held import Held
+from conveyor.brokers.rabbitmq.link import said
 from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec
@@ -160,7 +161,7 @@ class RabbitSubscription:
                 await keyed.begin(news)
                 return await self._in_order(work, spec, room, news, keyed, again)
             except AmqpError as error:
-                raise BrokerUnavailable(f"cannot receive from {self.queue!r}: {error}") from error
+                raise BrokerUnavailable(f"cannot receive from {self.queue!r}: {said(error)}") from error
             finally:
                 keyed.end(news)
         finally:
@@ -251,7 +252,7 @@ class RabbitSubscription:
         """Consuming failed: raise what makes it useless to try again at once."""
         self._check()
         if isinstance(error, ChannelClosed) and not work.connection.closed.done():
-            raise BrokerError(f"cannot receive from {self.queue!r}: {error}") from error
+            raise BrokerError(f"cannot receive from {self.queue!r}: {said(error)}") from error
 
     async def _accept(self, work: Work, spec: Spec, arrived: list[Incoming]) -> list[Delivery]:
         """Count and lease what has come; what may not be delivered now goes elsewhere first."""
