@@ -1,6 +1,6 @@
 # Everything that a developer does. CI calls the same targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo order-processor fetch-pipeline media-worker test kill-test check fmt bench lock clean setup
+.PHONY: help demo order-processor fetch-pipeline media-worker images test kill-test check fmt bench lock clean setup
 SHELL := /bin/bash
 
 PORT ?= 8000
@@ -30,6 +30,11 @@ media-worker: ## Run the media worker on a RabbitMQ of its own (CONVEYOR_BROKER=
 	@[ -n "$(CONVEYOR_BROKER)" ] || scripts/install-servers rabbitmq-server
 	@scripts/setup demo
 	@.venv/bin/python scripts/with-rabbitmq $(RUN) examples.media_worker
+
+images: ## Filter generated photographs: the demonstrations, then a folder on every core (IMAGES=folder for your own); sets up what it needs
+	@scripts/setup demo
+	@if [ -n "$(IMAGES)" ]; then $(RUN) examples.images process "$(IMAGES)" "$(IMAGES)-filtered"; \
+	else $(RUN) examples.images demo --folder images && $(RUN) examples.images process images/pictures images/filtered; fi
 
 test: setup ## Run every test (TESTS=tests/core for some, WORKERS=1 for one at a time); sets up what it needs
 	@scripts/install-servers

@@ -82,7 +82,7 @@ class Demonstrations:
 
     def sheet(self) -> Path | None:
         """Every picture that was processed, before and after."""
-        made = sorted(path for path in self._folder.glob("*/*") if path.parent.name != "pictures")
+        made = [path for name in ("sequence", "async", "three") for path in sorted((self._folder / name).glob("*"))]
         originals = {path.name: path for path in self._pictures(12)}
         pairs = {path.name: (originals[path.name], path) for path in made if path.name in originals}
         sheet = self._folder / "contact-sheet.png"
