@@ -39,7 +39,7 @@ class Question(msgspec.Struct, frozen=True):
 
     Parameters:
         id: the answer carries it.
-        reply_to: the queue that the answer goes to.
+        reply_to: the topic that the answer goes to.
     """
 
     id: str

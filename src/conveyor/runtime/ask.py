@@ -53,7 +53,9 @@ class Asker:
     def __init__(self, broker: Broker, clock: Clock) -> None:
         self._broker = broker
         self._clock = clock
-        self._answers = Queue(name=f"{ANSWERS}.{uuid.uuid4().hex[:12]}", temporary=True, max_length=1_000)
+        name = f"{ANSWERS}.{uuid.uuid4().hex[:12]}"
+        # It has a topic: not every broker can reach a queue by its name that somebody else has declared.
+        self._answers = Queue(name=name, topics=(name,), temporary=True, max_length=1_000)
         self._asked: dict[str, asyncio.Queue[Answer]] = {}
         self._opening = asyncio.Lock()
         self._is_open = False

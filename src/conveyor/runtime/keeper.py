@@ -305,6 +305,6 @@ class Keeper:
             uuid7(now, os.urandom(10)), question.reply_to, _encode(answer), content_type=MSGPACK, created=now
         )
         try:
-            await self._broker.publish((message,), queue=question.reply_to)
+            await self._broker.publish((message,))
         except BrokerError as error:  # whoever asked is gone, or will ask again
             log.debug("an answer reached nobody: %s", describe(error))
