@@ -132,6 +132,24 @@ MEASUREMENTS: Final = (
         ),
     ),
     Measurement(
+        "cores",
+        "Handlers that compute for about 15 ms each, in pure Python, on two cores",
+        (
+            Subject("cpu=True, one at a time", "cores:one_process", Load(200)),
+            Subject("cpu=True, two at once", "cores:two_processes", Load(400), goals={"rate": Goal(share=1.7)}),
+            Subject("threads, two at once", "cores:two_threads", Load(200)),
+        ),
+    ),
+    Measurement(
+        "hand-over",
+        "Hand a message's bytes to a process (cpu=True), one at a time",
+        (
+            Subject("1 kB", "cores:small", Load(2_000)),
+            Subject("1 MB", "cores:megabyte", Load(500)),
+            Subject("50 MB", "cores:fifty_megabytes", Load(20)),
+        ),
+    ),
+    Measurement(
         "rabbitmq-consume",
         "RabbitMQ: consume a queue of 50,000, one process",
         (
