@@ -26,6 +26,11 @@ class Background:
         """Run work over there, and await its result in this thread's own event loop."""
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._loop.is_closed()
+
     def close(self) -> None:
         """End the loop and its thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from examples.images.folder import Run, Seen
+from examples.images.folder import Run
 from examples.images.registry import WorkerRegistry
 
 SILENT_SECONDS: Final = 30.0
@@ -46,18 +46,19 @@ class RunDisplay:
         rate = report.processed / elapsed if elapsed else 0.0
         failed = f", [red]{report.failed} failed[/]" if report.failed else ""
         self._bar.update(self._line, total=run.total, completed=run.ended, rate=f"{rate:.1f}/s{failed}")
-        return Group(self._bar, _processes(run.workers)) if run.workers else self._bar
+        return Group(self._bar, _processes(run)) if run.workers else self._bar
 
 
-def _processes(workers: dict[int, Seen]) -> Table:
+def _processes(run: Run) -> Table:
     now = time.monotonic()
     table = Table("process", "health", box=None, padding=(0, 2))
     for column in ("completed", "rate", "last image"):
         table.add_column(column, justify="right")
-    for process, seen in sorted(workers.items()):
+    for process, seen in sorted(run.workers.items()):
         lifetime = seen.last - seen.first
         rate = f"{seen.completed / lifetime:.1f}/s" if lifetime > 0 else ""
-        table.add_row(str(process), _health(process, now - seen.last), str(seen.completed), rate, _ago(now - seen.last))
+        health = "finished" if run.ended == run.total else _health(process, now - seen.last)
+        table.add_row(str(process), health, str(seen.completed), rate, _ago(now - seen.last))
     return table
 
 

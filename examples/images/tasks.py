@@ -254,7 +254,9 @@ class TaskQueue:
     # --- opening and closing ------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give back what is in our hands, and let go of the broker."""
+        """Give back what is in our hands, and let go of the broker. Any number of times."""
+        if self._background.closed:
+            return
         self._background.run(self._close())
         self._background.close()
 

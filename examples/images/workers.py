@@ -164,6 +164,7 @@ class SimpleWorker:
                 elif not forever and worked_off(self._patiently(self.queue.get_stats)):
                     break
                 wait = POLL_SECONDS if task is None else 0.0
+        self._stopping.clear()
 
     def stop(self) -> None:
         """Have start() finish the task in hand, and then return."""
@@ -285,6 +286,7 @@ class AsyncWorker:
             finally:
                 beating.cancel()
                 self._record.running = False
+        self._stopping = False
         await self._beat()
         lines.info("stopped; %s", self.get_stats())
 

@@ -204,6 +204,15 @@ def test_after_the_command_itself_is_killed_every_image_is_whole_and_the_next_ru
     assert folder.half_written() == []
 
 
+def test_the_output_may_be_a_folder_within_the_input(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.out = folder.source / "out"
+    make_photographs(folder.source, 3, (90, 60))
+    for _ in range(2):
+        code, report = folder.run(filters="blur:1")
+        assert (code, report["processed"] + report["before"], report["other_files"]) == (0, 3, 0)
+
+
 def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:
     program = folder.start()
     wait_for_some(folder, program, 1)

@@ -196,6 +196,12 @@ def test_urgent_tasks_go_first_and_delayed_ones_later() -> None:
         assert queue.get_task("worker-1") is None
 
 
+def test_a_queue_may_be_closed_twice() -> None:
+    with TaskQueue() as queue:
+        queue.add_task(DATA)
+        queue.close()
+
+
 def test_a_queue_in_memory_is_one_object() -> None:
     with pytest.raises(ConfigurationError, match="share the object"):
         TaskQueue("memory://name")

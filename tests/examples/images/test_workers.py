@@ -163,6 +163,8 @@ def test_stopping_finishes_the_task_in_hand_and_takes_no_other(photos: Sequence[
         assert queue.get_stats() == {"pending": 5, "processing": 0, "completed": 1, "failed": 0, "total": 6}
         assert not worker.is_healthy()
         assert [status.health for status in queue.registry.workers()] == ["stopped"]
+        worker.start()
+        assert worker.get_stats()["tasks_completed"] == 6
 
 
 def test_a_worker_of_whose_tasks_most_fail_is_not_healthy(photos: Sequence[Path], tmp_path: Path) -> None:
