@@ -15,7 +15,7 @@ from conveyor import Conveyor
 from conveyor.brokers.memory import MemoryBroker
 
 STEPS: Final = 300_000
-"""Of pure Python: some ten milliseconds of one core."""
+"""Of pure Python: some twenty milliseconds of one core."""
 WARM: Final = 4
 """Messages that come before: they start the processes."""
 LARGEST: Final = 64 * 1024 * 1024

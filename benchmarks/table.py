@@ -133,7 +133,7 @@ MEASUREMENTS: Final = (
     ),
     Measurement(
         "cores",
-        "Handlers that compute for about 15 ms each, in pure Python, on two cores",
+        "Handlers that compute for about 20 ms each, in pure Python",
         (
             Subject("cpu=True, one at a time", "cores:one_process", Load(200)),
             Subject("cpu=True, two at once", "cores:two_processes", Load(400), goals={"rate": Goal(share=1.7)}),
