@@ -34,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     Path(settings.data).mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("CONVEYOR_LOG_FORMAT", "human")  # with ₹ as ₹, also in a journal
     command = [sys.executable, "-m", "conveyor", "run", APP, "--processes", str(settings.processes)]
     # The service takes this process' place: whoever supervises it meets it, and nobody in between.
     os.execv(sys.executable, command)  # noqa: S606 - our own program

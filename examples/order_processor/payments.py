@@ -8,9 +8,10 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import pika
 import pika.exceptions
@@ -37,24 +38,45 @@ def paid_order(number: int) -> dict[str, Any]:
     }
 
 
+def server(environment: Mapping[str, str]) -> pika.connection.Parameters:
+    """Where RabbitMQ is: as the order processor's own variables say it.
+
+    Raises:
+        ValueError: a variable makes no sense; the text has no password in it.
+    """
+    if url := environment.get("CONVEYOR_BROKER"):
+        parts = urlsplit(url)
+        if parts.scheme not in ("amqp", "amqps"):
+            raise ValueError("CONVEYOR_BROKER is no amqp:// URL, and this client speaks with RabbitMQ only")
+        credentials, at, hosts = parts.netloc.rpartition("@")
+        first = credentials + at + hosts.partition(",")[0]  # pika knows one host, and none of Conveyor's options
+        return pika.URLParameters(parts._replace(netloc=first, query="").geturl())
+    return pika.ConnectionParameters(
+        host=environment.get("RABBITMQ_HOST") or "localhost",
+        port=int(environment.get("RABBITMQ_PORT") or 5672),
+        virtual_host=environment.get("RABBITMQ_VHOST") or "/",
+        credentials=pika.PlainCredentials(
+            environment.get("RABBITMQ_USER") or "guest", environment.get("RABBITMQ_PASS") or "guest"
+        ),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Send some orders; gives the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.order_processor.payments",
-        description="Sends paid orders as the payment service would. Reads RABBITMQ_HOST, _PORT, _USER, _PASS and _VHOST.",
+        description="Sends paid orders as the payment service would. Reads CONVEYOR_BROKER (amqp://…), or else "
+        "RABBITMQ_HOST, _PORT, _USER, _PASS and _VHOST.",
     )
     parser.add_argument("count", nargs="?", type=int, default=1, help="so many (default 1)")
     parser.add_argument("--wrong", action="store_true", help="with a total that is not the sum")
     parser.add_argument("--twice", action="store_true", help="each of them two times, as after a fault")
     given = parser.parse_args(arguments)
-    where = pika.ConnectionParameters(
-        host=os.environ.get("RABBITMQ_HOST") or "localhost",
-        port=int(os.environ.get("RABBITMQ_PORT") or 5672),
-        virtual_host=os.environ.get("RABBITMQ_VHOST") or "/",
-        credentials=pika.PlainCredentials(
-            os.environ.get("RABBITMQ_USER") or "guest", os.environ.get("RABBITMQ_PASS") or "guest"
-        ),
-    )
+    try:
+        where = server(os.environ)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         connection = pika.BlockingConnection(where)
     except pika.exceptions.AMQPConnectionError as error:

@@ -240,6 +240,7 @@ class Service:
             "ORDER_RETRY_SECONDS": "0.1",
             "ORDER_LONGEST_RETRY_SECONDS": "0.5",
             "CALL_TIMEOUT_SECONDS": "2",
+            "CONVEYOR_LOG_FORMAT": "human",  # as its systemd unit has it
             **settings,
         }
         self._programs: list[tuple[subprocess.Popen[bytes], Path]] = []

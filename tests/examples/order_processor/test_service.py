@@ -8,6 +8,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+from pika import PlainCredentials
+
+from examples.order_processor import payments
 from servers.rabbitmq import RabbitMQ
 from servers.server import find_free_port
 from tests.examples.order_processor.conftest import (
@@ -336,6 +340,18 @@ def test_it_tells_how_it_does_in_numbers(make_service: StartService, warehouse: 
     assert value("conveyor_uptime_seconds") > 0
     assert '"ready": true' in service.get(port, "/readyz")
     assert service.end() == 0
+
+
+def test_sample_orders_go_where_the_service_listens() -> None:
+    there = payments.server({"CONVEYOR_BROKER": "amqp://u:p@h1:5673,h2/v?queue_type=classic", "RABBITMQ_HOST": "h3"})
+    assert (there.host, there.port, there.virtual_host) == ("h1", 5673, "v")
+    assert there.credentials == PlainCredentials("u", "p")
+    there = payments.server({"RABBITMQ_HOST": "h3", "RABBITMQ_VHOST": "w"})
+    assert (there.host, there.port, there.virtual_host) == ("h3", 5672, "w")
+    assert there.credentials == PlainCredentials("guest", "guest")
+    with pytest.raises(ValueError, match="no amqp:// URL") as refused:
+        payments.server({"CONVEYOR_BROKER": "redis://:secret@h"})
+    assert "secret" not in str(refused.value)
 
 
 def test_sample_orders_are_sent_as_a_payment_service_sends_them(make_service: StartService) -> None:
