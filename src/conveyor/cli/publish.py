@@ -24,6 +24,7 @@ from conveyor.core.events import EventType, check_topic
 from conveyor.core.message import JSON, Message
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.runtime.control import internal
+from conveyor.runtime.journal import Journal, journal_queue
 from conveyor.runtime.outgoing import Options, Outgoing
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def publish(
         raise ConfigurationError(f"which event of {target}? It knows {', '.join(payloads(app))}")
     message = _typed(outgoing, app, event, _body(data), options)
     queues = tuple(worker.queue for worker in app.workers.values())
-    return asyncio.run(_publish(broker_url(app), queues, message, output))
+    return asyncio.run(_publish(broker_url(app), queues, message, output, app))
 
 
 def payloads(app: Conveyor) -> dict[str, Payload]:
@@ -197,10 +198,17 @@ def _headers(pairs: tuple[str, ...]) -> dict[str, str]:
     return headers
 
 
-async def _publish(url: str, queues: tuple[Queue, ...], message: Message, output: Output) -> int:
+async def _publish(
+    url: str, queues: tuple[Queue, ...], message: Message, output: Output, app: Conveyor | None = None
+) -> int:
     async with connected(url, create=bool(queues)) as broker:
         await broker.declare(queues)
         nowhere = message.id in await broker.publish([message])
+        if app is not None and app.journal_place(broker) is not None:
+            await broker.declare([journal_queue(app.name)])
+            journal = Journal(app.name, broker, app.metrics, time.time)
+            journal.published(message)
+            await journal.close()
         hint = await _nowhere(broker, message.topic) if nowhere else ""
     if output.json:
         output.document(
