@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = given.command
     try:
         return command(given)
-    except (FolderError, FilterError, SettingError, ConveyorError) as error:
+    except (FolderError, FilterError, SettingError, ConveyorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def process(given: argparse.Namespace) -> int:
         print(json.dumps(report.summary(), indent=2))
     else:
         report.show(console)
-    if report.failures:
+    if report.failures and report.failures[0].id:
         journal = target / STATE / JOURNAL
         console.print(f"more about a failure: conveyor trace {report.failures[0].id} --file {journal}", soft_wrap=True)
     if report.interrupted:

@@ -10,7 +10,7 @@ import msgspec
 
 from conveyor import Context, Conveyor, RetryPolicy, Task
 from conveyor.errors import HandlerCrashed
-from examples.images.files import Processed, Refused, process_file
+from examples.images.files import Processed, Refused, is_made, process_file
 from examples.images.filters import FilterPipeline, Step
 from examples.images.settings import Settings
 from examples.settings import from_environment
@@ -27,14 +27,21 @@ LOAD_AND_SAVE: Final = 2
 
 
 def process_image(
-    source: Path, target: Path, filters: str, largest_pixels: int, context: Context | None = None
-) -> Processed:
-    """Process one image; it is the task of the applications that make_app makes, and says after each step how far it is.
+    source: Path, target: Path, filters: str, since: float, largest_pixels: int, context: Context | None = None
+) -> Processed | None:
+    """Process one image, and say after each step how far it is; None where that was done before. The task of what make_app makes.
+
+    A message may come twice (its process died when the image was just finished): so it looks first.
+
+    Parameters:
+        since: Unix seconds; an older target was made with other filters.
 
     Raises:
         Refused: this image will not do, now or later.
         OSError: another time it may.
     """
+    if is_made(source, target, since):
+        return None
     pipeline = FilterPipeline(filters)
     if context is None:
         return process_file(source, target, pipeline, largest_pixels=largest_pixels)
@@ -48,11 +55,14 @@ def process_image(
     return msgspec.structs.replace(processed, attempt=context.attempt)
 
 
+ProcessImage = Task[[Path, Path, str, float, int], Processed | None]
+
+
 class Images(NamedTuple):
     """An application, and its task."""
 
     app: Conveyor
-    process: Task[[Path, Path, str, int], Processed]
+    process: ProcessImage
 
 
 def make_app(settings: Settings, broker: str | None = None, journal: bool | Path | None = None) -> Images:
@@ -64,7 +74,7 @@ def make_app(settings: Settings, broker: str | None = None, journal: bool | Path
     """
     app = Conveyor("images", broker=broker, journal=journal)
     task = app.task(cpu=True, concurrency=settings.processes, timeout=settings.timeout, retry=RETRY)(process_image)
-    return Images(app, cast("Task[[Path, Path, str, int], Processed]", task))
+    return Images(app, cast("ProcessImage", task))
 
 
 app, process = make_app(from_environment(Settings), journal=True)

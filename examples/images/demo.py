@@ -17,7 +17,7 @@ from examples.images.sheet import contact_sheet
 from examples.images.tasks import TaskQueue
 from examples.images.workers import AsyncWorker, SimpleWorker
 
-FILTERS: Final = "blur:6,sharpen:3,edges,brightness:1.5"
+FILTERS: Final = "blur:6,contrast:1.6,brightness:1.3"
 SIZE: Final = (2400, 1800)
 """Large enough that the filters are what takes the time."""
 AT_ONCE: Final = 3

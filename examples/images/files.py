@@ -84,17 +84,27 @@ def process_file(
     """
     started = time.perf_counter()
     format_for(target)  # before the work, not after it
+    changed = _changed(source)
     image = load_image(source, largest_pixels=largest_pixels)
     load = Step("load", time.perf_counter() - started)
     on_step(load)
     filtered = pipeline.apply(image, on_step)
     saving = time.perf_counter()
-    save_image(filtered.image, target, profile=_profile_for(filtered.image, image))
+    save_image(filtered.image, target, profile=_profile_for(filtered.image, image), not_before=changed)
     ended = time.perf_counter()
     save = Step("save", ended - saving)
     on_step(save)
     steps = (load, *filtered.steps, save)
     return Processed(str(source), str(target), *filtered.image.size, steps, ended - started, os.getpid())
+
+
+def is_made(source: Path, target: Path, since: float) -> bool:
+    """Whether target was made, after since (Unix seconds), of what source is now."""
+    try:
+        made = target.stat().st_mtime
+    except FileNotFoundError:
+        return False
+    return made >= max(since, _changed(source))
 
 
 def load_image(
@@ -126,11 +136,12 @@ def load_image(
         return plain
 
 
-def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None) -> None:
+def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None, not_before: float = 0.0) -> None:
     """Write an image in the format that the target's ending says: under a temporary name, then renamed.
 
     Parameters:
         profile: what its colours mean (ICC).
+        not_before: Unix seconds; the file is not older than that, whatever the clock says.
 
     Raises:
         Refused: there is no such format.
@@ -144,6 +155,8 @@ def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None
     )  # said also where there is none: else Pillow would guess
     with whole(target) as temporary:
         image.save(temporary, kind, **OPTIONS.get(kind, {}), **extra)
+        if not_before > _changed(temporary):
+            os.utime(temporary, (not_before, not_before))
 
 
 @contextmanager
@@ -193,6 +206,14 @@ def _refusing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise Refused(f"{path.name} is broken: {error}") from error
+
+
+def _changed(path: Path) -> float:
+    """When a file was changed last, in Unix seconds; 0.0 where there is none."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _plain(image: Image.Image, path: Path) -> Image.Image:

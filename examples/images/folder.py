@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import msgspec
 
-from conveyor import JobError, JobFailed
+from conveyor import JobError, JobFailed, PayloadError
 from examples.images.app import Images, make_app
-from examples.images.files import FORMATS, TEMPORARY, Processed, Refused
+from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made
 from examples.images.filters import parse_filters
 from examples.images.report import Report
 from examples.images.settings import Settings
@@ -157,30 +157,22 @@ class Conductor:
 
     async def work(self) -> None:
         """Have every image processed that is not there yet."""
-        app = self._images.app
         try:
-            async with app.running():
-                for (
-                    worker
-                ) in app.workers.values():  # where the queue is not ours alone, an interrupted run left some in it
-                    await app.broker.purge(worker.queue.name)
-                async with asyncio.TaskGroup() as following:
-                    await self._send_all(following)
+            async with self._images.app.running(), asyncio.TaskGroup() as following:
+                await self._send_all(following)
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         finally:
-            for (
-                path
-            ) in self._open:  # what was in hand when it was interrupted is finished by now, or comes the next time
-                if self._is_current(path):
-                    self._run.report.add_unseen(path)
+            # What was in hand when it was interrupted is finished by now, or comes the next time.
+            for path in filter(self._is_made, self._open):
+                self._run.report.add_unseen(path)
 
     async def _send_all(self, following: asyncio.TaskGroup) -> None:
         for path in walk(self._source, self._target):
             relative = path.relative_to(self._source)
             if not is_image(path):
                 self._run.report.other_files += 1
-            elif self._is_current(relative):
+            elif self._is_made(relative):
                 self._run.report.add_before(relative)
                 await asyncio.sleep(0)  # there may be many, and the application shall go on meanwhile
             else:
@@ -189,24 +181,24 @@ class Conductor:
                 following.create_task(self._have_processed(relative), name=str(relative))
 
     async def _have_processed(self, path: Path) -> None:
+        report, recipe = self._run.report, self._recipe
         source, target = self._source / path, self._target / path
-        ticket = await self._images.process.send(source, target, self._recipe.filters, self._largest)
         try:
-            self._run.note(path, await ticket.result())
+            ticket = await self._images.process.send(source, target, recipe.filters, recipe.since, self._largest)
+            processed = await ticket.result()
+            if processed is None:
+                report.add_before(path)
+            else:
+                self._run.note(path, processed)
         except JobFailed as error:
-            self._run.report.add_failure(path, _reason(error), ticket.id)
-        except JobError as error:  # somebody else cancelled it
-            self._run.report.add_failure(path, str(error), ticket.id)
+            report.add_failure(path, _reason(error), error.id)
+        except (JobError, PayloadError) as error:  # somebody else cancelled it; or its name cannot be written
+            report.add_failure(path, str(error), getattr(error, "id", ""))
         self._open.remove(path)
         self._room.release()
 
-    def _is_current(self, path: Path) -> bool:
-        """Whether an image was made already by this recipe, of what its original is now."""
-        try:
-            made = (self._target / path).stat().st_mtime
-            return made >= self._recipe.since and made >= (self._source / path).stat().st_mtime
-        except FileNotFoundError:
-            return False
+    def _is_made(self, path: Path) -> bool:
+        return is_made(self._source / path, self._target / path, self._recipe.since)
 
 
 def _reason(error: JobFailed) -> str:

@@ -108,7 +108,7 @@ class Report:
         """An image was given up."""
         self.failed += 1
         if len(self.failures) < FAILURES:
-            self.failures.append(Failure(str(path), reason, id))
+            self.failures.append(Failure(_writable(str(path)), _writable(reason), id))
 
     def _note_example(self, path: Path) -> None:
         if len(self.examples) < EXAMPLES:
@@ -168,3 +168,8 @@ class Report:
             console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}", soft_wrap=True)
         if self.failed > SHOWN:
             console.print(f"  … and {self.failed - SHOWN} more")
+
+
+def _writable(text: str) -> str:
+    """A file's name may be no text at all; what cannot be written becomes question marks."""
+    return text.encode("utf-8", "replace").decode()

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from examples.images import FilterPipeline, GrayscaleFilter, Refused, load_image, process_file, save_image
+from examples.images.files import is_made
 from examples.images.pictures import make_photographs, photograph
 from tests.examples.images.odd import HANDLED, REFUSED, SIZE, encoded, photo, rotated, sixteen_bits, write
 
@@ -119,6 +120,25 @@ def test_an_image_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         process_file(source, target, FilterPipeline("blur:9"))
     assert target.read_bytes() == first
     assert [path.name for path in target.parent.iterdir()] == ["a.jpg"]
+
+
+def test_an_image_is_made_where_it_is_younger_than_its_original_and_its_recipe(tmp_path: Path) -> None:
+    source, target = write(tmp_path, "a.jpg", photo()), tmp_path / "b.jpg"
+    assert not is_made(source, target, 0.0)
+    os.utime(source, (1000.0, 1000.0))
+    write(tmp_path, "b.jpg", photo())
+    os.utime(target, (2000.0, 2000.0))
+    assert is_made(source, target, 1500.0)
+    assert not is_made(source, target, 2500.0)
+    os.utime(source, (2001.0, 2001.0))
+    assert not is_made(source, target, 1500.0)
+
+
+def test_what_is_made_of_an_original_from_the_future_is_no_older(tmp_path: Path) -> None:
+    source, target = write(tmp_path, "a.jpg", photo()), tmp_path / "b.jpg"
+    os.utime(source, (9e9, 9e9))
+    process_file(source, target, PIPELINE)
+    assert is_made(source, target, 0.0)
 
 
 def test_a_preview_is_small_and_looks_the_same(tmp_path: Path) -> None:

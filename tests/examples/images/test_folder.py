@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,19 @@ def test_the_output_may_be_a_folder_within_the_input(tmp_path: Path) -> None:
     for _ in range(2):
         code, report = folder.run(filters="blur:1")
         assert (code, report["processed"] + report["before"], report["other_files"]) == (0, 3, 0)
+
+
+def test_files_from_the_future_and_files_whose_names_are_no_text_disturb_nobody(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    first, *_ = make_photographs(folder.source, 2, (90, 60))
+    soon = time.time() + 86_400
+    os.utime(first, (soon, soon))
+    first.with_name(os.fsdecode(b"caf\xe9.jpg")).write_bytes(first.read_bytes())
+    code, report = folder.run(filters="blur:1")
+    assert (code, report["processed"], report["failed"]) == (1, 2, 1)
+    assert report["failures"][0]["path"] == "caf?.jpg"
+    code, report = folder.run(filters="blur:1")
+    assert (code, report["processed"], report["before"]) == (1, 0, 2)
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:

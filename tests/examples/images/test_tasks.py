@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conveyor import NO_RETRY, ConfigurationError, RetryPolicy
 from examples.images import Task, TaskLost, TaskQueue
@@ -184,6 +186,41 @@ def test_any_number_of_threads_may_use_one_queue() -> None:
         worked = [task_id for done in threads.map(work_off, range(8)) for task_id in done]
         assert sorted(worked) == sorted(ids)
         assert queue.get_stats() == {"pending": 0, "processing": 0, "completed": 100, "failed": 0, "total": 100}
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(["add", "get", "complete", "fail", "give up", "retry"]), max_size=25))
+def test_whatever_is_done_every_task_is_at_exactly_one_place(steps: list[str]) -> None:
+    waiting, held, completed, failed = 0, list[Task](), 0, 0
+    with TaskQueue(retry=RetryPolicy(attempts=1000, initial=0.0, maximum=0.0)) as queue:
+        for step in steps:
+            if step == "add":
+                queue.add_task(DATA)
+                waiting += 1
+            elif step == "get":
+                task = queue.get_task("worker-1")
+                assert (task is None) == (waiting == 0)
+                if task is not None:
+                    waiting -= 1
+                    held.append(task)
+            elif step == "retry":
+                assert queue.retry_dead() == failed
+                waiting, failed = waiting + failed, 0
+            elif held:
+                task = held.pop(0)
+                if step == "complete":
+                    queue.mark_completed(task.id)
+                    completed += 1
+                else:
+                    assert queue.mark_failed(task.id, "no light", retry=step == "fail") == (step == "give up")
+                    waiting, failed = waiting + (step == "fail"), failed + (step == "give up")
+            assert queue.get_stats() == {
+                "pending": waiting,
+                "processing": len(held),
+                "completed": completed,
+                "failed": failed,
+                "total": waiting + len(held) + completed + failed,
+            }
 
 
 def test_urgent_tasks_go_first_and_delayed_ones_later() -> None:
