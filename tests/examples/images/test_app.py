@@ -1,0 +1,52 @@
+"""The application: its task does an image once, says how far it is, and tells what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from conveyor import JobFailed
+from examples.images.app import make_app, process_image
+from examples.images.files import LARGEST_PIXELS
+from examples.images.pictures import make_photographs
+from examples.images.settings import Settings
+from tests.examples.beside import PATIENCE_SECONDS
+
+ONE = Settings(processes=1)
+
+
+def test_an_image_that_is_there_is_not_made_again(photos: Sequence[Path], tmp_path: Path) -> None:
+    target = tmp_path / "out.jpg"
+    first = process_image(photos[0], target, "blur:1", 0.0, LARGEST_PIXELS)
+    assert first is not None
+    assert [step.name for step in first.steps] == ["load", "blur", "save"]
+    made = target.stat().st_mtime_ns
+    assert process_image(photos[0], target, "blur:1", 0.0, LARGEST_PIXELS) is None
+    assert target.stat().st_mtime_ns == made
+
+
+async def test_a_ticket_tells_how_far_a_long_image_is_and_what_came_of_it(tmp_path: Path) -> None:
+    (photo,) = make_photographs(tmp_path / "in", 1, (1600, 1200))
+    images = make_app(ONE, f"sqlite:///{tmp_path / 'images.queue'}", tmp_path / "images.journal")
+    filters = ",".join(["blur:3"] * 30)
+    async with images.app.running(), asyncio.timeout(PATIENCE_SECONDS):
+        ticket = await images.process.send(photo, tmp_path / "out.jpg", filters, 0.0, LARGEST_PIXELS)
+        while (job := await ticket.status()).note != "blur":
+            assert not job.status.ended
+            await asyncio.sleep(0.05)
+        assert job.total == 32
+        processed = await ticket.result()
+        assert processed is not None
+        assert (processed.width, processed.height, len(processed.steps)) == (1600, 1200, 32)
+
+
+async def test_a_ticket_tells_why_an_image_was_refused(tmp_path: Path) -> None:
+    images = make_app(ONE, "memory://", journal=True)
+    async with images.app.running():
+        ticket = await images.process.send(tmp_path / "a.jpg", tmp_path / "b.jpg", "blur:3", 0.0, LARGEST_PIXELS)
+        with pytest.raises(JobFailed, match="there is no file") as failed:
+            await ticket.result(PATIENCE_SECONDS)
+        assert failed.value.attempts == 1
