@@ -281,7 +281,10 @@ class RabbitSubscription:
                     message = when(message, what.due)
                     if not incoming.consumer_tag.endswith(FIRST):  # it was delayed: not delivered, but moved
                         counted = what.noted
-                while counts_itself and counted > what.noted and work.doubt(self.queue):
+                # What came for nobody is delivered first of all, and in one go: hardly to a cancelled consumer again. So a doubt
+                # explains a message's only crash; of one with several, none is explained away.
+                only = counted - what.attempts == 1 and counted > what.noted
+                if counts_itself and only and work.doubt(self.queue):
                     counted -= 1
                 if counted > what.noted:
                     error = CRASHED

@@ -75,7 +75,7 @@ class Work:
         self._doubts.setdefault(queue, deque(maxlen=LARGEST_PREFETCH)).append(soon)
 
     def doubt(self, queue: str) -> bool:
-        """Whether a message may have been counted as delivered for nothing; each cancelled consumer explains one.
+        """Whether one message may have been counted once for nothing; each cancelled consumer explains one hand-over.
 
         A quorum queue counts what was on its way to a consumer that was being cancelled, though nobody ever got it.
         """
