@@ -23,7 +23,7 @@ from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBAC
 from conveyor.brokers.rabbitmq.link import Link
 from conveyor.brokers.rabbitmq.topology import Topology
 from conveyor.core.message import Message
-from conveyor.core.settle import DONE, Dead, RetryAt
+from conveyor.core.settle import DONE, Dead, Done, RetryAt
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, QueueConflict
 
 if TYPE_CHECKING:
@@ -393,6 +393,35 @@ async def test_a_queue_that_refuses_more_is_told_as_full(url: str) -> None:
 
         with pytest.raises(BrokerFull, match="full"):
             await fill()
+
+
+async def test_what_a_handler_emits_into_a_queue_that_is_full_waits_and_its_message_stays_whole(url: str) -> None:
+    arguments = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",))])
+
+        def others(channel: BlockingChannel) -> None:
+            channel.queue_declare("small", durable=True, arguments=arguments)
+            channel.queue_bind("small", "conveyor", "emitted")
+            channel.basic_publish("", "small", b"is there")
+
+        await plainly(url, others)
+        await broker.publish([Message("m", "t", b"{}")])
+        delivery = await one(broker, "q")
+        done = Settlement(delivery, Done(emits=(Message("e", "emitted", b"{}"),)))
+        with pytest.raises(BrokerFull, match="full"):
+            await broker.settle([done])
+        await plainly(url, lambda channel: channel.queue_purge("small"))
+        assert await broker.settle([done]) == []
+        assert await plainly(url, lambda channel: channel.basic_get("small", auto_ack=True)[2]) == b"{}"
+
+
+async def test_what_amqp_calls_an_error_does_not_get_out_of_the_seam(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",))])
+        await plainly(url, lambda channel: channel.queue_delete("conveyor.catalog"))
+        with pytest.raises(BrokerError, match="NOT_FOUND"):
+            await broker.subscribe("q", 10)
 
 
 async def test_a_server_out_of_memory_is_told_to_who_has_published_nothing(rabbitmq: RabbitMQ, url: str) -> None:

@@ -33,7 +33,7 @@ from conveyor.brokers.rabbitmq.envelope import (
     routing_key,
 )
 from conveyor.brokers.rabbitmq.held import Leases, State
-from conveyor.brokers.rabbitmq.link import Link
+from conveyor.brokers.rabbitmq.link import Link, at_the_seam
 from conveyor.brokers.rabbitmq.operating import Operating, old_version
 from conveyor.brokers.rabbitmq.order import Keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing, Publisher, told
@@ -238,6 +238,7 @@ class RabbitBroker:
 
     # Declaring
 
+    @at_the_seam
     async def declare(self, queues: Sequence[Queue]) -> None:
         """See conveyor.broker.Broker."""
         self._check_open()
@@ -269,6 +270,7 @@ class RabbitBroker:
 
     # Publishing
 
+    @at_the_seam
     async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
         """See conveyor.broker.Broker."""
         self._check_open()
@@ -299,6 +301,7 @@ class RabbitBroker:
 
     # Receiving
 
+    @at_the_seam
     async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> RabbitSubscription:
         """See conveyor.broker.Broker."""
         self._check_open()
@@ -308,6 +311,7 @@ class RabbitBroker:
         await subscription.attach(await self.work())
         return subscription
 
+    @at_the_seam
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
         self._check_open()
@@ -325,6 +329,7 @@ class RabbitBroker:
 
     # What operators need
 
+    @at_the_seam
     async def queues(self) -> list[QueueInfo]:
         """See conveyor.broker.Broker. What is in flight is what this very object holds: AMQP tells no more.
 
@@ -333,11 +338,13 @@ class RabbitBroker:
         self._check_open()
         return await self._operating.queues()
 
+    @at_the_seam
     async def purge(self, queue: str) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
         return await self._operating.purge(await self.known(queue, fresh=True))
 
+    @at_the_seam
     async def remove(self, queue: str, *, discard_dead: bool = False) -> None:
         """See conveyor.broker.Broker.
 
@@ -353,26 +360,31 @@ class RabbitBroker:
                 catalog.pop(queue, None)
         self.specs.pop(queue, None)
 
+    @at_the_seam
     async def dead_letters(self, which: DeadFilter, *, limit: int, after: str | None = None) -> list[DeadLetter]:
         """See conveyor.broker.Broker. Reading takes no letter away, but nobody else can read the same ones meanwhile."""
         self._check_open()
         return await self._operating.dead_letters(which, limit, after or "")
 
+    @at_the_seam
     async def bury(self, letters: Sequence[DeadLetter]) -> None:
         """See conveyor.broker.Broker."""
         self._check_open()
         await self._operating.bury(letters)
 
+    @at_the_seam
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
         return await self._operating.redrive(letters)
 
+    @at_the_seam
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """See conveyor.broker.Broker."""
         self._check_open()
         return await self._operating.discard(letters)
 
+    @at_the_seam
     async def risks(self) -> list[str]:
         """See conveyor.broker.Broker."""
         self._check_open()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from typing import Final, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from conveyor.brokers.rabbitmq.address import Options
 from conveyor.brokers.rabbitmq.amqp import (
@@ -31,6 +32,8 @@ ACCESS_REFUSED: Final = 403
 NOT_ALLOWED: Final = 530
 
 Session = TypeVar("Session")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Link(Generic[Session]):
@@ -157,6 +160,21 @@ class Link(Generic[Session]):
         if isinstance(reason, ConnectionClosed | ChannelClosed) and reason.code in {ACCESS_REFUSED, NOT_ALLOWED}:
             return f"RabbitMQ at {where} is there, and refuses: {said(reason)}"
         return f"cannot reach RabbitMQ at {where}: {reason or 'no answer yet'}"
+
+
+def at_the_seam(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A method of the seam: what AMQP calls its errors does not get out of it."""
+
+    @functools.wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(*args, **kwargs)
+        except ChannelClosed as error:
+            raise BrokerError(f"RabbitMQ refuses: {said(error)}") from error
+        except AmqpError as error:
+            raise BrokerUnavailable(f"the connection to RabbitMQ was lost: {error}") from error
+
+    return call
 
 
 def said(error: BaseException) -> str:

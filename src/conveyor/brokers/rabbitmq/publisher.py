@@ -55,11 +55,18 @@ class Refused(Exception):
 
     Parameters:
         full: for want of room.
+        unsent: the connection was lost before.
     """
 
-    def __init__(self, text: str, *, full: bool = False) -> None:
+    def __init__(self, text: str, *, full: bool = False, unsent: bool = False) -> None:
         super().__init__(text)
         self.full = full
+        self.unsent = unsent
+
+    @property
+    def for_now(self) -> bool:
+        """Another try may succeed."""
+        return self.full or self.unsent
 
 
 class Unknown(Exception):
@@ -174,7 +181,7 @@ class Publisher:
             except ValueError as error:
                 fates.append(Refused(f"AMQP cannot carry it: {error}"))
             except (ConnectionClosed, ChannelClosed) as error:
-                fates.append(Refused(f"the connection was lost before it was sent: {said(error)}"))
+                fates.append(Refused(f"the connection was lost before it was sent: {said(error)}", unsent=True))
                 lost = True
             except TimeoutError:  # what comes behind would overtake this one, or wait as long in vain
                 why = f"the server takes nothing now: {self.blocked or 'its socket is full'}"
@@ -203,7 +210,7 @@ class Publisher:
             if isinstance(fate, Unrouted):
                 raise BrokerError(f"a queue is gone: {fate}")
             if fate is not None:
-                raise BrokerFull(str(fate)) if fate.full else BrokerError(str(fate))
+                raise _error(fate)
 
     async def send_named(self, ids: Sequence[str], batch: Sequence[Outgoing]) -> None:
         """Publish what has to be there.
@@ -212,13 +219,18 @@ class Publisher:
             ids: of the messages, as the error names them.
 
         Raises:
+            BrokerUnavailable, BrokerFull: not all of them are confirmed, and another try may succeed.
             PublishFailed: not all of them are confirmed; names which.
         """
         fates = await self.send(batch)
+        if all(fate is None or (isinstance(fate, Refused) and fate.for_now) for fate in fates):
+            for fate in fates:
+                if isinstance(fate, Refused):
+                    raise _error(fate)
+            return
         refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
         unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
-        if refused or unknown:
-            raise PublishFailed(refused, unknown)
+        raise PublishFailed(refused, unknown)
 
     async def _confirmed(self, fates: list[Fate], under_way: list[tuple[int, asyncio.Future[None]]]) -> None:
         if len(under_way) == 1:
@@ -289,6 +301,12 @@ def _fate(error: BaseException) -> Fate:
             return Refused("the server refused it: a queue is full and rejects, or the server is in trouble", full=True)
         case _:
             return Unknown(said(error))
+
+
+def _error(refused: Refused) -> BrokerError:
+    if refused.full:
+        return BrokerFull(str(refused))
+    return BrokerUnavailable(str(refused)) if refused.unsent else BrokerError(str(refused))
 
 
 def told(
