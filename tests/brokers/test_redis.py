@@ -364,6 +364,41 @@ async def test_the_server_may_forget_the_scripts(redis: Redis, client: Any) -> N
             assert await broker.settle([Settlement(each, DONE) for each in held]) == []
 
 
+async def test_what_a_cancelled_fetch_took_comes_back_though_the_server_has_forgotten_the_scripts(
+    redis: Redis, client: Any
+) -> None:
+    async with opened(redis.url(), Queue(name="q", topics=("t",))) as broker:
+        subscription = await broker.subscribe("q", 10)
+        waiting = asyncio.create_task(subscription.fetch(1))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while client.info("clients")["blocked_clients"] == 0:
+                await asyncio.sleep(0.01)
+        client.script_flush()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await broker.publish([Message("m", "t", b"x")])
+        [again] = await take(await broker.subscribe("q", 10), 1)
+        assert (again.message.id, again.crashes) == ("m", 0)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while broker._doubtful:
+                await asyncio.sleep(0.01)
+
+
+async def test_what_is_under_way_fails_at_once_when_the_broker_is_closed_under_it(redis: Redis) -> None:
+    async with opened(redis.url(), Queue(name="q", topics=("t",))) as broker:
+        redis.pause()
+        try:
+            publishing = asyncio.create_task(broker.publish([Message("m", "t", b"x")]))
+            await asyncio.sleep(0)
+            broker._link.close()
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                with pytest.raises(PublishFailed) as failed:
+                    await publishing
+        finally:
+            redis.resume()
+        assert list(failed.value.unknown) == ["m"]
+
+
 async def test_a_queue_whose_stream_was_deleted_is_used_again_when_it_is_declared(redis: Redis, client: Any) -> None:
     url = redis.url()
     queue = Queue(name="q", topics=("t",))

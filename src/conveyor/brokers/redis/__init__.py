@@ -23,7 +23,7 @@ from conveyor.brokers.redis.address import address_of
 from conveyor.brokers.redis.graveyard import Graveyard
 from conveyor.brokers.redis.health import refuse_danger, risks_of, said_by
 from conveyor.brokers.redis.lane import Unknown
-from conveyor.brokers.redis.link import Address, Link, Refused, text
+from conveyor.brokers.redis.link import Address, ForgottenScript, Link, Refused, text
 from conveyor.brokers.redis.sending import Publishing, Settling
 from conveyor.brokers.redis.subscription import RedisSubscription, topics_of
 from conveyor.core.message import Message
@@ -332,15 +332,19 @@ class RedisBroker:
             return BrokerUnavailable(f"the temporary queue {queue!r} is gone")
         return BrokerError(f"there is no queue {queue!r}; declare it first")
 
-    def _void(self, claim: int, queue: str, cursor: bytes) -> None:
+    def _void(self, claim: int, queue: str, cursor: bytes, *, whole: bool = False) -> None:
         with contextlib.suppress(BrokerUnavailable):  # then it is done on the next connection
-            posted = self._link.post(scripts.VOID, self.owner, claim, queue, cursor)
+            posted = self._link.post(scripts.VOID, self.owner, claim, queue, cursor, whole=whole)
             self._posted.add(posted)
-            posted.add_done_callback(lambda done: self._voided(done, claim, queue))
+            posted.add_done_callback(lambda done: self._voided(done, claim, queue, cursor))
 
-    def _voided(self, done: asyncio.Future[Any], claim: int, queue: str) -> None:
+    def _voided(self, done: asyncio.Future[Any], claim: int, queue: str, cursor: bytes) -> None:
         self._posted.discard(done)
-        if done.cancelled() or done.exception() is not None:
+        if done.cancelled():
+            return
+        if (error := done.exception()) is not None:
+            if isinstance(error, ForgottenScript):
+                self._void(claim, queue, cursor, whole=True)
             return
         if done.result() == FROM_THE_BEGINNING:  # that is the end
             self._doubtful.pop(claim, None)

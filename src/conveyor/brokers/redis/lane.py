@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from conveyor.brokers.redis.link import ForgottenScript, Link, NoConnection, NotNow
+from conveyor.brokers.redis.link import Closed, ForgottenScript, Link, NoConnection, NotNow
 from conveyor.brokers.redis.scripts import Script
 from conveyor.errors import BrokerUnavailable
 
@@ -160,6 +160,8 @@ class Lane(Generic[Item]):
                 if loop.time() >= until:
                     raise (Unknown(str(error)) if lost else error) from error
                 await asyncio.sleep(PAUSE_SECONDS)
+            except Closed as error:
+                raise (Unknown(str(error)) if lost else error) from error
             except NoConnection as error:
                 if not lost:
                     raise

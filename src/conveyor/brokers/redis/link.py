@@ -57,6 +57,10 @@ class NoConnection(BrokerUnavailable):
     """Nothing was sent."""
 
 
+class Closed(NoConnection):
+    """It was ended for good."""
+
+
 class NotNow(BrokerUnavailable):
     """The server's own answer to one command: it did nothing, and may do it later."""
 
@@ -173,7 +177,7 @@ class Link:
         connecting = self._connecting
         await asyncio.wait([connecting])
         if connecting.cancelled():
-            raise NoConnection("the broker is closed")
+            raise Closed("the broker is closed")
         if (error := connecting.exception()) is not None:
             raise _again(error)
 
@@ -238,8 +242,14 @@ class Link:
         except ForgottenScript:
             return await self.send("EVAL", script.text, 1, self._key, *arguments)
 
-    def post(self, script: Script, *arguments: Any) -> asyncio.Future[Any]:
-        """Have a script run behind all that was sent before; waits for nothing. Raises as call()."""
+    def post(self, script: Script, *arguments: Any, whole: bool = False) -> asyncio.Future[Any]:
+        """Have a script run behind all that was sent before; waits for nothing. Raises as call().
+
+        Parameters:
+            whole: send its text, which the server has forgotten.
+        """
+        if whole:
+            return self.send("EVAL", script.text, 1, self._key, *arguments)
         return self.send("EVALSHA", script.digest, 1, self._key, *arguments)
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
@@ -301,7 +311,7 @@ class Link:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise BrokerUnavailable("the broker is closed")
+            raise Closed("the broker is closed")
 
     def _has_error(self, said: str) -> None:
         if _ELSEWHERE.search(said):
