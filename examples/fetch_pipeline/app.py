@@ -19,7 +19,6 @@ import httpx
 import msgspec
 
 from conveyor import (
-    BrokerError,
     Call,
     Context,
     Conveyor,
@@ -30,6 +29,7 @@ from conveyor import (
     RetryPolicy,
     carried,
 )
+from conveyor.errors import is_outage
 from examples.fetch_pipeline import tables
 from examples.fetch_pipeline.messages import (
     DATA_PROCESSING,
@@ -203,7 +203,7 @@ async def follow(call: Call, next: Next) -> Any:
         raise
     except Exception as error:
         last = isinstance(error, Reject | PayloadError) or delivery.attempts + 1 >= RETRY.attempts
-        given_up = last and not isinstance(error, BrokerError)  # a broker that is away costs no attempt
+        given_up = last and not is_outage(error)  # a broker that is away costs no attempt
         await _failed(
             job_id, delivery.queue, attempt, str(error) or repr(error), State.FAILED if given_up else State.RETRYING
         )

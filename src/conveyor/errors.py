@@ -281,3 +281,10 @@ class AlreadyHandled(BaseException):
         super().__init__(f"{worker} has handled {', '.join(message_ids)} before")
         self.worker = worker
         self.message_ids = message_ids
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether a broker or a database was out of order, or had no room: such an attempt is repeated, and not counted."""
+    if isinstance(error, PublishFailed):
+        return bool(error.unknown) and not error.refused
+    return isinstance(error, (BrokerUnavailable, BrokerFull, LedgerUnavailable))

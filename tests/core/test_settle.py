@@ -10,12 +10,13 @@ from conveyor.core.settle import (
     LONGEST_ERROR,
     Dead,
     Reason,
+    Release,
     RetryAt,
     describe,
     verdict_on_arrival,
     verdict_on_error,
 )
-from conveyor.errors import PayloadError, Reject, Retry
+from conveyor.errors import BrokerFull, BrokerUnavailable, LedgerUnavailable, PayloadError, PublishFailed, Reject, Retry
 
 NOW = 1_000.0
 MESSAGE = Message("1", "order.created", b"{}")
@@ -47,6 +48,27 @@ def test_every_error_gets_a_verdict_and_none_is_retried_for_ever(
     if isinstance(verdict, RetryAt):
         assert verdict.due >= NOW
         assert attempts + 1 < policy.attempts
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokerUnavailable("away"),
+        BrokerFull("no memory left"),
+        LedgerUnavailable("away"),
+        PublishFailed(refused={}, unknown={"1": "the connection was lost before the answer"}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_outage_costs_no_attempt(error: Exception) -> None:
+    verdict = verdict_on_error(error, attempts=9, policy=NO_RETRY, now=NOW, chance=0.0)
+    assert isinstance(verdict, Release)
+    assert verdict.due > NOW
+
+
+def test_a_message_that_a_broker_refuses_costs_an_attempt() -> None:
+    error = PublishFailed(refused={"1": "too long"}, unknown={"2": "lost"})
+    assert isinstance(verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0), RetryAt)
 
 
 def test_the_last_attempt_that_fails_is_the_end() -> None:

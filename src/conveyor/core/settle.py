@@ -10,7 +10,7 @@ import msgspec
 from conveyor.core.message import Message
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.words import counted
-from conveyor.errors import BrokerUnavailable, LedgerUnavailable, PayloadError, Reject, Retry
+from conveyor.errors import PayloadError, Reject, Retry, is_outage
 
 SUSPECT_AFTER_CRASHES: Final = 2
 """One death may be anybody's (a deployment, the kernel); after a second one the message runs alone."""
@@ -96,8 +96,8 @@ def verdict_on_error(
         traceback: kept beside the error.
     """
     text = describe(error)
-    if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):
-        # An outage is not the message's fault, and may outlast any number of attempts.
+    if is_outage(error):
+        # It is not the message's fault, and may outlast any number of attempts.
         return Release(now + OUTAGE_SECONDS * (1 + chance))
     if isinstance(error, Reject):
         return Dead(Reason.REJECTED, text, traceback)

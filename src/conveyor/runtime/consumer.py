@@ -38,6 +38,7 @@ from conveyor.errors import (
     PayloadError,
     PayloadTooLarge,
     Reject,
+    is_outage,
 )
 from conveyor.runtime.attempt import Undecodable
 from conveyor.runtime.call import AlreadyDone, Caller
@@ -581,7 +582,7 @@ class Consumer:
     # --- how it ends --------------------------------------------------------------------------------------------------
 
     def _on_error(self, delivery: Delivery, error: BaseException) -> Verdict:
-        if isinstance(error, (BrokerUnavailable, LedgerUnavailable)):
+        if is_outage(error):
             log.warning("given back until it works again, uncounted: %s", describe(error))
         return verdict_on_error(
             error,
