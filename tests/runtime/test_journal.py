@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conveyor import Context, Conveyor, Reject, RetryPolicy
+from conveyor import Context, Conveyor, Reject, RetryPolicy, Transaction
 from conveyor.broker import Broker, Queue
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
@@ -26,6 +26,7 @@ from conveyor.runtime.journal import ASK, IN_MEMORY, Journal, journal_queue
 from conveyor.runtime.keeper import Keeper
 from conveyor.runtime.metrics import Metrics
 from conveyor.testing.clock import TurnableClock
+from conveyor.testing.harness import Harness
 
 PATIENCE_SECONDS = 60.0
 AT_ONCE = RetryPolicy(attempts=3, initial=0.01)
@@ -229,6 +230,64 @@ async def test_what_no_store_can_keep_as_it_is_is_kept_all_the_same() -> None:
         message = await app.publish(Placed(1))
         job = (await ended((await app.connect()).asker, message.id))[message.id]
     assert job.error == "RuntimeError: half a character: ?, and none: \0"
+
+
+async def test_what_is_published_at_once_and_what_the_ledger_sends_is_told_with_its_cause(tmp_path: Path) -> None:
+    app = Conveyor(
+        "shop", broker="memory://", journal=True, database=f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", migrate=True
+    )
+
+    @app.worker
+    async def first(_: Placed, context: Context, tx: Transaction) -> None:
+        await context.publish_now({}, topic="now")
+        await tx.publish(Charged(1))
+
+    @app.worker
+    async def second(_: Charged) -> None: ...
+
+    async with app.running():
+        sent = await app.publish(Placed(1))
+        asker = (await app.connect()).asker
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                (stop,) = stops((await found(asker, sent.id, 2)).entries)
+                if len(stop.leads_to) == 2:
+                    break
+    assert {each.topic: each.entries[0].kind for each in stop.leads_to} == {
+        "now": Kind.PUBLISHED,
+        "charged": Kind.PUBLISHED,
+    }
+
+
+async def test_what_the_ledger_knew_already_is_told_as_a_duplicate(tmp_path: Path) -> None:
+    app = Conveyor(
+        "shop", broker="memory://", journal=True, database=f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", migrate=True
+    )
+
+    @app.worker
+    async def once(_: Placed, tx: Transaction) -> None:
+        await tx.publish(Charged(1))
+
+    async with app.running():
+        asker = (await app.connect()).asker
+        for _ in range(2):
+            sent = await app.publish(Placed(1), id="the-same")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                kinds = [entry.kind for entry in (await found(asker, sent.id, 1)).entries]
+                if Kind.DUPLICATE in kinds:
+                    break
+    assert kinds.count(Kind.SUCCEEDED) == 1
+
+
+async def test_under_the_harness_it_is_kept_in_memory_and_is_not_among_what_was_published(tmp_path: Path) -> None:
+    app = shop("memory://", journal=tmp_path / "shop.journal")
+    async with Harness(app) as harness:
+        sent = await harness.publish(Placed(1))
+        assert [message.topic for message in harness.messages()] == ["placed", "charged"]
+        answer = await found((await app.connect()).asker, sent.id, 2)
+        assert len(answer.entries) == 5
+    assert not (tmp_path / "shop.journal").exists()
 
 
 # --- shipping ---------------------------------------------------------------------------------------------------------

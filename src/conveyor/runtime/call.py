@@ -18,7 +18,7 @@ from conveyor.core.settle import DONE, Done
 from conveyor.errors import AlreadyHandled, HandlerError, PayloadError
 from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable
 from conveyor.runtime.carry import Carry
-from conveyor.runtime.context import Context, Tell, from_thread
+from conveyor.runtime.context import Context, Noted, Tell, from_thread
 from conveyor.runtime.frames import lent
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Emitter, Outgoing, collected
@@ -220,7 +220,9 @@ class Caller:
 
     def _context(self, delivery: Delivery, emitter: Emitter) -> Context:
         tell: Tell | None = None
+        noted: Noted | None = None
         if self._around.journal is not None:
+            noted = functools.partial(self._around.journal.published, worker=self._worker.identity)
             tell = functools.partial(self._around.journal.progressed, self._worker.identity, delivery)
             if self._plan.mode is Mode.THREAD:
                 tell = from_thread(tell)
@@ -233,6 +235,7 @@ class Caller:
             self._around.broker,
             self._around.shutting_down,
             tell,
+            noted,
         )
 
     def _runner(self) -> Callable[[dict[str, Any], Emitter, Call], Awaitable[Any]]:

@@ -18,6 +18,8 @@ from conveyor.runtime.outgoing import Emitter, Options, Publishing
 
 Tell = Callable[[float, float | None, str], object]
 """Takes progress: done, total, note."""
+Noted = Callable[[Message], object]
+"""Takes what was published, for the journal."""
 
 
 class Context:
@@ -35,6 +37,7 @@ class Context:
         "_broker",
         "_emitter",
         "_identity",
+        "_noted",
         "_tell",
         "attempt",
         "cancelled",
@@ -54,6 +57,7 @@ class Context:
         broker: Broker | None,
         shutting_down: asyncio.Event,
         tell: Tell | None,
+        noted: Noted | None = None,
     ) -> None:
         self.message: Final[Message] = message
         self.attempt: Final[int] = attempt
@@ -65,6 +69,7 @@ class Context:
         self._emitter = emitter
         self._broker = broker
         self._tell = tell
+        self._noted = noted
 
     @property
     def idempotency_key(self) -> str:
@@ -117,7 +122,10 @@ class Context:
                 "a process of the pool has no broker, so nothing can be published now; use context.publish"
             )
         message = self._emitter.make(event, Options(**options))
-        if await self._broker.publish((message,)) and require_subscriber:
+        unrouted = await self._broker.publish((message,))
+        if self._noted is not None:
+            self._noted(message)
+        if unrouted and require_subscriber:
             raise NoSubscriber(
                 f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists"
             )

@@ -18,6 +18,7 @@ from conveyor.core.events import event_type
 from conveyor.core.message import Message
 from conveyor.core.settle import Done, RetryAt
 from conveyor.errors import ConfigurationError
+from conveyor.runtime.control import internal
 from conveyor.runtime.outgoing import Publishing
 from conveyor.runtime.task import Task
 from conveyor.testing.clock import TurnableClock
@@ -60,8 +61,9 @@ class _Recorder(MemoryBroker):
         return lost
 
     def _note(self, messages: Sequence[Message]) -> None:
-        self.published.extend(messages)
-        for message in messages:
+        own = [message for message in messages if not internal(message.topic)]
+        self.published.extend(own)
+        for message in own:
             if message.due:
                 heapq.heappush(self.dues, message.due)
 
