@@ -121,10 +121,11 @@ async def _turn(url: str, names: Sequence[str], output: Output, *, paused: bool)
             if name not in there:
                 raise not_there(name, there)
         async with Operator(broker) as operator:
-            await operator.hear_all()  # a decision has to be later than what they know
-            for name in names:
-                await operator.turn(name, paused=paused)
-            told = await operator.hear_all()
+            told = await operator.hear_all()  # a decision has to be later than what they know
+            if told:
+                for name in names:
+                    await operator.turn(name, paused=paused)
+                told = await operator.hear_all()
     heeding = {
         name: [each for each in told if (name in paused_in(each.switches)) == paused and name in each.queues]
         for name in names

@@ -428,7 +428,7 @@ class Top(App[None]):
         if queue is None:
             return
         if not queue.dead:
-            self.notify(f"{queue.name} has no dead letters", markup=False)
+            self.notify(safe(f"{queue.name} has no dead letters").plain, markup=False)
             return
 
         def answered(yes: bool | None) -> None:
@@ -471,9 +471,9 @@ class Top(App[None]):
     def _do(self, what: Coroutine[Any, Any, str]) -> None:
         async def do() -> None:
             try:
-                self.notify(await what, markup=False)
+                self.notify(safe(await what).plain, markup=False)
             except ConveyorError as error:
-                self.notify(str(error), severity="error", markup=False)
+                self.notify(safe(str(error)).plain, severity="error", markup=False)
 
         self.run_worker(do())
 

@@ -380,7 +380,7 @@ class Watcher:
         """
         _, operator = self._there()
         paused = queue not in operator.paused
-        if not await operator.turn(queue, paused=paused):
+        if not operator.statuses or not await operator.turn(queue, paused=paused):
             return "no runner is there, and only runners keep a pause: nothing was changed"
         self._look_now.set()
         return f"{queue} is {'paused' if paused else 'going on'}"
