@@ -192,6 +192,27 @@ async def test_without_a_keeper_entries_wait_for_one_that_comes_later(shop: Prog
             await until(shop, {"succeeded"}, id)
 
 
+async def test_a_journal_that_cannot_be_kept_is_said_and_work_goes_on(shop: Program) -> None:
+    shop.environment["CONVEYOR_JOURNAL"] = str(shop.folder / "nowhere" / "shop.journal")
+    with running(shop, "run", "shop"):
+        order(shop, "A-1")
+        shipped, log = shop.folder / "shipped", shop.folder / "log"
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not shipped.exists() or "cannot keep the journal" not in log.read_text():
+                await asyncio.sleep(0.05)
+    assert "the folder" in log.read_text()
+
+
+async def test_a_broker_in_memory_has_its_journal_kept_where_its_messages_are(shop: Program) -> None:
+    shop.environment["CONVEYOR_BROKER"] = "memory://"
+    with running(shop, "run", "shop") as program:
+        log = shop.folder / "log"
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while "the journal of shop is kept in :memory:" not in log.read_text():
+                await asyncio.sleep(0.05)
+        assert keeper_of(program) is None
+
+
 async def test_jobs_are_listed_and_filtered(shop: Program) -> None:
     (shop.folder / "go").touch()
     with running(shop, "run", "slow:app"):

@@ -74,6 +74,7 @@ snapshots = st.lists(
         outbox_pending=st.none() | st.integers(0, 99),
         outbox_parked=st.none() | st.integers(0, 99),
         deaths=st.integers(0, 9),
+        journal_dropped=st.integers(0, 9),
     ),
     max_size=4,
 )
@@ -111,6 +112,7 @@ def test_counters_of_several_processes_arrive_as_one_sum() -> None:
     two.worker("charge").in_flight = 2
     two.worker("charge").wait.observe(0.02)
     two.worker("charge").wait.observe(7000.0)
+    one.journal_dropped, two.journal_dropped = 5, 6
     found = samples(prometheus_text([one.snapshot(), two.snapshot()], []))
     charge = ("worker", "charge")
     assert found["conveyor_messages_received_total", (charge,)] == 7
@@ -121,6 +123,7 @@ def test_counters_of_several_processes_arrive_as_one_sum() -> None:
     assert found["conveyor_wait_seconds_count", (charge,)] == 2
     assert found["conveyor_wait_seconds_sum", (charge,)] == pytest.approx(7000.02)
     assert found["conveyor_process_resident_bytes", (("process", "2"),)] > 0
+    assert found["conveyor_journal_dropped_total", ()] == 11
 
 
 def test_counters_do_not_run_backwards_when_a_process_ends() -> None:

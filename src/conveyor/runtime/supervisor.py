@@ -449,6 +449,8 @@ class Supervisor:
         elif not self._stopping.is_set():
             self._gone = msgspec.structs.replace(self._gone, deaths=self._gone.deaths + 1)
             log.warning("%s died after %.1f s: %s", child, child.state.age_seconds, why)
+        elif child.name == KEEPER:
+            log.warning("%s was cut: %s; what it had not kept waits for the next one", child, why)
         elif child.beat is not None:  # one that had not begun held nothing
             self.problems.append(f"{child} was cut: {why}; what it held comes back")
         return why
