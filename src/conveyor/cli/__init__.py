@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "outbox": "List, retry or discard events that the broker refuses to take out of an app's database.",
     "trace": "Show the journey of a message: every hop, every attempt, every error.",
     "jobs": "List jobs: where they are, how far, and how they ended.",
+    "wait": "Wait for jobs, see how far they are, and have what they returned.",
     "journal": "Keep an app's journal, and nothing else.",
     "migrate": "Create or update Conveyor's tables in an app's database.",
     "doctor": "Prove on a broker of yours that it keeps Conveyor's promises.",
