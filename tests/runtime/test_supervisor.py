@@ -191,12 +191,12 @@ async def test_a_process_that_cannot_start_is_started_ever_more_slowly(
 ) -> None:
     waits: list[float] = []
 
-    async def rest(self: Supervisor, seconds: float) -> None:
+    async def rest(seconds: float, over: asyncio.Event) -> None:
         waits.append(seconds)
         if len(waits) == 4:
-            await self._stopping.wait()
+            await over.wait()
 
-    monkeypatch.setattr(Supervisor, "_rest", rest)
+    monkeypatch.setattr(supervisor_module, "_rest", rest)
     world.start("dies-early")
     await until(lambda: len(waits) == 4)
     assert waits == sorted(set(waits))
