@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.publish import duration
-from conveyor.cli.terminal import FAILED, OK, Output, shortened
+from conveyor.cli.terminal import FAILED, OK, Output, safe, shortened
 from conveyor.core.journal import Job, Status
 from conveyor.core.words import counted
 from conveyor.errors import ConfigurationError, NoKeeper
@@ -79,7 +79,7 @@ async def _wait(ids: Sequence[str], seconds: float, url: str, output: Output) ->
             bars.show(known, ended)
             for job in ended:
                 good += job.status is Status.DONE
-                _tell(job, output)
+                _tell(job, output, bars)
     left = [id for id in ids if id not in last or not last[id].status.ended]
     for id in left:
         output.note(f"{id} has not ended after {seconds:g} s: {in_words(last.get(id))}", "yellow")
@@ -111,8 +111,8 @@ async def _looks(
             return
 
 
-def _tell(job: Job, output: Output) -> None:
-    """One line on stdout."""
+def _tell(job: Job, output: Output, bars: _Bars) -> None:
+    """One line on stdout; on a terminal it goes above the bars."""
     told: dict[str, Any] = {"id": job.id, "status": str(job.status), "worker": job.worker, "attempts": job.attempts}
     if job.status is Status.DONE:
         told["result"] = None if job.result is None else msgspec.json.decode(job.result)
@@ -123,6 +123,8 @@ def _tell(job: Job, output: Output) -> None:
         told["error"] = job.error or job.unkept
     if output.json:
         output.line(told)
+    elif sys.stdout.isatty() and sys.stderr.isatty():
+        bars.above(f"{job.id} {job.status}{f' {text}' if text else ''}")
     else:
         output.say(f"{job.id} {job.status}{f' {text}' if text else ''}")
 
@@ -134,6 +136,10 @@ class _Bars:
         self._progress = progress
         self._all = progress.add_task(counted(total, "job"), total=total)
         self._own: dict[str, TaskID] = {}
+
+    def above(self, line: str) -> None:
+        """Print a line that stays."""
+        self._progress.console.print(safe(line), soft_wrap=True)
 
     def show(self, known: dict[str, Job], ended: Sequence[Job]) -> None:
         """What has become known."""
