@@ -15,8 +15,10 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import apsw
 import pyte
 import pytest
 from hypothesis import given
@@ -185,6 +187,18 @@ def ready_runners(text: str) -> int:
     return len(re.findall(r"[MG]B ready", text))
 
 
+def stop(process: int, queue_file: Path) -> None:
+    """Stop a process while it does not hold the write lock of the queue file, or all others would wait for it, too."""
+    lock = apsw.Connection(str(queue_file))
+    lock.set_busy_timeout(int(PATIENCE_SECONDS * 1000))
+    lock.execute("BEGIN IMMEDIATE")
+    os.kill(process, signal.SIGSTOP)
+    while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.001)
+    lock.execute("ROLLBACK")
+    lock.close()
+
+
 def figures(row: str) -> list[str]:
     """The columns of a queue's row, without its name."""
     return row.split()[1:]
@@ -255,7 +269,7 @@ def test_a_runner_that_stands_still_is_said_to_be_silent(bank: Program) -> None:
         text = terminal.until(lambda text: ready_runners(text) == 1, "the runner")
         row = next(line for line in text.split("\n") if "(1)" in line)
         runner = int(row.split(":")[1].split()[0])
-        os.kill(runner, signal.SIGSTOP)
+        stop(runner, bank.folder / "bank.queue")
         try:
             terminal.shows("silent ")
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import sys
 import time
@@ -295,29 +296,43 @@ class Watcher:
         """Runner → the number of its latest failure that is known."""
         self._at: tuple[Broker, Operator] | None = None
         self._look_now = asyncio.Event()
+        self._away_since: float | None = None
 
     async def run(self, show: Callable[[Picture], object]) -> None:
         """Look, and show, until cancelled. While the broker is away, it is tried again and again."""
-        since: float | None = None
         while True:
             try:
                 async with connected(self.url) as broker, Operator(broker) as operator:
                     operator.on_status = self._note
                     self._at = broker, operator
-                    while True:
-                        async with asyncio.timeout(LOOK_SECONDS):
-                            self.picture = await self._look(broker, operator)
-                        since = None
-                        show(self.picture)
-                        await self._rest()
-            except (BrokerError, TimeoutError) as error:
-                since = since or time.monotonic()
-                why = describe(error) if str(error) else f"no answer for {LOOK_SECONDS:.0f} s"
-                self.picture = _dark(self.picture, masked(why), time.monotonic() - since)
-                show(self.picture)
-            finally:
-                self._at = None
+                    try:
+                        await self._follow(broker, operator, show)
+                    finally:
+                        self._at = None
+            except BrokerError as error:
+                self._darken(error, show)
             await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _follow(self, broker: Broker, operator: Operator, show: Callable[[Picture], object]) -> None:
+        """Look until that fails; it is shown at once, because to let go of a broker that is away may take a while."""
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    self.picture = await self._look(broker, operator)
+            except (BrokerError, TimeoutError) as error:
+                self._darken(error, show)
+                return
+            self._away_since = None
+            show(self.picture)
+            await self._rest()
+
+    def _darken(self, error: Exception, show: Callable[[Picture], object]) -> None:
+        now = time.monotonic()
+        self._away_since = self._away_since or now
+        why = describe(error) if isinstance(error, BrokerError) else f"no answer for {LOOK_SECONDS:.0f} s"
+        seconds = now - self._away_since
+        self.picture = dataclasses.replace(self.picture, outage=masked(why), outage_seconds=seconds)
+        show(self.picture)
 
     async def _rest(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -401,7 +416,3 @@ class Watcher:
         if self._at is None:
             raise BrokerUnavailable("the broker is away")
         return self._at
-
-
-def _dark(picture: Picture, why: str, seconds: float) -> Picture:
-    return Picture(picture.queues, picture.runners, picture.failures, why, seconds, picture.looked)
