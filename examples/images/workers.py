@@ -19,7 +19,7 @@ from conveyor import BrokerError
 from examples.images.files import Processed, Refused, process_file
 from examples.images.filters import FilterPipeline
 from examples.images.registry import BEAT_SECONDS
-from examples.images.tasks import Task, TaskLost, TaskQueue
+from examples.images.tasks import Stats, Task, TaskLost, TaskQueue
 
 T = TypeVar("T")
 
@@ -356,7 +356,7 @@ class AsyncWorker:
         record.beat()
 
 
-def worked_off(stats: Any) -> bool:
+def worked_off(stats: Stats | None) -> bool:
     """Whether nothing waits, and nobody has anything in hand that may come back."""
     return stats is not None and not (stats["pending"] or stats["processing"])
 
