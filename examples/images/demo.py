@@ -83,7 +83,7 @@ class Demonstrations:
     def sheet(self) -> Path | None:
         """Every picture that was processed, before and after."""
         made = [path for name in ("sequence", "async", "three") for path in sorted((self._folder / name).glob("*"))]
-        originals = {path.name: path for path in self._pictures(12)}
+        originals = {path.name: path for path in self._images or (self._folder / "pictures").glob("*")}
         pairs = {path.name: (originals[path.name], path) for path in made if path.name in originals}
         sheet = self._folder / "contact-sheet.png"
         return sheet if contact_sheet(list(pairs.values()), list(pairs), sheet, f"before and after {FILTERS}") else None
