@@ -18,19 +18,24 @@ if TYPE_CHECKING:
     from servers.redis import Redis
 
 
+PATIENCE_SECONDS: Final = 60.0
+"""Twice the suite's own: here several tests, and a server for each, share few cores."""
+
+
 def _sqlite(request: pytest.FixtureRequest, durability: str) -> Makers:
     return Makers(partial(from_url, f"sqlite:///{request.getfixturevalue('tmp_path')}/x.queue?durability={durability}"))
 
 
 def _redis(request: pytest.FixtureRequest) -> Makers:
     server: Redis = request.getfixturevalue("redis")
-    return Makers(partial(from_url, server.url()))
+    return Makers(partial(from_url, server.url()), patience_seconds=PATIENCE_SECONDS)
 
 
 def _rabbitmq(request: pytest.FixtureRequest, queue_type: str) -> Makers:
     server: RabbitMQ = request.getfixturevalue("one_rabbitmq")
     server.start()
-    return Makers(partial(from_url, f"{_host_of(server, queue_type)}?queue_type={queue_type}"), lease_seconds=2.0)
+    url = f"{_host_of(server, queue_type)}?queue_type={queue_type}"
+    return Makers(partial(from_url, url), lease_seconds=2.0, patience_seconds=PATIENCE_SECONDS)
 
 
 @cache

@@ -69,7 +69,7 @@ class Inbox:
         self._queue.put_nowait(message)
 
     async def take(self) -> Incoming:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await self._queue.get()
 
     @property
@@ -310,7 +310,7 @@ async def test_a_consumer_hears_when_its_queue_is_deleted(rabbitmq: RabbitMQ) ->
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         tag = await channel.consume("q", Inbox(), on_cancel=ended.set_result)
         await channel.queue_delete("q")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await ended == tag
 
 
@@ -377,7 +377,7 @@ async def test_drain_keeps_what_waits_for_a_slow_server_within_bounds(rabbitmq: 
             assert not any(one.done() for one in waiting)
         finally:
             rabbitmq.resume()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await asyncio.gather(*waiting, *published)
 
 
@@ -398,7 +398,7 @@ async def test_a_server_short_of_memory_blocks_publishing_and_says_why(rabbitmq:
         rabbitmq.ctl("set_vm_memory_high_watermark", "0")
         try:
             published = channel.publish("", "q", b"x", PERSISTENT, mandatory=True)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 assert await heard.get() == "low on memory"
             assert connection.blocked == "low on memory"
             waiting = asyncio.ensure_future(channel.drain())
@@ -406,7 +406,7 @@ async def test_a_server_short_of_memory_blocks_publishing_and_says_why(rabbitmq:
             assert not waiting.done()
         finally:
             rabbitmq.ctl("set_vm_memory_high_watermark", limit)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert await heard.get() is None
             await waiting
             await published
@@ -447,7 +447,7 @@ async def test_when_the_server_is_killed_everybody_who_waits_is_told(rabbitmq: R
 async def test_a_server_that_stops_in_order_says_so(rabbitmq: RabbitMQ) -> None:
     async with connected(address_of(rabbitmq)) as (connection, channel):
         rabbitmq.stop()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             reason = await channel.closed
         assert isinstance(reason, ConnectionClosed)
         assert reason.code == 320
@@ -460,7 +460,7 @@ async def test_a_server_that_falls_silent_is_noticed_by_its_heartbeats(rabbitmq:
         rabbitmq.pause()
         try:
             published = channel.publish("", "q", b"x")
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 with pytest.raises(OutcomeUnknown, match="silent for two heartbeats"):
                     await published
         finally:

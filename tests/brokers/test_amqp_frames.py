@@ -875,7 +875,7 @@ async def facing_a_peer(monkeypatch: pytest.MonkeyPatch, answer_seconds: float) 
     """A channel of a client that waits so long for answers."""
     monkeypatch.setattr(amqp, "ANSWER_SECONDS", answer_seconds)
     peer = Peer()
-    async with asyncio.timeout(30), await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
+    async with asyncio.timeout(60), await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
         connection = await connect([Address("127.0.0.1", server.sockets[0].getsockname()[1])], heartbeat_seconds=0)
         try:
             yield peer, await connection.channel()

@@ -31,7 +31,7 @@ from servers.redis import Redis
 if TYPE_CHECKING:
     from conveyor.broker import Subscription
 
-PATIENCE_SECONDS: Final = 20.0
+PATIENCE_SECONDS: Final = 60.0
 ANSWER_LOST: Final = "the-answer-to-this-is-lost"
 
 

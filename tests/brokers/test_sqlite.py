@@ -265,8 +265,8 @@ async def test_a_forked_child_is_refused(opened: Open) -> None:
 async def test_each_hot_question_has_its_index() -> None:
     db = apsw.Connection(":memory:")
     db.execute(SQL["schema"])
-    hot = "keep_order drop_oldest next_of_keys next_at turned become_due expire claim fitting claimed held end bury give_back extend purge".split()
-    for name in hot:
+    hot = "keep_order drop_oldest next_of_keys next_at turned become_due expire claim fitting claimed held end"
+    for name in [*hot.split(), "bury", "give_back", "extend", "purge"]:
         values = (None,) * max(int(number) for number in re.findall(r"\?(\d)", SQL[name]))
         plan = [str(row[3]) for row in db.execute(f"EXPLAIN QUERY PLAN {SQL[name]}", values)]
         assert not [step for step in plan if re.match(r"SCAN (message|older|queue)|USE TEMP", step)], (name, plan)
@@ -560,7 +560,7 @@ async def test_a_grown_wal_and_unused_pages_are_given_back_in_a_quiet_moment(
     await broker.declare([Queue(name="q", topics=("t",))])
     await broker.publish([message(str(number), body=bytes(10_000)) for number in range(200)])
     assert await broker.purge("q") == 200
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (tmp_path / "shop.queue-wal").stat().st_size > 100_000 or (
             tmp_path / "shop.queue"
         ).stat().st_size > 500_000:

@@ -18,7 +18,7 @@ from conveyor.broker import Queue, Settlement
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead
 
-PATIENCE_SECONDS: Final = 60.0
+PATIENCE_SECONDS: Final = 120.0
 
 SHOP: Final = """
 from __future__ import annotations

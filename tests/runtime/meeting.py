@@ -33,6 +33,6 @@ class Meeting:
 
 async def gone(pid: int) -> None:
     """Wait until a process has ended and is reaped."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while os.path.exists(f"/proc/{pid}"):  # noqa: PTH110, ASYNC240 - /proc does not block
             await asyncio.sleep(0.01)

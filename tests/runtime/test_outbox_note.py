@@ -31,7 +31,7 @@ async def test_parked_messages_are_a_note_of_health_and_a_number(
         await ledger.put_off(row.seq, "refused", NEVER)
     await ledger.close()
     async with app.running() as runner:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not runner.health().notes:
                 await asyncio.sleep(0.01)
         assert runner.health().ready

@@ -175,7 +175,7 @@ async def test_a_killed_process_is_replaced(pool: CpuPool, meeting: Meeting) -> 
 async def test_a_process_that_died_between_two_jobs_is_replaced(pool: CpuPool) -> None:
     pid = await pool.run("jobs:where")
     os.kill(pid, signal.SIGKILL)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while next(iter(pool._all)).alive:
             await asyncio.sleep(0.01)
     assert await pool.run("jobs:where") != pid
