@@ -427,12 +427,15 @@ async def test_what_amqp_calls_an_error_does_not_get_out_of_the_seam(url: str) -
 async def test_a_server_out_of_memory_is_told_to_who_has_published_nothing(rabbitmq: RabbitMQ, url: str) -> None:
     async with opened(url) as broker:
         assert await broker.risks() == []
+        await broker.declare([Queue(name="there", topics=("order",))])
         await asyncio.to_thread(rabbitmq.ctl, "set_vm_memory_high_watermark", "0.00001")
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while not (risks := await broker.risks()):
                     await asyncio.sleep(0.05)
             assert "takes no publishes now" in risks[0]
+            for _ in range(3):  # an operator may look
+                assert [info.name for info in await broker.queues()] == ["there"]
         finally:
             await asyncio.to_thread(rabbitmq.ctl, "set_vm_memory_high_watermark", "0.6")
         async with asyncio.timeout(PATIENCE_SECONDS):

@@ -177,13 +177,13 @@ class Mover:
     async def _messages(self, moved: Moved) -> None:
         name = moved.queue.name
         subscription = await self._source.subscribe(name, BATCH, early=True)
+        fetching: asyncio.Task[list[Delivery]] | None = None
         try:
             fruitless = 0
             while not self._told.is_set() and fruitless < FRUITLESS_LOOKS:
-                try:
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        batch = await subscription.fetch(BATCH)
-                except TimeoutError:
+                fetching = fetching or asyncio.create_task(subscription.fetch(BATCH), name=f"fetching from {name}")
+                await asyncio.wait([fetching], timeout=LOOK_SECONDS)  # a server far away may need longer, and goes on
+                if not fetching.done():
                     info = await _info(self._source, name)
                     moved.left = info.ready + info.delayed + info.in_flight
                     if not moved.left:
@@ -191,10 +191,14 @@ class Mover:
                     fruitless += 1
                     continue
                 fruitless = 0
+                batch, fetching = fetching.result(), None
                 moved.twice += await self._carry(moved.queue, batch)
                 moved.messages += len(batch)
                 self._advance(len(batch))
         finally:
+            if fetching is not None:
+                fetching.cancel()
+                await asyncio.wait([fetching])
             await subscription.close()
 
     async def _carry(self, queue: QueueInfo, batch: Sequence[Delivery]) -> int:
@@ -236,12 +240,15 @@ class Mover:
 
     async def _dead_letters(self, moved: Moved) -> None:
         which = DeadFilter(queue=moved.queue.name)
+        buried: set[str] = set()
         while not self._told.is_set() and (page := await self._source.dead_letters(which, limit=BATCH)):
-            await self._destination.bury(page)
+            new = [letter for letter in page if letter.position not in buried]  # the old broker may keep some at first
+            await self._destination.bury(new)
+            buried.update(letter.position for letter in new)
             if not await self._source.discard(page):
                 raise BrokerError(f"{moved.queue.name}: the old broker does not let go of its dead letters")
-            moved.dead += len(page)
-            self._advance(len(page))
+            moved.dead += len(new)
+            self._advance(len(new))
 
 
 def turns(messages: Sequence[Message]) -> list[list[Message]]:

@@ -913,6 +913,11 @@ class Channel:
             future.set_result(None)
         return future
 
+    @property
+    def congested(self) -> bool:
+        """Publishing is not welcome now: the socket is full, or the server asked for a pause."""
+        return self.connection.congested or not self._flowing
+
     async def drain(self) -> None:
         """Wait until publishing is welcome: the socket takes bytes, and the server asked for no pause.
 
@@ -920,7 +925,7 @@ class Channel:
             ChannelClosed, ConnectionClosed: it never will be.
         """
         self.check()
-        while self.connection.congested or not self._flowing:
+        while self.congested:
             await self.connection.changed()
             self.check()
 

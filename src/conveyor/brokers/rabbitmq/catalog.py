@@ -27,6 +27,9 @@ RETURN_SECONDS: Final = 1.0
 PATIENCE_SECONDS: Final = 5.0
 """How long a catalog may give nothing that is known to be there: a queue's leader may be slow."""
 
+OFTEN: Final = 10
+"""Deliveries after which a message is replaced by a copy; a server gives one up after 20 (the default of RabbitMQ 4)."""
+
 _decode: Final = msgspec.json.Decoder(dict[str, Spec])
 
 
@@ -86,8 +89,9 @@ async def _take(connection: Connection, name: str, *, alone: bool) -> Channel:
 class Catalog:
     """Every lasting queue that Conveyor declared on this server, as one message in a queue.
 
-    Whoever reads it puts a fresh copy there before the one it took is acknowledged, so that it is never without one, and
-    never delivered so often that a server gives it up. Should there be two, after a crash in between, they are merged.
+    Whoever changes it, or finds that it was given out often, puts a fresh copy there before the one it took is acknowledged: so
+    there is always one, and never one that was delivered so often that a server gives it up. Should there be two, after a crash
+    in between, they are merged.
 
     Parameters:
         connection: gives the living connection.
@@ -156,13 +160,18 @@ class Catalog:
                     f"the server gives nothing out of {self._name!r}, which is never empty: it is slow, "
                     "or somebody has purged it, and the next process that starts begins it anew"
                 )
-            specs = _merged([_specs(each.body) for each in taken])
+            before = _merged([_specs(each.body) for each in taken])
+            specs = dict(before)
             try:
                 yield specs
             finally:
-                await self._put(specs)
-                for each in taken:
-                    channel.ack(each.delivery_tag)
+                # Who only reads gives back what it took, which works though the server accepts no publish.
+                if specs == before and len(taken) == 1 and _count(taken[0]) < OFTEN:
+                    channel.nack(taken[0].delivery_tag)
+                else:
+                    await self._put(specs)
+                    for each in taken:
+                        channel.ack(each.delivery_tag)
                 await channel.qos(0)
 
     async def _take_all(self, channel: Channel, patience_seconds: float) -> list[Incoming]:
@@ -188,6 +197,11 @@ def _specs(body: bytes) -> dict[str, Spec]:
         return _decode.decode(body)
     except msgspec.MsgspecError as error:
         raise BrokerError(f"the catalog of queues on the server cannot be read: {error}") from error
+
+
+def _count(taken: Incoming) -> int:
+    count = (taken.properties.headers or {}).get("x-delivery-count", 0)
+    return count if isinstance(count, int) else OFTEN
 
 
 def _merged(found: list[dict[str, Spec]]) -> dict[str, Spec]:

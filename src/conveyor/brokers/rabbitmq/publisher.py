@@ -173,7 +173,7 @@ class Publisher:
         lost = False
         for position, each in enumerate(batch):
             try:
-                if channel.connection.congested:
+                if channel.congested:
                     await self._room(channel)
                 future = channel.publish(
                     each.exchange, each.routing_key, each.body, each.properties, mandatory=each.mandatory
