@@ -58,6 +58,13 @@ def test_a_job_is_the_same_in_whichever_order_its_entries_arrive_and_however_oft
         ("published dead started", Status.RUNNING),
         ("published dead started succeeded", Status.DONE),
         ("published cancelled", Status.CANCELLED),
+        ("published cancelling", Status.CANCELLED),
+        ("published retried cancelling", Status.CANCELLED),
+        ("published started cancelling", Status.RUNNING),
+        ("published started cancelling released", Status.CANCELLED),
+        ("published started cancelling cancelled", Status.CANCELLED),
+        ("published started cancelling succeeded", Status.DONE),
+        ("published dead cancelling", Status.DEAD),
     ],
 )
 def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: Status) -> None:
@@ -69,6 +76,14 @@ def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: 
 @pytest.mark.parametrize("reason", ["rejected", "invalid"])
 def test_what_no_attempt_could_change_has_failed_and_is_not_dead(reason: str) -> None:
     assert job_of([entry(Kind.DEAD, reason=reason)]).status is Status.FAILED
+
+
+def test_a_wish_to_cancel_is_for_every_worker_and_makes_no_job_of_its_own() -> None:
+    wish = entry(Kind.CANCELLING, 3.0, worker="")
+    done, waiting = entry(Kind.SUCCEEDED, 2.0), entry(Kind.RETRIED, 2.0, worker="shop.ship")
+    found = {job.worker: job.status for job in jobs_of([entry(Kind.PUBLISHED), done, waiting, wish])}
+    assert found == {"shop.charge": Status.DONE, "shop.ship": Status.CANCELLED}
+    assert [job.status for job in jobs_of([entry(Kind.PUBLISHED), wish])] == [Status.CANCELLED]
 
 
 def test_a_job_tells_of_its_last_attempt() -> None:

@@ -31,7 +31,7 @@ from conveyor import (
     RetryPolicy,
     Ticket,
 )
-from conveyor.errors import JobUnknown, NoKeeper, RemoteTraceback
+from conveyor.errors import HandlerTimeout, JobUnknown, NoKeeper, RemoteTraceback
 from conveyor.runtime.call import RESULT_LIMIT
 from tests.runtime import jobs
 from tests.runtime.meeting import Meeting, gone
@@ -320,6 +320,34 @@ async def test_progress_is_seen_while_the_job_runs() -> None:
             await one.result(0.0)
         go.set()
         await app.gather([one, other], timeout=SECONDS)
+
+
+async def test_a_handler_that_was_left_behind_does_not_make_its_dead_job_run_again() -> None:
+    app = make()
+    go, ended = threading.Event(), threading.Event()
+
+    @app.task(timeout=0.2, retry=RetryPolicy(attempts=1))
+    def deaf(context: Context = INJECTED) -> None:
+        while not go.is_set():
+            try:
+                context.progress(1, 2)
+                time.sleep(0.01)
+            except HandlerTimeout:
+                pass
+        context.progress(2, 2, "I am still here")
+        ended.set()
+
+    async with app.running():
+        ticket = await deaf.send()
+        with pytest.raises(JobFailed, match="the worker's timeout"):
+            await ticket.result(SECONDS)
+        go.set()
+        await asyncio.to_thread(ended.wait, SECONDS)
+        connection = await app.connect()
+        assert connection.journal is not None
+        await connection.journal.flush()
+        job = await ticket.status()
+        assert (job.status, job.note) == ("dead", "")
 
 
 @pytest.mark.parametrize(("done", "total"), [(float("nan"), None), (1.0, float("inf"))])

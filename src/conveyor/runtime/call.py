@@ -223,7 +223,7 @@ class Caller:
         noted: Noted | None = None
         if self._around.journal is not None:
             noted = functools.partial(self._around.journal.published, worker=self._worker.identity)
-            tell = functools.partial(self._around.journal.progressed, self._worker.identity, delivery)
+            tell = functools.partial(self._progressed, self._around.journal, delivery)
             if self._plan.mode is Mode.THREAD:
                 tell = from_thread(tell)
         return Context(
@@ -237,6 +237,10 @@ class Caller:
             tell,
             noted,
         )
+
+    def _progressed(self, journal: Journal, delivery: Delivery, done: float, total: float | None, note: str) -> None:
+        if delivery.receipt in self._contexts:  # else it was left behind: it runs for itself, and is nobody's attempt
+            journal.progressed(self._worker.identity, delivery, done, total, note)
 
     def _runner(self) -> Callable[[dict[str, Any], Emitter, Call], Awaitable[Any]]:
         plan, function, threads = self._plan, self._plan.function, self._threads

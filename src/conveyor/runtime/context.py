@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import math
@@ -154,7 +155,8 @@ def from_thread(tell: Tell) -> Tell:
         with lock:
             first = not latest
             latest.append((done, total, note))
-        if first and not loop.is_closed():
-            loop.call_soon_threadsafe(deliver)
+        if first:
+            with contextlib.suppress(RuntimeError):  # the loop has ended before the handler did
+                loop.call_soon_threadsafe(deliver)
 
     return say
