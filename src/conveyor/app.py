@@ -625,10 +625,7 @@ class Conveyor:
             lease_seconds=_seconds(lease),
         )
 
-        async def broker() -> Broker:
-            return (await self.connect()).broker
-
-        return Pull(broker, declared, codec_for(kind.type), retry or RetryPolicy(), self._outgoing, prefetch)
+        return Pull(self.connect, declared, codec_for(kind.type), retry or RetryPolicy(), self._outgoing, prefetch)
 
     # --- running ------------------------------------------------------------------------------------------------------
 

@@ -147,6 +147,18 @@ async def test_rejecting_ends_a_message_at_once() -> None:
         assert [letter.reason for letter in await letters.dead_letters()] == ["rejected"]
 
 
+async def test_the_journal_knows_how_a_pulled_message_ended() -> None:
+    app = Conveyor("post", broker="memory://", journal=True)
+    async with app.running(), app.pull(Letter, retry=AT_ONCE) as letters:
+        sent = await app.publish(Letter("a"))
+        for ending in (ValueError("not now"), None):
+            taken = await letters.take()
+            assert taken is not None
+            assert await (taken.done() if ending is None else taken.failed(ending))
+        job = await app.ticket(sent.id).status()
+        assert (job.status, job.attempts, job.worker) == ("done", 2, "post.letter")
+
+
 async def test_several_that_take_at_once_get_different_messages() -> None:
     async with Conveyor("post", broker="memory://") as app, app.pull(Letter) as letters:
         takers = [asyncio.create_task(letters.take()) for _ in range(5)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Final, Generic, Self, TypeVar, Unpack
 
-from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
+from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
 from conveyor.core.codec import Codec
 from conveyor.core.message import Message
 from conveyor.core.retry import RetryPolicy
@@ -22,6 +23,7 @@ from conveyor.core.settle import (
     verdict_on_error,
 )
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.runtime.connection import Connection
 from conveyor.runtime.consumer import trace_of
 from conveyor.runtime.outgoing import Emitter, Options, Outgoing, Publishing
 
@@ -41,15 +43,18 @@ class Pulled(Generic[T]):
         policy: what becomes of it when it fails.
     """
 
-    def __init__(self, payload: T, delivery: Delivery, broker: Broker, outgoing: Outgoing, policy: RetryPolicy) -> None:
+    def __init__(
+        self, payload: T, delivery: Delivery, connection: Connection, outgoing: Outgoing, policy: RetryPolicy
+    ) -> None:
         self.payload: Final = payload
         self.message: Final = delivery.message
         self.attempt: Final = delivery.attempts + 1
         self._delivery = delivery
-        self._broker = broker
+        self._connection = connection
         self._clock = outgoing.clock
         self._policy = policy
         self._emitter = Emitter(outgoing, delivery.message, delivery.queue)
+        self._begun = time.monotonic()
 
     def publish(self, event: object, **options: Unpack[Publishing]) -> Message:
         """Publish an event when, and only when, this message ends as done. Takes the options of Conveyor.publish.
@@ -80,7 +85,7 @@ class Pulled(Generic[T]):
 
     async def extend(self) -> bool:
         """A sign of life: its lease begins anew. Returns whether it is still ours."""
-        return not await self._broker.extend([self._delivery])
+        return not await self._connection.broker.extend([self._delivery])
 
     def _verdict_on(self, error: Exception) -> Verdict:
         return verdict_on_error(
@@ -93,7 +98,10 @@ class Pulled(Generic[T]):
         )
 
     async def _settle(self, verdict: Verdict) -> bool:
-        return not await self._broker.settle([Settlement(self._delivery, verdict)])
+        if await self._connection.broker.settle([Settlement(self._delivery, verdict)]):
+            return False
+        _note(self._connection, self._delivery, verdict, self._begun)
+        return True
 
 
 class Pull(Generic[T]):
@@ -104,7 +112,7 @@ class Pull(Generic[T]):
 
     def __init__(
         self,
-        connect: Callable[[], Awaitable[Broker]],
+        connect: Callable[[], Awaitable[Connection]],
         queue: Queue,
         codec: Codec,
         policy: RetryPolicy,
@@ -118,18 +126,18 @@ class Pull(Generic[T]):
         self._outgoing = outgoing
         self._prefetch = prefetch
         self._one_at_a_time = asyncio.Lock()
-        self._broker: Broker | None = None
+        self._connection: Connection | None = None
         self._subscription: Subscription | None = None
 
     async def __aenter__(self) -> Self:
-        self._broker = await self._connect()
-        await self._broker.declare([self.queue])
+        self._connection = await self._connect()
+        await self._connection.broker.declare([self.queue])
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        subscription, self._subscription, self._broker = self._subscription, None, None
+        subscription, self._subscription, self._connection = self._subscription, None, None
         if subscription is not None:
             await subscription.close()
 
@@ -142,13 +150,14 @@ class Pull(Generic[T]):
         try:
             async with asyncio.timeout(timeout), self._one_at_a_time:
                 if self._subscription is None:
-                    self._subscription = await self._open.subscribe(self.queue.name, self._prefetch)
+                    self._subscription = await self._open.broker.subscribe(self.queue.name, self._prefetch)
                 while True:
                     for delivery in await self._subscription.fetch(1):
                         payload = self._read(delivery)
                         if not isinstance(payload, Dead):
                             return Pulled(payload, delivery, self._open, self._outgoing, self._policy)
-                        await self._open.settle([Settlement(delivery, payload)])
+                        if not await self._open.broker.settle([Settlement(delivery, payload)]):
+                            _note(self._open, delivery, payload, None)
         except TimeoutError:
             return None
 
@@ -166,7 +175,7 @@ class Pull(Generic[T]):
 
     async def info(self) -> QueueInfo:
         """The figures of the queue."""
-        return next(info for info in await self._open.queues() if info.name == self.queue.name)
+        return next(info for info in await self._open.broker.queues() if info.name == self.queue.name)
 
     async def dead_letters(
         self, *, id: str | None = None, limit: int = 100, after: str | None = None
@@ -177,21 +186,21 @@ class Pull(Generic[T]):
             id: only the one of this message.
             after: begin behind the letter with this position.
         """
-        return await self._open.dead_letters(DeadFilter(queue=self.queue.name, id=id), limit=limit, after=after)
+        return await self._open.broker.dead_letters(DeadFilter(queue=self.queue.name, id=id), limit=limit, after=after)
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """Put dead letters back into the queue, as if they were new; returns how many there still were."""
-        return await self._open.redrive(letters)
+        return await self._open.broker.redrive(letters)
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """Delete dead letters for good; returns how many there still were."""
-        return await self._open.discard(letters)
+        return await self._open.broker.discard(letters)
 
     @property
-    def _open(self) -> Broker:
-        if self._broker is None:
+    def _open(self) -> Connection:
+        if self._connection is None:
             raise ConfigurationError(f"nothing can be pulled from {self.queue.name} here: async with app.pull(…) as …")
-        return self._broker
+        return self._connection
 
     def _read(self, delivery: Delivery) -> T | Dead:
         end = verdict_on_arrival(
@@ -207,3 +216,9 @@ class Pull(Generic[T]):
             return self.decode(delivery.message)
         except PayloadError as error:
             return Dead(Reason.INVALID, str(error))
+
+
+def _note(connection: Connection, delivery: Delivery, verdict: Verdict, begun: float | None) -> None:
+    """Tell the journal, where it is on, how a delivery ended; the queue stands for the worker that a puller has not."""
+    if connection.journal is not None:
+        connection.journal.settled(delivery.queue, delivery, verdict, begun)
