@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -75,8 +76,11 @@ async def test_what_outlasts_the_grace_period_is_cut_and_goes_back_uncounted(
     program = world.run("steady")
     await eventually(lambda: world.subscribed and not world.waiting, program.said)
     await program.stop()
-    expected = [f"quick_in_thread-{number}" for number in range(3 * LOAD)]
-    assert sorted(world.lines("handled")) == sorted([*expected, "slow-0", "slow-1", "slow-2"])
+    handled = Counter(world.lines("handled"))
+    assert set(handled) == {f"quick_in_thread-{number}" for number in range(3 * LOAD)} | {"slow-0", "slow-1", "slow-2"}
+    assert [handled[f"slow-{number}"] for number in range(3)] == [1, 1, 1]
+    # What the cut meets between its effect and its end comes again: of the four threads, on a machine that was very slow.
+    assert handled.total() - len(handled) <= 3 * 4
     assert not world.dead
 
 
