@@ -219,19 +219,6 @@ async def test_a_rejected_message_a_batch_and_a_handler_in_a_thread_are_told_too
     assert {job.status for job in others} == {Status.DONE}
 
 
-async def test_what_no_store_can_keep_as_it_is_is_kept_all_the_same() -> None:
-    app = Conveyor("shop", broker="memory://", journal=True)
-
-    @app.worker(retry=RetryPolicy(attempts=1))
-    async def odd(_: Placed) -> None:
-        raise RuntimeError("half a character: \ud800, and none: \0")
-
-    async with app.running():
-        message = await app.publish(Placed(1))
-        job = (await ended((await app.connect()).asker, message.id))[message.id]
-    assert job.error == "RuntimeError: half a character: ?, and none: \0"
-
-
 async def test_what_is_published_at_once_and_what_the_ledger_sends_is_told_with_its_cause(tmp_path: Path) -> None:
     app = Conveyor(
         "shop", broker="memory://", journal=True, database=f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", migrate=True
@@ -458,6 +445,17 @@ async def test_a_batch_that_makes_no_sense_is_dropped_with_a_word_and_holds_up_n
         await kept.until_known("m")
     assert await left(kept.broker) == 0
     assert len([record for record in caplog.records if "makes no sense" in record.message]) == 2
+
+
+async def test_what_no_store_can_keep_as_it_is_is_kept_all_the_same(kept: Kept) -> None:
+    kept.journal.published(message("m"))
+    kept.journal.note(
+        Entry(Kind.PROGRESSED, 2.0, "m", "t", "w", done=1.0, note="half a character: \ud800, and none: \0")
+    )
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("m")
+        assert (await kept.asker.journey("m")).entries[1].note == "half a character: ?, and none: \0"
 
 
 async def test_a_batch_that_its_keepers_die_of_is_dropped(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -44,6 +45,8 @@ LARGEST_BATCH: Final = 2_000
 """Entries in one message at most."""
 LARGEST_BATCH_BYTES: Final = 256 * 1024
 """Bytes of results and tracebacks after which a batch is full."""
+SHIPPED_AT_ONCE: Final = 8
+"""Batches in one call of the broker at most: fewer commits, and no more memory than that."""
 QUEUE_LENGTH: Final = 2_000
 """Batches that wait for a keeper at most; beyond, the broker drops the oldest."""
 LONGEST_TRACEBACK: Final = 4_000
@@ -310,8 +313,8 @@ class Journal:
         async with self._shipping:
             if not self._unsent:
                 self._gather()
-            while self._unsent and await self._ship(*self._unsent[0]):
-                self._unsent.popleft()
+            while self._unsent and await self._ship(list(islice(self._unsent, SHIPPED_AT_ONCE))):
+                pass
 
     async def close(self) -> None:
         """Ship what is left, without waiting long, and end."""
@@ -348,20 +351,22 @@ class Journal:
                 )
             )
 
-    async def _ship(self, count: int, batch: Message) -> bool:
-        """Give one batch to the broker; False where it should be tried again later."""
+    async def _ship(self, batches: Sequence[tuple[int, Message]]) -> bool:
+        """Give batches to the broker; False where they should be tried again later."""
         try:
-            await self._broker.publish((batch,), queue=self._queue.name)
+            await self._broker.publish([batch for _, batch in batches], queue=self._queue.name)
         except (BrokerUnavailable, BrokerFull) as error:
             self._say(error)
             return False
         except BrokerError as error:  # perhaps somebody deleted the queue
             self._say(error)
-            self._drop(count)
+            self._drop(sum(count for count, _ in batches))
             with contextlib.suppress(BrokerError):
                 await self._broker.declare([self._queue])
         else:
             self._failures = 0
+        for _ in batches:
+            self._unsent.popleft()
         return True
 
     def _say(self, error: BrokerError) -> None:

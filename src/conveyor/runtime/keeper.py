@@ -39,6 +39,8 @@ SPOILT_DELIVERIES: Final = 5
 """A batch that was handed over so often has ended its keepers; it is dropped."""
 AGAIN_SECONDS: Final = 2.0
 """Between two tries to write to an archive that cannot be written."""
+LINGER_SECONDS: Final = 0.1
+"""While nobody waits for an end, what comes in so long is taken together: each commit costs the queue's file, and its users, something."""
 TIDY_SECONDS: Final = 10.0
 """Between two looks at what is too old, or too much."""
 MOST_WAITS: Final = 10_000
@@ -171,6 +173,8 @@ class Keeper:
                 if self._waits:
                     await self._tell({e.message_id for _, entries in batches for e in entries if e.kind in MAY_END})
                 await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
+                if not self._waits:
+                    await asyncio.sleep(LINGER_SECONDS)
         finally:
             await subscription.close()
 
