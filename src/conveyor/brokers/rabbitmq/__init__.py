@@ -351,11 +351,15 @@ class RabbitBroker:
         What others have made stays: a passive queue, an exchange, a dead-letter queue with a name of its own. Conveyor forgets it.
         """
         self._check_open()
-        spec = await self.known(queue, fresh=True)
-        if spec.temporary:
-            await self._operating.remove(spec, discard_dead=discard_dead)
+        mine = self.specs.get(queue)
+        if mine is not None and mine.temporary:
+            await self._operating.remove(mine, discard_dead=discard_dead)
         else:
             async with self._catalog.changing() as catalog:
+                spec = catalog.get(queue) if self._catalog.available else mine
+                if spec is None:
+                    raise BrokerError(f"there is no queue {queue!r}; declare it first")
+                self.specs[queue] = spec
                 await self._operating.remove(spec, discard_dead=discard_dead)
                 catalog.pop(queue, None)
         self.specs.pop(queue, None)
