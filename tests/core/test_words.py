@@ -1,10 +1,12 @@
-"""Counts are said as people say them."""
+"""Counts are said as people say them, and texts are kept as stores can keep them."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from conveyor.core.words import counted
+from conveyor.core.words import counted, is_keepable, keepable
 
 
 @pytest.mark.parametrize(
@@ -13,3 +15,19 @@ from conveyor.core.words import counted
 def test_a_count_has_its_noun_in_the_right_number(number: int, said: str) -> None:
     assert counted(number, "process", "processes") == said
     assert counted(number, "message") == said.replace("processes", "messages").replace("process", "message")
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=[]) | st.just("\0") | st.characters(categories=["Cs"]))
+
+
+@given(ANY_TEXT)
+def test_every_text_becomes_one_that_every_store_can_keep(text: str) -> None:
+    kept = keepable(text)
+    assert "\0" not in kept
+    assert kept.encode().decode() == kept
+    assert is_keepable(kept)
+    assert (kept == text) == is_keepable(text)
+
+
+def test_what_cannot_be_kept_is_written_as_an_escape() -> None:
+    assert keepable("caf\udce9\0é") == r"caf\udce9\x00é"

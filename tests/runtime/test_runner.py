@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
 from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscription
 from conveyor.core.message import Message as Envelope
-from conveyor.errors import BrokerUnavailable, PayloadError
+from conveyor.core.settle import Done
+from conveyor.errors import BrokerUnavailable, PayloadError, PublishFailed
 from conveyor.runtime.worker import room_for
 from conveyor.testing.harness import Harness
 
@@ -706,12 +706,23 @@ async def test_settlements_wait_for_a_broker_that_is_away_and_the_runner_says_so
     assert handled == [1]
 
 
-async def test_an_emitted_message_that_cannot_be_stored_makes_a_dead_letter_and_holds_up_nobody(tmp_path: Path) -> None:
-    app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue")
+class ChoosyBroker(MemoryBroker):
+    """Refuses to store the receipt of order 3."""
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+        for each in settlements:
+            for emitted in each.verdict.emits if isinstance(each.verdict, Done) else ():
+                if emitted.key == "3":
+                    raise PublishFailed({emitted.id: "there is no room for it"}, {})
+        return await super().settle(settlements)
+
+
+async def test_an_emitted_message_that_cannot_be_stored_makes_a_dead_letter_and_holds_up_nobody() -> None:
+    app = Conveyor("t", broker=(broker := ChoosyBroker()))
 
     @app.worker
     async def charge(order: Order, context: Context) -> None:
-        context.publish(Paid(order.number), key="\ud800" if order.number == 3 else "k")
+        context.publish(Paid(order.number), key=str(order.number))
 
     paid: list[int] = []
     enough = asyncio.Event()
@@ -722,7 +733,7 @@ async def test_an_emitted_message_that_cannot_be_stored_makes_a_dead_letter_and_
         if len(paid) == 5:
             enough.set()
 
-    async with app:
+    async with opened(broker), app:
         for number in range(6):
             await app.publish(Order(number))
         async with app.running():

@@ -9,7 +9,7 @@ import msgspec
 
 from conveyor.core.message import Message
 from conveyor.core.retry import RetryPolicy
-from conveyor.core.words import counted
+from conveyor.core.words import counted, keepable
 from conveyor.errors import PayloadError, Reject, Retry, is_outage
 
 SUSPECT_AFTER_CRASHES: Final = 2
@@ -135,10 +135,10 @@ def verdict_on_arrival(
 
 
 def describe(error: BaseException) -> str:
-    """An error as one text, bounded: its type and what it says."""
+    """An error as one text, bounded, that every store can keep: its type and what it says."""
     try:
         said = str(error)
     except Exception as broken:  # a __str__ that raises must not hurt the runner
         said = f"(its text cannot be had: {type(broken).__name__})"
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = keepable(f"{type(error).__name__}: {said}" if said else type(error).__name__)
     return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 1] + "…"

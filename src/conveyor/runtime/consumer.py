@@ -29,6 +29,7 @@ from conveyor.core.settle import (
     verdict_on_arrival,
     verdict_on_error,
 )
+from conveyor.core.words import keepable
 from conveyor.errors import (
     BrokerError,
     BrokerFull,
@@ -468,7 +469,7 @@ class Consumer:
         except AlreadyDone:
             return REPEATED
         except Undecodable as error:
-            return Dead(Reason.INVALID, str(error))
+            return Dead(Reason.INVALID, keepable(str(error)))
         except BaseException as error:
             return self._on_cancel(lane, delivery) if lane.why is not None else self._on_error(delivery, error)
         if lane.why is not None:  # it swallowed the cancellation
@@ -577,7 +578,7 @@ class Consumer:
 
     def _explain(self, delivery: Delivery, error: Exception) -> str:
         codec = self.worker.codecs.get(delivery.message.topic)
-        return str(error) if codec is None or isinstance(error, PayloadError) else codec.explain(error)
+        return keepable(str(error) if codec is None or isinstance(error, PayloadError) else codec.explain(error))
 
     # --- how it ends --------------------------------------------------------------------------------------------------
 
@@ -679,7 +680,7 @@ class Consumer:
 
 
 def trace_of(error: BaseException) -> str:
-    """Where an error was raised, bounded.
+    """Where an error was raised, bounded, in text that every store can keep.
 
     What a handler says on purpose (Reject, PayloadError) is no riddle: of it only the errors are told that it was raised from.
     """
@@ -691,7 +692,7 @@ def trace_of(error: BaseException) -> str:
             cause = cause.__cause__
         return text[:LONGEST_TRACEBACK]
     try:
-        return "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
+        return keepable("".join(traceback.format_exception(error)))[-LONGEST_TRACEBACK:]
     except Exception as broken:  # an exception may be of anybody's making
         return f"(its traceback cannot be had: {type(broken).__name__})"
 

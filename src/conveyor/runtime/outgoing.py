@@ -14,11 +14,17 @@ from conveyor.broker import DEFAULT_BODY_LIMIT, Clock
 from conveyor.core.codec import Codec, codec_for
 from conveyor.core.events import EventType, check_topic, event_type, is_event
 from conveyor.core.message import PRIORITIES, Message, emitted_id, uuid7
+from conveyor.core.words import is_keepable
 from conveyor.errors import PayloadError, PayloadTooLarge
 from conveyor.runtime.carry import carried_now
 
 HEADERS_LIMIT: Final = 16 * 1024
 """Characters of all the application's headers of a message together."""
+
+UNKEEPABLE: Final = (
+    "holds a NUL or a lone surrogate, which no broker carries; "
+    'of a file\'s name take os.fsencode(name).decode("utf-8", "replace")'
+)
 
 
 class Publishing(TypedDict, total=False):
@@ -146,9 +152,13 @@ class Outgoing:
                 f"the payload for {topic!r} has {len(body):,} bytes, the limit is {self.body_limit:,}; "
                 "put large things into a file or an object store and their address into the message"
             )
+        if key is not None:
+            _check_text("the key", key)
         now = self.clock()
         if options is NO_OPTIONS:
             return Message(id, topic, body, key, carried_now(), content_type, correlation_id, causation_id, now)
+        if options.id is not None:
+            _check_text("the id", options.id)
         if options.priority not in PRIORITIES:
             raise PayloadError(f"priority is 0 (ordinary) to 9 (first), not {options.priority!r}")
         return Message(
@@ -205,6 +215,14 @@ def _seconds(value: float | timedelta) -> float:
     return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
+def _check_text(what: str, text: object) -> None:
+    """Every broker, and every store that a message may come into, can keep this text as it is."""
+    if not isinstance(text, str):
+        raise PayloadError(f"{what} is text, not {text!r:.200}")
+    if not is_keepable(text):
+        raise PayloadError(f"{what} {text!a:.200} {UNKEEPABLE}")
+
+
 def _headers(headers: Mapping[Any, Any] | None, inherited: Mapping[str, str]) -> Mapping[str, str]:
     if not headers:
         return inherited
@@ -212,6 +230,9 @@ def _headers(headers: Mapping[Any, Any] | None, inherited: Mapping[str, str]) ->
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise PayloadError(f"headers are text to text, {name!r} is not")
+        _check_text("the header", name)
+        if not is_keepable(value):
+            raise PayloadError(f"the value of the header {name!r:.200} {UNKEEPABLE}")
         size += len(name) + len(value)
     if size > HEADERS_LIMIT:
         raise PayloadTooLarge(

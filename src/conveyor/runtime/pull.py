@@ -22,6 +22,7 @@ from conveyor.core.settle import (
     verdict_on_arrival,
     verdict_on_error,
 )
+from conveyor.core.words import keepable
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.consumer import trace_of
@@ -215,7 +216,7 @@ class Pull(Generic[T]):
         try:
             return self.decode(delivery.message)
         except PayloadError as error:
-            return Dead(Reason.INVALID, str(error))
+            return Dead(Reason.INVALID, keepable(str(error)))
 
 
 def _note(connection: Connection, delivery: Delivery, verdict: Verdict, begun: float | None) -> None:

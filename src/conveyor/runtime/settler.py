@@ -20,6 +20,8 @@ AGAIN: Final = RetryPolicy(initial=0.05, maximum=5.0)
 """How soon a settlement is tried again while the broker is away."""
 LARGEST_BATCH: Final = 2_000
 """Settlements in one call: enough to make the fixed cost vanish, few enough that nobody waits long behind them."""
+TRIES: Final = 4
+"""So often a single settlement is tried that fails as no broker should fail; what passes by itself has passed by then."""
 
 
 class Settler:
@@ -53,6 +55,7 @@ class Settler:
 
     async def run(self) -> None:
         """The loop: takes what has gathered, settles it, and tries for as long as the broker is away."""
+        self._wanted.set()  # it may be started anew, after a failure
         while True:
             await self._wanted.wait()
             self._wanted.clear()
@@ -64,6 +67,7 @@ class Settler:
             self._idle.set()
 
     async def _settle(self, batch: list[Settlement]) -> list[Delivery]:
+        """Settle these, whatever the broker raises; the deliveries whose lease is lost."""
         failures = 0
         while True:
             try:
@@ -78,18 +82,27 @@ class Settler:
                         describe(error),
                     )
                 await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
-            except BrokerError as error:
+            except (
+                Exception
+            ) as error:  # the work of many processes may hang on this loop: it outlives its broker's mistakes, too
+                self.problem = f"settling fails: {describe(error)}"
+                failures += 1
                 if isinstance(error, PublishFailed) and error.unknown:
                     await asyncio.sleep(AGAIN.wait_seconds(1, 0.5))
                 elif len(batch) > 1:  # one of them is at fault, and the others must not wait for it
-                    return [delivery for settlement in batch for delivery in await self._settle([settlement])]
+                    middle = len(batch) // 2
+                    return [*await self._settle(batch[:middle]), *await self._settle(batch[middle:])]
+                elif not isinstance(error, BrokerError) and failures < TRIES:
+                    await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
                 elif isinstance(batch[0].verdict, Dead):  # nothing simpler is left; its lease will end
                     log.exception("message %s cannot be settled", batch[0].delivery.message.id)
+                    self.problem = None  # it is its own, and said; the next settlement shows how the broker is
                     return [settlement.delivery for settlement in batch]
                 else:
                     why = f"the broker refuses what its handler decided: {describe(error)}"
                     log.error("dead letter (%s): %s", Reason.REJECTED, why)
                     batch = [Settlement(batch[0].delivery, Dead(Reason.REJECTED, why))]
+                    failures = 0
             else:
                 if failures:
                     log.info("settling works again after %s", counted(failures, "try", "tries"))
