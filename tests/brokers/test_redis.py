@@ -7,19 +7,20 @@ import contextlib
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from redis import Redis as Client
 
 import conveyor.brokers.redis as module
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
-from conveyor.brokers.redis import RedisBroker, lane, link
+from conveyor.brokers.redis import RedisBroker, lane, link, scripts
 from conveyor.brokers.redis.health import risks_of
 from conveyor.brokers.redis.wire import fields_of, message_of
 from conveyor.core.message import Message
@@ -707,3 +708,51 @@ def test_strange_attributes_are_read_by_the_rules(fields: dict[str, bytes]) -> N
     message = message_of(flat, where="q/1-0", topics=["t"], now=7.0)
     assert message.body == fields.get("body", b"")
     assert 0 <= message.priority <= 9
+
+
+SENSELESS_TIMES: Final = [
+    "9999-99-99T99:99:99Z",
+    "0000-01-01T00:00:00Z",
+    "2999-12-00T00:00:00Z",
+    "2999-02-29T00:00:00Z",
+    "2999-12-01T24:00:00Z",
+    "2999-12-01T00:00:60Z",
+    "2999-01-01T00:00:00 02:00",
+    "2999-01-01T00:00:00+9999",
+    "2999-01-01T00:00:00+24:00",
+    "2999-01-01T00:00:005",
+    "tomorrow",
+    "",
+]
+a_time = st.datetimes(datetime(2000, 1, 1), timezones=st.timezones()).map(datetime.isoformat)
+almost_a_time = st.tuples(
+    st.integers(0, 9999), st.integers(0, 13), st.integers(0, 32), st.sampled_from("Tt "), st.integers(0, 24)
+).flatmap(
+    lambda parts: st.builds(
+        "{:04}-{:02}-{:02}{}{:02}:{:02}:{:02}{}{}".format,
+        *map(st.just, parts),
+        st.integers(0, 60),
+        st.integers(0, 60),
+        st.from_regex(r"([.,][0-9]{1,9})?", fullmatch=True),
+        st.sampled_from(["", "Z", "z", " "]) | st.from_regex(r"[+-][0-9]{2}(:?[0-5][0-9])?", fullmatch=True),
+    )
+)
+
+
+def test_the_server_and_its_receivers_read_the_same_time(redis: Redis) -> None:
+    script = scripts.script_of("local at = moment(ARGV[1]); return at and number(at) or ''").text
+    redis.start()
+
+    @given(almost_a_time | a_time)
+    @example("2026-11-21T22:30:00.5+02:00")
+    @example("2024-02-29 00:00:00.123456789-05")
+    def agree(text: str) -> None:
+        said = client.eval(script, 1, "{any}:queues", text)
+        fields = [b"ce_source", b"conveyor", b"ce_id", b"m", b"ce_type", b"t", b"ce_duetime", text.encode()]
+        for form in (fields, [b"ce_duetime", text.encode()]):
+            due = message_of(form, where="q/1-0", topics=["t"], now=0.0).due
+            assert abs(due * 1000 - float(said or 0)) <= 1 or (not said and text[11:13] == "24"), (text, said, due)
+
+    with plain(redis) as client:
+        assert [client.eval(script, 1, "{any}:queues", text) for text in SENSELESS_TIMES] == [""] * len(SENSELESS_TIMES)
+        agree()

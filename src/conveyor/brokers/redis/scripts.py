@@ -36,13 +36,16 @@ def _definitions() -> list[tuple[frozenset[str], str]]:
 _COMMON: Final = _definitions()
 
 
-def _load(name: str) -> Script:
+def script_of(text: str) -> Script:
     """A script behind what it uses of queue.lua, and nothing more: the server defines all of that anew each time it runs it."""
-    text = (_FOLDER / f"{name}.lua").read_text()
     for names, definition in reversed(_COMMON):
         if not names.isdisjoint(re.findall(r"\w+", text)):
             text = definition + text
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _load(name: str) -> Script:
+    return script_of((_FOLDER / f"{name}.lua").read_text())
 
 
 ATTEND: Final = _load("attend")

@@ -182,7 +182,7 @@ def _foreign(fields: Sequence[bytes], topic: str, where: str, now: float) -> Mes
 
 def _seconds(value: bytes) -> float | None:
     try:
-        moment = datetime.fromisoformat(value.decode())
+        moment = datetime.fromisoformat(value.decode().upper())
     except ValueError:
         return None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

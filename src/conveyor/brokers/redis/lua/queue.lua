@@ -76,19 +76,30 @@ local function delete(queue, ref)
   call('HDEL', queue.counts, ref)
 end
 
--- RFC 3339 as milliseconds since 1970; nil where it is none.
+-- RFC 3339 as milliseconds since 1970; nil where it is none, or no moment of the calendar.
 local function moment(text)
   local y, mo, d, h, mi, s, rest = match(text, '^(%d%d%d%d)-(%d%d)-(%d%d)[Tt ](%d%d):(%d%d):(%d%d)(.*)$')
   if not y then return nil end
-  local fraction, zone = match(rest, '^(%.?%d*)(.*)$')
+  y, mo, d, h, mi, s = tonumber(y), tonumber(mo), tonumber(d), tonumber(h), tonumber(mi), tonumber(s)
+  local leap = y % 4 == 0 and (y % 100 ~= 0 or y % 400 == 0)
+  local last = mo == 2 and (leap and 29 or 28) or (mo == 4 or mo == 6 or mo == 9 or mo == 11) and 30 or 31
+  if y < 1 or mo < 1 or mo > 12 or d < 1 or d > last or h > 23 or mi > 59 or s > 59 then return nil end
+  local fraction, zone = match(rest, '^[.,](%d+)(.*)$')
+  if not fraction then fraction, zone = '', rest end
+  if #zone == 3 then zone = zone .. '00' end -- an offset of hours alone
+  local sign, hours, minutes = match(zone, '^([+-])(%d%d):?(%d%d)$')
+  local offset = 0
+  if sign then
+    if tonumber(hours) > 23 or tonumber(minutes) > 59 then return nil end
+    offset = (sign == '+' and 1 or -1) * (hours * 3600 + minutes * 60)
+  elseif zone ~= '' and zone ~= 'Z' and zone ~= 'z' then
+    return nil
+  end
   local month = (mo + 9) % 12
   local year = y - (month >= 10 and 1 or 0)
   local days = 365 * year + math.floor(year / 4) - math.floor(year / 100) + math.floor(year / 400)
     + math.floor((month * 153 + 2) / 5) + d - 1 - 719468
-  local seconds = days * 86400 + h * 3600 + mi * 60 + s + (tonumber('0' .. fraction) or 0)
-  local sign, hours, minutes = match(zone, '^([+-])(%d%d):?(%d%d)$')
-  if sign then seconds = seconds - (sign == '+' and 1 or -1) * (hours * 3600 + minutes * 60) end
-  return math.ceil(seconds * 1000)
+  return (days * 86400 + h * 3600 + mi * 60 + s - offset) * 1000 + math.ceil(sub(fraction .. '000000', 1, 6) / 1000)
 end
 
 -- What the fields say of the way through the queue: when due, how important, and a hash of the key. Nearly all say nothing.
@@ -100,7 +111,7 @@ local function way_of(fields)
     if ways[name] then
       local value = fields[i + 1]
       if name == 'ce_duetime' then due = moment(value) or 0
-      elseif name == 'ce_priority' then priority = math.max(0, math.min(9, math.floor(tonumber(value) or 0)))
+      elseif name == 'ce_priority' then priority = match(value, '^%s*[+-]?%d+%s*$') and math.max(0, math.min(9, tonumber(value))) or 0
       else hash = value end
     end
   end
