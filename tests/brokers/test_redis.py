@@ -24,7 +24,7 @@ from conveyor.brokers.redis import RedisBroker, lane, link, scripts
 from conveyor.brokers.redis.health import risks_of
 from conveyor.brokers.redis.wire import fields_of, message_of
 from conveyor.core.message import Message
-from conveyor.core.settle import DONE, Dead, Done, RetryAt
+from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, PublishFailed
 from servers.proxy import Proxy
 from servers.redis import Redis
@@ -106,6 +106,34 @@ async def test_what_a_plain_client_adds_to_a_queue_is_consumed(redis: Redis, cli
         assert (again.message.id, again.deliveries, again.attempts) == (message.id, 2, 1)
         await broker.settle([Settlement(again, DONE)])
         assert client.xlen(stream) == 0
+
+
+@pytest.mark.parametrize("verdict", [DONE, RetryAt(0.0, "again"), Release(), Dead("rejected", "no")])
+@pytest.mark.parametrize(
+    "key",
+    [
+        {b"ce_partitionkey": b"\xffk"},
+        {b"ce_partitionkey": b"A", b"ce-partitionkey": b"B"},
+        {b"ce-partitionkey": b"A", b"CE_partitionkey": b"B", b"ce_partitionkey": b"\0"},
+        {b"ce_partitionkey": b""},
+    ],
+)
+async def test_no_key_of_another_program_blocks_an_ordered_queue(
+    redis: Redis, client: Any, key: dict[bytes, bytes], verdict: Verdict
+) -> None:
+    url = redis.url()
+    async with opened(url, Queue(name="q", topics=("t",), ordered=True)) as broker:
+        for body in (b"0", b"1", b"2"):
+            client.xadd(f"{{{namespace_of(url)}}}:queue:q", {b"body": body, **key})
+        subscription = await broker.subscribe("q", 10)
+        [first] = await take(subscription, 1)
+        await broker.settle([Settlement(first, verdict)])
+        ended = [first] if verdict is DONE or isinstance(verdict, Dead) else []
+        while len(ended) < 3:
+            ended += await take(subscription, 1)
+            await broker.settle([Settlement(ended[-1], DONE)])
+        assert bodies(ended) == [b"0", b"1", b"2"]
+        assert not client.exists(f"{{{namespace_of(url)}}}:heads:q", f"{{{namespace_of(url)}}}:behind:q")
 
 
 async def test_a_shell_script_can_publish_with_the_servers_own_tool(redis: Redis) -> None:

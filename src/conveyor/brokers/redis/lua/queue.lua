@@ -198,6 +198,15 @@ local function key_hash(queue, ref)
   return hash_of(key)
 end
 
+-- As key_hash(), of a delivery. Its receiver says the key ('-', or '+' and the key), but may read what others wrote in another way than
+-- we (what is no UTF-8, several spellings of one attribute): then the fields decide.
+local function hash_of_held(queue, ref, key)
+  if not queue.ordered then return nil end
+  local hash = sub(key, 1, 1) == '+' and hash_of(sub(key, 2))
+  if hash and call('HGET', queue.heads, hash) == ref then return hash end
+  return key_hash(queue, ref) or hash or nil
+end
+
 -- What an early receiver has is not due before this, in milliseconds; 0 for all others.
 local function due_of(lease)
   return tonumber(match(lease, '^%S+ %d+@(%d+) ')) or 0

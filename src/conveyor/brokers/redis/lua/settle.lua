@@ -52,7 +52,7 @@ while i <= #ARGV do
     local lease, key = ARGV[i + 2], ARGV[i + 3]
     local held = queue and call('ZSCORE', queue.leases, lease)
     local ref = held and reference_of(lease)
-    local hash = held and queue.ordered and sub(key, 1, 1) == '+' and hash_of(sub(key, 2)) or nil
+    local hash = held and hash_of_held(queue, ref, key)
     if not held then is_lost() end
     if verdict == 'D' then
       local emits = tonumber(ARGV[i + 4])
