@@ -1,8 +1,9 @@
 """What a subscription receives while its fetches follow each other quickly: the consumer stays open between them.
 
-To open and close one for each fetch costs two round trips. So where the next fetch comes soon, the consumer goes on; the server sends it
-a few times what the receiver wants to hold. It is closed when nobody has fetched for a moment, and what came for nobody goes back a
-little later: a busy receiver does not keep from others what it has no time for.
+To open and close one for each fetch costs two round trips; and a quorum queue counts what was on its way to a consumer that is closed
+as delivered, though nobody ever got it. So the consumer stays open. The server sends it what the receiver wants to hold, and a classic
+queue, where fetches follow each other quickly, a few times that. It is closed when something has come and nobody fetches it for a
+moment: that goes back, for a busy receiver does not keep from others what it has no time for.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from conveyor.brokers.rabbitmq.tap import Tap
 from conveyor.brokers.rabbitmq.work import Work
 
 SOON_SECONDS: Final = 0.1
-"""A fetch that comes so soon after another one finds the consumer open."""
+"""Fetches that follow each other so soon are quick."""
 AHEAD: Final = 4
 """Times what the receiver wants to hold, the server may have sent: some are handled, some settled, some on their way."""
 KEPT_SECONDS: Final = 0.5
 """How long what came for nobody waits for the next fetch."""
+SHRINK: Final = 4
+"""A consumer that may have so many times more than is wanted is replaced."""
 
 
 class Stream:
@@ -28,8 +31,8 @@ class Stream:
 
     Parameters:
         bound: the most that it may have unsettled.
-        steady: whether the consumer may stay open. A quorum queue counts what was on its way to a consumer that is closed as
-            delivered: there it is closed before anything is acknowledged, and so before anything more is sent.
+        ahead: whether the server may send more than the receiver wants to hold. What came for nobody is copied back; from a quorum
+            queue, where closing a consumer makes false counts, that should be rare.
         ended: whether the subscription is at its end.
         give_back: puts back, uncounted, what came for nobody.
         spawn: runs what happens beside the fetches.
@@ -39,14 +42,14 @@ class Stream:
         self,
         queue: str,
         bound: int,
-        steady: Callable[[], bool],
+        ahead: Callable[[], bool],
         ended: Callable[[], bool],
         give_back: Callable[[Work, list[Incoming]], Coroutine[Any, Any, None]],
         spawn: Callable[[Coroutine[Any, Any, Any], str], Awaitable[Any]],
     ) -> None:
         self._queue = queue
         self._bound = bound
-        self._steady = steady
+        self._ahead = ahead
         self._ended = ended
         self._give_back = give_back
         self._spawn = spawn
@@ -76,16 +79,14 @@ class Stream:
             AmqpError: the queue cannot be consumed.
         """
         loop = asyncio.get_running_loop()
-        soon = self._fetching > 0 or (self._steady() and loop.time() - self._last < SOON_SECONDS)
+        quick = self._ahead() and loop.time() - self._last < SOON_SECONDS
         self._stop_timer()
         self._fetching += 1
         try:
-            tap = await self._opened(work, wanted, min(self._bound, AHEAD * wanted) if soon else limit)
+            tap = await self._opened(work, min(self._bound, AHEAD * wanted if quick else wanted))
             while not tap.arrived and not tap.over and not self._ended():
                 self._news.clear()
                 await self._news.wait()
-            if not soon and self._fetching == 1:
-                await tap.close()
             return [] if self._ended() or work.lost else tap.take(limit)
         except asyncio.CancelledError:
             if self._fetching == 1:
@@ -94,8 +95,7 @@ class Stream:
         finally:
             self._fetching -= 1
             self._last = loop.time()
-            if self._fetching == 0:
-                self._set_timer(SOON_SECONDS)
+            self._watch()
 
     async def pause(self) -> None:
         """Let nothing more come; what has come stays for the next fetch."""
@@ -126,16 +126,20 @@ class Stream:
         if tap is not None and tap.arrived and not tap.work.lost:
             await self._give_back(tap.work, tap.take(len(tap.arrived)))
 
-    async def _opened(self, work: Work, wanted: int, bound: int) -> Tap:
+    async def _opened(self, work: Work, bound: int) -> Tap:
         async with self._changing:
             tap = self._tap
             if tap is not None and tap.work is work:
-                if tap.arrived or (not tap.over and wanted <= tap.bound):
+                if not tap.over and bound > tap.bound:
+                    await tap.widen(bound)
+                if tap.arrived or (not tap.over and tap.bound < SHRINK * bound):
                     return tap
                 await tap.close()
                 if tap.arrived:  # meanwhile
                     return tap
-            tap = self._tap = Tap(work, [self._queue], bound, self._news, lambda late: self._too_late(work, late))
+            tap = self._tap = Tap(
+                work, [self._queue], bound, self._news, lambda late: self._too_late(work, late), self._watch
+            )
             try:
                 await tap.open()
             except AmqpError:
@@ -146,10 +150,10 @@ class Stream:
     def _too_late(self, work: Work, incoming: Incoming) -> None:
         self._spawn(self._give_back(work, [incoming]), "giving back what came late")
 
-    def _set_timer(self, seconds: float) -> None:
-        self._stop_timer()
-        if self._tap is not None and (self._tap.arrived or not self._tap.over):
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._on_timer)
+    def _watch(self) -> None:
+        """What has come shall not wait for long where nobody fetches."""
+        if self._fetching == 0 and self._timer is None and self._tap is not None and self._tap.arrived:
+            self._timer = asyncio.get_running_loop().call_later(KEPT_SECONDS, self._on_timer)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -162,11 +166,5 @@ class Stream:
 
     async def _idle(self) -> None:
         """Nobody has fetched for a while."""
-        if self._tap is None or self._fetching or self._ended():
-            return
-        if self._tap.over:
+        if not self._fetching and not self._ended():
             await self.close()
-        else:
-            await self.pause()
-            if self._fetching == 0:
-                self._set_timer(KEPT_SECONDS)

@@ -20,6 +20,7 @@ class Tap:
         queues: where from; each may have so many unsettled as the bound says.
         news: set when a message arrives, and when nothing more will.
         late: called with what arrives after the end: a quorum queue may have sent it before it saw the end.
+        arriving: called when a message has arrived.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Tap:
         bound: int,
         news: asyncio.Event,
         late: Callable[[Incoming], None] | None = None,
+        arriving: Callable[[], None] | None = None,
     ) -> None:
         self.work = work
         self.bound = min(bound, LARGEST_PREFETCH)
@@ -38,6 +40,7 @@ class Tap:
         self._queues = queues
         self._news = news
         self._late = late
+        self._arriving = arriving
         self._received = 0
         name = work.new_name()
         self._tags = [f"{name}.{number}" for number in range(len(queues))]
@@ -60,6 +63,32 @@ class Tap:
                 for queue, tag in zip(self._queues, self._tags, strict=True)
             ),
         )
+        await asyncio.shield(self._opening)
+
+    async def widen(self, bound: int) -> None:
+        """Let a tap of one queue have more unsettled: a second consumer beside the first, which need not be cancelled for that.
+
+        Raises:
+            AmqpError: the server refuses it, or is gone.
+        """
+        more = min(bound - self.bound, LARGEST_PREFETCH)  # of each consumer
+        if more <= 0:
+            return
+        self.bound += more
+        [queue], tag = self._queues, f"{self.work.new_name()}{FIRST}"
+        self._tags.append(tag)
+        channel, before = self.work.channel, self._opening
+
+        async def consume() -> list[str | None]:
+            if before is not None:
+                await before
+            return list(
+                await asyncio.gather(
+                    channel.qos(more), channel.consume(queue, self._on_delivery, tag=tag, on_cancel=self._end)
+                )
+            )
+
+        self._opening = asyncio.ensure_future(consume())
         await asyncio.shield(self._opening)
 
     async def close(self) -> None:
@@ -103,6 +132,8 @@ class Tap:
         else:
             self.arrived.append(incoming)
             self._news.set()
+            if self._arriving is not None:
+                self._arriving()
 
 
 async def draw(tap: Tap, news: asyncio.Event, *, until: Callable[[], bool] = lambda: False, whole: int = 1) -> None:
