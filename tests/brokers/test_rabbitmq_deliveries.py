@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from conveyor.broker import Queue, Settlement
-from conveyor.brokers.rabbitmq import RabbitBroker, work
+from conveyor.broker import Delivery, Queue, Settlement
+from conveyor.brokers.rabbitmq import RabbitBroker, publisher, work
+from conveyor.brokers.rabbitmq.held import Held
+from conveyor.brokers.rabbitmq.order import Keyed, Place
 from conveyor.core.message import Message
-from conveyor.core.settle import DONE
+from conveyor.core.settle import DONE, Dead, RetryAt
+from conveyor.errors import BrokerUnavailable
 from tests.brokers.test_rabbitmq import PATIENCE_SECONDS, one, opened
 
 if TYPE_CHECKING:
@@ -50,3 +56,190 @@ async def test_the_crashes_of_others_are_counted_by_a_survivor_whose_fetches_wer
                 abort(victim)
         survived = await one(survivor, "q")
         assert (survived.message.id, survived.crashes) == ("poison", 4)
+
+
+# --- settlements that break off -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["plain", "ordered"])
+async def test_a_settlement_whose_caller_goes_away_comes_to_its_end(
+    url: str, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=ordered)])
+        await broker.publish([Message(name, "t", b"{}", key="k") for name in "ab"])
+        subscription = await broker.subscribe("q", 1)
+        [first] = await subscription.fetch(1)
+        flush, asked, answered = work.Work.flush, asyncio.Event(), asyncio.Event()
+
+        async def slow(self: work.Work) -> None:
+            asked.set()
+            await answered.wait()
+            await flush(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(work.Work, "flush", slow)
+            settling = asyncio.create_task(broker.settle([Settlement(first, DONE)]))
+            await asked.wait()
+            settling.cancel()
+            await asyncio.wait([settling])
+            answered.set()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [second] = await subscription.fetch(1)  # its slot is free again, and so is its key
+        assert (first.message.id, second.message.id) == ("a", "b")
+        assert await broker.settle([Settlement(first, DONE)]) == [first]
+        assert await broker.settle([Settlement(second, DONE)]) == []
+
+
+async def test_a_settlement_that_cannot_be_noted_can_be_tried_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=True)])
+        await broker.publish(
+            [Message("a", "t", b"{}", key="k"), Message("b", "t", b"{}", key="k"), Message("c", "t", b"{}", key="l")]
+        )
+        subscription = await broker.subscribe("q", 10)
+        held: list[Delivery] = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(held) < 2:
+                held += await subscription.fetch(10)
+        a, c = sorted(held, key=lambda each: each.message.id)
+        settlements = [Settlement(a, RetryAt(0.0, "once more")), Settlement(c, DONE)]
+        with monkeypatch.context() as patched:
+            patched.setattr(Keyed, "note", unavailable)
+            with pytest.raises(BrokerUnavailable):
+                await broker.settle(settlements)
+        assert await broker.extend([a, c]) == []
+        assert await broker.settle(settlements) == []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [again] = await subscription.fetch(10)
+        assert (again.message.id, again.deliveries, again.attempts, again.error) == ("a", 2, 1, "once more")
+
+
+async def unavailable(*_: object) -> None:
+    raise BrokerUnavailable("away")
+
+
+async def test_when_leases_end_all_go_back_though_nothing_can_be_noted_or_copied(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as broker:
+        await broker.declare([
+            Queue(name="keyed", topics=("t",), ordered=True, lease_seconds=1.0),
+            Queue(name="plain", topics=("t",), lease_seconds=1.0),
+        ])  # fmt: skip
+        keys = {f"k{number}" for number in range(8)}
+        await broker.publish([Message(key, "t", b"{}", key=key) for key in keys])
+        subscriptions = [await broker.subscribe(name, 100) for name in ("keyed", "plain")]
+
+        async def all_of_them() -> list[Delivery]:
+            found: list[Delivery] = []
+            for subscription in subscriptions:
+                ids: set[str] = set()
+                while ids != keys:
+                    deliveries = await subscription.fetch(100)
+                    ids |= {each.message.id for each in deliveries}
+                    found += deliveries
+            return found
+
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            first = await all_of_them()
+            with monkeypatch.context() as patched:
+                patched.setattr(Keyed, "note", unavailable)
+                patched.setattr(publisher.Publisher, "send_all", unavailable)
+                while broker.leases.all():
+                    await asyncio.sleep(0.01)
+                for _ in range(3):  # the turns in which they are given back
+                    await asyncio.sleep(0)
+            assert await broker.settle([Settlement(each, DONE) for each in first]) == first
+            again = await all_of_them()
+        assert {(each.queue, each.message.id) for each in again} == {
+            (name, key) for name in ("keyed", "plain") for key in keys
+        }
+
+
+# --- partitions that change hands -------------------------------------------------------------------------------------
+
+
+async def anew(keyed: Keyed) -> None:
+    """The server closes the channel of the partitions, and somebody who waits for messages takes them again."""
+    assert keyed.work is not None
+    await keyed.work.channel.close()
+    news = asyncio.Event()
+    await keyed.begin(news)
+    keyed.end(news)
+
+
+async def test_what_was_held_of_partitions_that_were_taken_anew_is_lost_and_erases_no_counts(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=True)])
+        keys = {f"k{number}" for number in range(12)}
+        await broker.publish([Message(key, "t", b"{}", key=key) for key in keys])
+        subscription = await broker.subscribe("q", 100)
+        held: list[Delivery] = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(held) < len(keys):
+                held += await subscription.fetch(100)
+        one, *others, dead = held
+        assert await broker.settle([Settlement(each, RetryAt(0.0, "again")) for each in others]) == []
+        keyed, send_named = broker.keyed("q"), publisher.Publisher.send_named
+
+        async def meanwhile(self: publisher.Publisher, *what: Any) -> None:
+            await anew(keyed)
+            await send_named(self, *what)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(publisher.Publisher, "send_named", meanwhile)
+            ends = [Settlement(dead, Dead("rejected", "no")), Settlement(one, RetryAt(0.0, "late"))]
+            assert await broker.settle(ends) == [one, dead]
+        await broker._settling._give_back([each.receipt for each in (one, dead) if isinstance(each.receipt, Held)])
+        await anew(keyed)
+        counts: dict[str, int] = {}
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(counts) < len(keys):
+                counts |= {each.message.id: each.attempts for each in await subscription.fetch(100)}
+        assert {counts[each.message.id] for each in others} == {1}
+
+
+async def test_what_is_handed_out_while_partitions_are_taken_anew_is_of_the_new_channel(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=True)])
+        await broker.publish([Message(str(number), "t", b"{}", key=str(number)) for number in range(8)])
+        subscription = await broker.subscribe("q", 100)
+        keyed, note, times = broker.keyed("q"), Keyed.note, itertools.count()
+
+        async def meanwhile(self: Keyed, places: Iterable[Place]) -> None:
+            await note(self, places)
+            if next(times) == 0:
+                await anew(keyed)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Keyed, "note", meanwhile)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                deliveries = await subscription.fetch(100)
+        assert deliveries
+        there = {id(place) for chain in keyed._chains.values() for place in chain}
+        assert {id(each.receipt.place) for each in deliveries if isinstance(each.receipt, Held)} <= there
+
+
+async def test_what_was_drawn_and_leased_is_received_whatever_happens_to_the_keys(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=True)])
+        await broker.publish([Message("without a key", "t", b"{}")])
+        subscription = await broker.subscribe("q", 10)
+        settle_down = Keyed.settle_down
+
+        async def broken(self: Keyed) -> None:
+            if broker.leases.all():
+                raise BrokerUnavailable("away")
+            await settle_down(self)
+
+        monkeypatch.setattr(Keyed, "settle_down", broken)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [delivery] = await subscription.fetch(10)
+        assert delivery.message.id == "without a key"

@@ -149,6 +149,7 @@ class RabbitBroker:
                 await asyncio.wait(self._tasks)
             await self._link.close()
             await self.publisher.close()
+            await self._settling.close()
 
     async def _give_back_all(self) -> None:
         held = [each for each in self.leases.all() if each.state is State.HELD]
@@ -249,14 +250,17 @@ class RabbitBroker:
                 await self._declare_temporary(spec)
         if not lasting:
             return
+        if any(
+            spec.name in self.specs for spec in lasting
+        ):  # declared again: somebody may have deleted this all, and the catalog, too
+            await self._catalog.open()
         async with self._catalog.changing() as catalog:
             for spec in lasting:
                 check_conflict(spec, (catalog if self._catalog.available else self.specs).get(spec.name))
             for spec in lasting:
                 there = catalog.get(spec.name)
                 combined = merged(spec, there)
-                if combined != there or spec.name not in self.specs:
-                    await self.topology.create(spec, there)
+                await self.topology.create(spec, there)
                 self.specs[spec.name] = catalog[spec.name] = (
                     combined if combined == there else msgspec.structs.replace(combined, version=combined.version + 1)
                 )

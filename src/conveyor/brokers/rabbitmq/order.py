@@ -59,9 +59,10 @@ _notes: Final = msgspec.json.Decoder(dict[str, Note])
 class Place:
     """A message at its place behind the older ones of its key."""
 
-    __slots__ = ("attempts", "deliveries", "due", "error", "incoming", "message", "noted", "out", "partition")
+    __slots__ = ("attempts", "deliveries", "due", "error", "incoming", "message", "out", "partition", "work")
 
-    def __init__(self, incoming: Incoming, message: Message, due: float, partition: int) -> None:
+    def __init__(self, work: Work, incoming: Incoming, message: Message, due: float, partition: int) -> None:
+        self.work = work
         self.incoming = incoming
         self.message = message
         self.partition = partition
@@ -70,7 +71,15 @@ class Place:
         self.attempts = 0
         self.error = ""
         self.out = False
-        self.noted = False
+
+    @property
+    def counts(self) -> tuple[float, int, int, str]:
+        """When it is due, and its deliveries, attempts and error."""
+        return self.due, self.deliveries, self.attempts, self.error
+
+    @counts.setter
+    def counts(self, counts: tuple[float, int, int, str]) -> None:
+        self.due, self.deliveries, self.attempts, self.error = counts
 
 
 class Keyed:
@@ -133,6 +142,7 @@ class Keyed:
         taken = sorted(candidates, key=lambda place: place.message.created)[
             :limit
         ]  # the partitions know no common order
+        work = self.work
         for place in taken:
             place.out = True
             place.deliveries += 1
@@ -140,21 +150,23 @@ class Keyed:
             await self.note(taken)
         except BaseException:
             for place in taken:
-                self.put_back(place, place.due, place.deliveries - 1, place.attempts, place.error)
+                place.deliveries -= 1
+                self.put_back(place)
             raise
-        if self.work is None or self.work.lost:
-            return []
-        return taken
+        # Taken anew meanwhile, the partitions have other channels: what is of this one will come again there.
+        return taken if work is self.work and not self.lost else []
 
-    def put_back(self, place: Place, due: float, deliveries: int, attempts: int, error: str) -> None:
-        """It waits again, at its place."""
+    def put_back(self, place: Place) -> bool:
+        """It waits again, at its place; False where the partitions went meanwhile, and it with them."""
         place.out = False
-        place.due, place.deliveries, place.attempts, place.error = due, deliveries, attempts, error
+        if not self._has(place):
+            return False
         self._look()
+        return True
 
     def finish(self, places: Iterable[Place]) -> None:
         """These are done or dead, and acknowledged; the next ones of their keys have their turn."""
-        for place in places:
+        for place in filter(self._has, places):
             chain = self._chains.get(place.message.key or "")
             if chain is not None and place in chain:
                 chain.remove(place)
@@ -164,14 +176,18 @@ class Keyed:
         self._look()
 
     async def note(self, places: Iterable[Place]) -> None:
-        """Write down what is counted of these; return when the server has it."""
+        """Write down what is counted of these; return when the server has it. What went with its channel is left out."""
         changed: set[int] = set()
-        for place in places:
+        for place in filter(self._has, places):
             notes = self._notes.setdefault(place.partition, {})
             notes[place.message.id] = Note(place.deliveries, place.attempts, place.error, place.due)
             changed.add(place.partition)
         if changed:
             await self._broker.publisher.send_all([self._written(number) for number in changed])
+
+    def _has(self, place: Place) -> bool:
+        """Whether it is of the partitions as they are now in our hands; others may have those that it was of."""
+        return place.work is self.work and not self.lost
 
     # What operators see and do
 
@@ -223,11 +239,13 @@ class Keyed:
             renewing = self.renewing = asyncio.get_running_loop().create_future()
             self._chains.clear()
             work.give_back(sorted(place.incoming.delivery_tag for place in places))
-            if places:
-                ends = [renewing, work.channel.closed]
-                await asyncio.wait(ends, timeout=RENEWAL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            self._renewed()
-            self.renewing = None
+            try:
+                if places:
+                    ends = [renewing, work.channel.closed]
+                    await asyncio.wait(ends, timeout=RENEWAL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._renewed()
+                self.renewing = None
             if self._kept:
                 log.warning("%d long deliveries of %s did not come back to us", len(self._kept), self._queue)
             self._kept = {}
@@ -238,7 +256,8 @@ class Keyed:
         self._returning.clear()
         aside, self._aside = self._aside, []
         for number, incoming in aside:
-            self._put(number, incoming)
+            if self.work is not None:
+                self._put(self.work, number, incoming)
         if self.renewing is not None and not self.renewing.done():
             self.renewing.set_result(None)
 
@@ -342,7 +361,7 @@ class Keyed:
             unread, self._unread = self._unread, []
             for number, incoming in unread:
                 if number in self._notes:
-                    self._put(number, incoming)
+                    self._put(work, number, incoming)
                 else:
                     self._unread.append((number, incoming))
                     self._arrival.set()
@@ -350,7 +369,7 @@ class Keyed:
         for news in self._waiters:  # the channel is gone, or given up: whoever waits begins anew
             news.set()
 
-    def _put(self, number: int, incoming: Incoming) -> None:
+    def _put(self, work: Work, number: int, incoming: Incoming) -> None:
         spec = self._broker.specs[self._queue]
         what = self._broker.read(incoming, spec)
         if self._returning:
@@ -358,18 +377,13 @@ class Keyed:
                 self._aside.append((number, incoming))
                 return
             self._returning -= Counter([what.message.id])
-        place = Place(incoming, what.message, what.due, number)
+        place = Place(work, incoming, what.message, what.due, number)
         note = self._notes[number].get(what.message.id)
         if (kept := self._kept.pop(what.message.id, None)) is not None:
             kept.incoming = incoming
             place = kept
         elif note is not None:
-            place.deliveries, place.attempts, place.error, place.due = (
-                note.deliveries,
-                note.attempts,
-                note.error,
-                note.due,
-            )
+            place.counts = (note.due, note.deliveries, note.attempts, note.error)
         else:
             place.deliveries, place.attempts, place.error = what.noted, what.attempts, what.error
         self._chains.setdefault(what.message.key or "", deque()).append(place)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from conveyor.broker import Delivery, Settlement
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from conveyor.brokers.rabbitmq import RabbitBroker
     from conveyor.brokers.rabbitmq.order import Keyed, Place
 
+log: Final = logging.getLogger("conveyor.rabbitmq")
+
 LEASE_ENDED: Final = "its lease ended without a sign of life"
 
 
@@ -30,6 +33,7 @@ class Settling:
 
     def __init__(self, broker: RabbitBroker) -> None:
         self._broker = broker
+        self._finishing: set[asyncio.Task[list[Delivery]]] = set()
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
@@ -43,14 +47,28 @@ class Settling:
             else:
                 held.state = State.SETTLING
                 taken.append((held, settlement.verdict))
+        before = [(place, place.counts) for held, _ in taken if (place := held.place) is not None]
         try:
+            await self._note(taken)
             await self._publish(taken)
         except BaseException:
+            for place, counts in before:
+                place.counts = counts
             for held, _ in taken:
-                held.state = State.HELD
-                held.subscription.broker.leases.begin([held], held.seconds)
+                if held.state is State.SETTLING:
+                    held.state = State.HELD
+                    held.subscription.broker.leases.begin([held], held.seconds)
             raise
-        return lost + await self._acknowledge(await self._put_back(taken))
+        # What is published is published: to its end, even where the caller is cancelled.
+        finishing = asyncio.create_task(self._finish(taken), name="finishing settlements")
+        self._finishing.add(finishing)
+        finishing.add_done_callback(self._finishing.discard)
+        return lost + await asyncio.shield(finishing)
+
+    async def close(self) -> None:
+        """Return when no settlement is under way any more; the connection is closed, so none waits for it."""
+        if self._finishing:
+            await asyncio.wait(self._finishing)
 
     def extend(self, deliveries: Iterable[Delivery]) -> list[Delivery]:
         """See conveyor.broker.Broker."""
@@ -113,74 +131,111 @@ class Settling:
         notes: dict[str, FieldValue] = {DELIVERIES: deliveries, ATTEMPTS: attempts, ERROR: error, DUE: due}
         return Outgoing("", target, held.incoming.body, copy_of(held.incoming, held.message, notes))
 
+    async def _note(self, taken: Sequence[tuple[Held, Verdict]]) -> None:
+        """Write down how what waits again at its place in an order is counted from now on."""
+        by_keyed: dict[Keyed, list[Place]] = {}
+        for held, verdict in taken:
+            if held.place is None:
+                continue
+            match verdict:
+                case RetryAt(due, error):
+                    held.place.counts = (due, held.deliveries, held.attempts + 1, error)
+                case Release(due):
+                    held.place.counts = (due, held.deliveries - 1, held.attempts, held.error)
+                case _:
+                    continue
+            by_keyed.setdefault(held.subscription.broker.keyed(held.queue), []).append(held.place)
+        for keyed, places in by_keyed.items():
+            await keyed.note(places)
+
+    async def _finish(self, taken: Sequence[tuple[Held, Verdict]]) -> list[Delivery]:
+        """All that was asked for is noted and published: let go of the deliveries; those that were lost meanwhile are returned."""
+        lost: list[Delivery] = []
+        away: list[Held] = []
+        for held, verdict in taken:
+            if held.place is None or not isinstance(verdict, RetryAt | Release):
+                away.append(held)
+                continue
+            if not held.subscription.broker.keyed(held.queue).put_back(held.place):
+                lost.append(held.delivery())
+            end(held)
+        try:
+            return lost + await self._acknowledge(away)
+        finally:
+            for held in away:
+                end(held)
+
     async def _acknowledge(self, helds: Sequence[Held]) -> list[Delivery]:
         """Tell the server that these have ended, and wait until it knows; those whose channel went meanwhile are lost."""
         by_work: dict[Work, list[Held]] = {}
+        by_keyed: dict[Keyed, list[Place]] = {}
         for held in helds:
             if held.renewing is not None:
                 await asyncio.shield(held.renewing)
             if held.place is not None:
-                renewing = held.subscription.broker.keyed(held.queue).renewing
-                if renewing is not None:
-                    await asyncio.shield(renewing)
+                keyed = held.subscription.broker.keyed(held.queue)
+                if keyed.renewing is not None:
+                    await asyncio.shield(keyed.renewing)
                 held.tag = held.place.incoming.delivery_tag
+                by_keyed.setdefault(keyed, []).append(held.place)
             by_work.setdefault(held.work, []).append(held)
         lost: list[Delivery] = []
-        for work, those in by_work.items():
-            try:
-                work.ack([held.tag for held in those])
-                await work.flush()
-            except AmqpError:
-                lost += [held.delivery() for held in those]
-        by_keyed: dict[Keyed, list[Place]] = {}
-        for held in helds:
-            end(held)
-            if held.place is not None:
-                by_keyed.setdefault(held.subscription.broker.keyed(held.queue), []).append(held.place)
+        for work, known in zip(by_work, await _all_told(by_work), strict=True):
+            if not known:
+                lost += [held.delivery() for held in by_work[work]]
         for keyed, places in by_keyed.items():
             keyed.finish(places)
         return lost
 
-    async def _put_back(self, taken: Sequence[tuple[Held, Verdict]]) -> list[Held]:
-        """Let what has its place in an order wait there again; the others are returned."""
-        others: list[Held] = []
-        by_keyed: dict[Keyed, list[Place]] = {}
-        for held, verdict in taken:
-            if held.place is None or not isinstance(verdict, RetryAt | Release):
-                others.append(held)
-                continue
-            keyed = held.subscription.broker.keyed(held.queue)
-            if isinstance(verdict, RetryAt):
-                keyed.put_back(held.place, verdict.due, held.deliveries, held.attempts + 1, verdict.error)
-            else:
-                keyed.put_back(held.place, verdict.due, held.deliveries - 1, held.attempts, held.error)
-            by_keyed.setdefault(keyed, []).append(held.place)
-            end(held)
-        for keyed, places in by_keyed.items():
-            await keyed.note(places)
-        return others
-
     async def _give_back(self, helds: Sequence[Held]) -> None:
+        """Give these back, counted: what has a place waits there again, whether or not that can be noted now."""
+        by_keyed: dict[Keyed, list[Place]] = {}
         for held in helds:
             if held.place is not None:
+                held.place.counts = (held.place.due, held.deliveries, held.attempts, LEASE_ENDED)
                 keyed = self._broker.keyed(held.queue)
-                keyed.put_back(held.place, held.place.due, held.deliveries, held.attempts, LEASE_ENDED)
-                await keyed.note([held.place])
+                keyed.put_back(held.place)
+                by_keyed.setdefault(keyed, []).append(held.place)
+        for keyed, places in by_keyed.items():
+            try:
+                await keyed.note(places)
+            except (BrokerError, AmqpError) as error:
+                log.warning("cannot note that the leases of %d messages ended: %s", len(places), error)
         helds = [held for held in helds if held.place is None]
         now = self._broker.clock()
         copies = [self._again(held, held.due, now, held.deliveries, held.attempts, LEASE_ENDED) for held in helds]
         try:
             await self._broker.publisher.send_all(copies)
-        except BrokerError:
-            for held in helds:
-                if not held.work.lost:
-                    held.work.give_back([held.tag])
-            raise
+        except BrokerError as error:
+            log.warning("cannot say in a copy that %d leases ended; giving back as it is: %s", len(copies), error)
+            copied = False
+        else:
+            copied = True
         for held in helds:
             if held.renewing is not None:
                 await asyncio.shield(held.renewing)
-            if not held.work.lost:
+            if held.work.lost:
+                continue
+            if copied:
                 held.work.ack([held.tag])
+            else:
+                held.work.give_back([held.tag])
+
+
+async def _all_told(by_work: Mapping[Work, Sequence[Held]]) -> list[bool]:
+    """Acknowledge, and wait until the server knows; which channels still lived."""
+
+    async def told(work: Work) -> bool:
+        try:
+            work.ack([held.tag for held in by_work[work]])
+            await work.flush()
+        except AmqpError:
+            return False
+        return True
+
+    if len(by_work) == 1:
+        return [await told(work) for work in by_work]
+    return await asyncio.gather(*map(told, by_work))
 
 
 def _held(delivery: Delivery) -> Held | None:
@@ -196,5 +251,6 @@ def _held(delivery: Delivery) -> Held | None:
 
 def end(held: Held) -> None:
     """It is in our hands no more."""
-    held.state = State.GONE
-    held.subscription.let_go(held)
+    if held.state is not State.GONE:
+        held.state = State.GONE
+        held.subscription.let_go(held)

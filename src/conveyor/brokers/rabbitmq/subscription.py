@@ -185,22 +185,22 @@ class RabbitSubscription:
         again: asyncio.TimerHandle | None,
     ) -> list[Delivery]:
         """What has a key comes from the partitions, what has none from the queue itself."""
-        drawn: list[Delivery] = []
         self._turn += 1
         if not keyed.ready(self._early) or self._turn % UNKEYED_TURN == 0:  # neither of the two starves the other
             enough = self._enough(again)
             drawn = await self._draw(work, spec, room, news, lambda: enough() or keyed.lost or keyed.ready(self._early))
+            if drawn:  # they are leased: whatever breaks from here on, nobody would hear of them
+                return drawn
             await keyed.settle_down()
-        room -= len(drawn)
-        if room <= 0 or self._ended is not None or keyed.lost or not keyed.ready(self._early):
-            return drawn
+        if self._ended is not None or keyed.lost or not keyed.ready(self._early):
+            return []
         helds: list[Held] = []
         places = await keyed.take(room, self._early)
         since = asyncio.get_running_loop().time()
         for place in places:
             held = Held(
                 self,
-                keyed.work or work,
+                place.work,
                 place.incoming,
                 when(place.message, place.due) if self._early else place.message,
                 place.deliveries,
@@ -213,7 +213,7 @@ class RabbitSubscription:
             helds.append(held)
         self.held += len(helds)
         self.broker.leases.begin(helds, spec.lease_seconds)
-        return [*drawn, *(held.delivery() for held in helds)]
+        return [held.delivery() for held in helds]
 
     async def _received(self, work: Work, spec: Spec, room: int) -> list[Delivery]:
         """From a queue without order."""
