@@ -107,6 +107,7 @@ class _Wire(asyncio.Protocol):
                         self._on_error(str(answer))
                     if not future.done():
                         future.set_exception(answer)
+                        future.exception()  # so that nobody need have waited for it
                 elif not future.done():
                     future.set_result(answer)
         except (BrokerUnavailable, IndexError):  # no RESP, or an answer that nobody asked for
