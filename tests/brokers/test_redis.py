@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
@@ -212,6 +213,65 @@ async def test_dead_letters_are_read_and_deleted_by_any_client(redis: Redis, cli
         assert await broker.dead_letters(DeadFilter(), limit=10) == []
 
 
+async def test_a_message_of_thousands_of_fields_is_kept_whole_when_it_is_given_up_and_comes_back_whole(
+    redis: Redis, client: Any
+) -> None:
+    url = redis.url()
+    stream, dead = f"{{{namespace_of(url)}}}:queue:q", f"{{{namespace_of(url)}}}:dead:q"
+    headers = {f"header-{number}": "value \n" for number in range(9_000)}
+    fields = {**headers, "body": "{}", "ce_id": "an-id", "ce_partitionkey": "A"}
+    async with opened(url, Queue(name="q", topics=("t",), ordered=True)) as broker:
+        client.xadd(stream, {**fields, "ce_priority": "3", "ce_duetime": "2001-01-01T00:00:00Z"})
+        client.xadd(stream, {"body": "behind", "ce_partitionkey": "A"})
+        subscription = await broker.subscribe("q", 10)
+        [held] = await take(subscription, 1)
+        assert await broker.settle([Settlement(held, Dead("rejected", "no"))]) == []
+        letters = await broker.dead_letters(DeadFilter(), limit=10)
+        assert [each.message.headers for each in letters] == [headers]
+        [behind] = await take(subscription, 1)
+        assert behind.message.body == b"behind"
+        await broker.bury(letters)
+        assert await broker.discard(letters) == 1
+        letters = await broker.dead_letters(DeadFilter(), limit=10)
+        assert await broker.redrive(letters) == 1
+        await broker.settle([Settlement(behind, DONE)])  # the turn of those of the key that came later
+        [again] = await take(subscription, 1)
+        message = again.message
+        assert (message.id, message.headers, message.key, message.priority) == ("an-id", headers, "A", 3)
+        assert client.xlen(dead) == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"a": "b"},
+        {"dead_reason": "x"},
+        {"body": "1", "dead_time": "soon", "dead_reason": "y"},
+        {"dead_time": "soon", "dead_deliveries": "many", "dead_attempts": "9" * 400, "body": "1"},
+        {"dead_time": "9" * 18, "conveyor_fields": "no such"},
+        {"dead_error": "z", "ce_duetime": "2999-01-01T00:00:00Z"},
+    ],
+)
+async def test_what_others_write_among_the_dead_letters_is_listed_and_can_be_discarded_or_put_back(
+    redis: Redis, client: Any, fields: dict[str, str]
+) -> None:
+    url = redis.url()
+    dead = f"{{{namespace_of(url)}}}:dead:q"
+    async with opened(url, Queue(name="q", topics=("t",), ordered=True)) as broker:
+        await broker.publish([Message("m", "t", b"x")])
+        subscription = await broker.subscribe("q", 10)
+        await broker.settle([Settlement(each, Dead("rejected", "no")) for each in await take(subscription, 1)])
+        for _ in range(2):
+            client.xadd(dead, fields)
+        mine, one, other = await broker.dead_letters(DeadFilter(), limit=10)
+        assert (mine.message.id, mine.reason, mine.deliveries) == ("m", "rejected", 1)
+        known = "x" if fields == {"dead_reason": "x"} else "unknown"
+        assert (one.reason, one.died, one.deliveries, one.attempts) == (known, 0.0, 0, 0)
+        assert await broker.discard([one]) == 1
+        assert await broker.redrive([other]) == 1
+        assert bodies(await take(subscription, 1)) == [fields.get("body", "").encode()]
+
+
 async def test_all_keys_have_one_hash_tag_and_what_is_done_leaves_none_of_its_own(redis: Redis, client: Any) -> None:
     url = redis.url()
     tag = f"{{{namespace_of(url)}}}:"
@@ -266,6 +326,37 @@ async def test_a_settlement_whose_answer_is_lost_is_done_once_and_not_reported_a
             "effects": (1, 0),
             "q": (0, 0),
         }
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Message("bad \udcff", "t", b""),
+        Message("bad", "t", b"", key="\udcff"),
+        Message("bad", "t", b"", headers={"a": "\udcff"}),
+        Message("bad", "t \udcff", b""),
+    ],
+)
+async def test_a_text_that_nobody_can_carry_is_refused_for_the_one_message_that_has_it(
+    redis: Redis, bad: Message
+) -> None:
+    async with opened(redis.url(), Queue(name="q", topics=("t",))) as broker:
+        calls = [[Message(f"before {n}", "t", b"")] for n in range(3)]
+        calls += [[Message("in front", "t", b""), bad, Message("behind", "t", b"")]]
+        calls += [[Message(f"after {n}", "t", b"")] for n in range(3)]
+        outcomes = await asyncio.gather(*(broker.publish(call) for call in calls), return_exceptions=True)
+        [failed] = [each for each in outcomes if each != frozenset()]
+        assert isinstance(failed, PublishFailed)
+        assert (list(failed.refused), failed.unknown) == ([bad.id], {})
+        there = await take(await broker.subscribe("q", 10), 8)
+        assert {each.message.id for each in there} == {each.id for call in calls for each in call} - {bad.id}
+        with pytest.raises(PublishFailed, match="surrogates"):
+            await broker.settle([Settlement(there[0], Done((bad,)))])
+        ends = [Settlement(there[0], Dead("\udcff", "\udcff", "\udcff")), Settlement(there[1], RetryAt(0.0, "\udcff"))]
+        lost = await asyncio.gather(*(broker.settle([each]) for each in [*ends, Settlement(there[2], DONE)]))
+        assert lost == [[], [], []]
+        [letter] = await broker.dead_letters(DeadFilter(), limit=10)
+        assert (letter.reason, letter.error, letter.traceback) == ("?", "?", "?")
 
 
 async def test_a_settlement_that_nobody_waits_for_any_more_makes_room_for_the_next_message(redis: Redis) -> None:
@@ -443,6 +534,29 @@ async def test_a_queue_whose_stream_was_deleted_is_used_again_when_it_is_declare
         await broker.publish([Message("m", "t", b"")])
         [delivery] = await fetch
         assert delivery.message.id == "m"
+
+
+async def test_a_stream_that_is_deleted_under_a_waiting_receiver_leaves_no_error_that_nobody_heard(
+    redis: Redis, client: Any
+) -> None:
+    url = redis.url()
+    unheard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
+    async with opened(url, Queue(name="q", topics=("t",))) as broker:
+        subscription = await broker.subscribe("q", 10)
+        before = client.info("clients")["blocked_clients"]
+        fetch = asyncio.create_task(subscription.fetch(1))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while client.info("clients")["blocked_clients"] == before:
+                await asyncio.sleep(0.01)
+            client.delete(f"{{{namespace_of(url)}}}:queue:q")
+            with pytest.raises(BrokerError):
+                await fetch
+            with pytest.raises(BrokerError):
+                await subscription.fetch(1)
+        del fetch
+    gc.collect()
+    assert unheard == []
 
 
 async def test_a_server_that_comes_back_empty_gets_its_queues_again(own_server: Redis) -> None:
@@ -752,7 +866,9 @@ SENSELESS_TIMES: Final = [
     "tomorrow",
     "",
 ]
-a_time = st.datetimes(datetime(2000, 1, 1), timezones=st.timezones()).map(datetime.isoformat)
+a_time = st.datetimes(datetime(2000, 1, 1, tzinfo=UTC).replace(tzinfo=None), timezones=st.timezones()).map(
+    datetime.isoformat
+)
 almost_a_time = st.tuples(
     st.integers(0, 9999), st.integers(0, 13), st.integers(0, 32), st.sampled_from("Tt "), st.integers(0, 24)
 ).flatmap(
@@ -775,12 +891,12 @@ def test_the_server_and_its_receivers_read_the_same_time(redis: Redis) -> None:
     @example("2026-11-21T22:30:00.5+02:00")
     @example("2024-02-29 00:00:00.123456789-05")
     def agree(text: str) -> None:
-        said = client.eval(script, 1, "{any}:queues", text)
+        said = server.eval(script, 1, "{any}:queues", text)
         fields = [b"ce_source", b"conveyor", b"ce_id", b"m", b"ce_type", b"t", b"ce_duetime", text.encode()]
         for form in (fields, [b"ce_duetime", text.encode()]):
             due = message_of(form, where="q/1-0", topics=["t"], now=0.0).due
             assert abs(due * 1000 - float(said or 0)) <= 1 or (not said and text[11:13] == "24"), (text, said, due)
 
-    with plain(redis) as client:
-        assert [client.eval(script, 1, "{any}:queues", text) for text in SENSELESS_TIMES] == [""] * len(SENSELESS_TIMES)
+    with plain(redis) as server:
+        assert [server.eval(script, 1, "{any}:queues", text) for text in SENSELESS_TIMES] == [""] * len(SENSELESS_TIMES)
         agree()

@@ -10,7 +10,7 @@ from conveyor.broker import Delivery, Settlement
 from conveyor.brokers.redis import scripts
 from conveyor.brokers.redis.lane import MOST_ARGUMENTS, MOST_BYTES, Lane, Unknown
 from conveyor.brokers.redis.link import Link
-from conveyor.brokers.redis.wire import arguments_of, milliseconds
+from conveyor.brokers.redis.wire import arguments_of, milliseconds, readable
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Done, RetryAt
 from conveyor.errors import BrokerError, PublishFailed
@@ -35,14 +35,14 @@ class Publishing:
 
     async def publish(self, messages: Sequence[Message], queue: str | None) -> frozenset[str]:
         """See conveyor.broker.Broker.publish."""
-        chunks, refused = _chunks_of(messages, queue or "")
-        if refused:
+        chunks, sent, refused = _chunks_of(messages, queue or "")
+        if not sent:
             raise PublishFailed(refused=refused)
         if len(chunks) == 1:
             answers: list[Any] = [await self._put(*chunks[0])]
         else:
             answers = await asyncio.gather(*(self._put(*chunk) for chunk in chunks), return_exceptions=True)
-        return _outcome(messages, queue, chunks, answers)
+        return _outcome(sent, refused, queue, chunks, answers)
 
     async def _put(self, chunk: _Chunk, size: int) -> Any:
         try:
@@ -51,9 +51,12 @@ class Publishing:
             return error
 
 
-def _chunks_of(messages: Sequence[Message], queue: str) -> tuple[list[tuple[_Chunk, int]], dict[str, str]]:
-    """The messages in steps of bearable size, with each step's bytes; and why some cannot be sent."""
+def _chunks_of(
+    messages: Sequence[Message], queue: str
+) -> tuple[list[tuple[_Chunk, int]], list[Message], dict[str, str]]:
+    """The messages in steps of bearable size, with each step's bytes; which ones these are, and why the others cannot be sent."""
     chunks: list[tuple[_Chunk, int]] = []
+    sent: list[Message] = []
     refused: dict[str, str] = {}
     arguments: list[Any] = []
     count = size = 0
@@ -69,21 +72,26 @@ def _chunks_of(messages: Sequence[Message], queue: str) -> tuple[list[tuple[_Chu
         arguments += said
         count += 1
         size += len(message.body)
+        sent.append(message)
     chunks.append((_Chunk(count, arguments), size))
-    return chunks, refused
+    return chunks, sent, refused
 
 
 def _outcome(
-    messages: Sequence[Message], queue: str | None, chunks: Sequence[tuple[_Chunk, int]], answers: Sequence[Any]
+    sent: Sequence[Message],
+    unfit: Mapping[str, str],
+    queue: str | None,
+    chunks: Sequence[tuple[_Chunk, int]],
+    answers: Sequence[Any],
 ) -> frozenset[str]:
-    """The ids of those that went nowhere; or the error that the answers make."""
+    """The ids of those that went nowhere; or the error that the answers make, and what could not be sent."""
     nowhere: set[str] = set()
-    refused: dict[str, str] = {}
+    refused = dict(unfit)
     unknown: dict[str, str] = {}
     unsent: BrokerError | None = None
     start = 0
     for (chunk, _), answer in zip(chunks, answers, strict=True):
-        here = messages[start : start + chunk.number]
+        here = sent[start : start + chunk.number]
         start += chunk.number
         if isinstance(answer, Unknown):
             unknown.update((message.id, str(answer)) for message in here)
@@ -97,7 +105,7 @@ def _outcome(
             if missing:
                 raise BrokerError(f"there is no queue {queue!r}; declare it first")
             nowhere.update(here[position].id for position in nobody)
-    if unsent is not None and len(refused) == len({message.id for message in messages}):
+    if unsent is not None and not unfit and len(refused) == len({message.id for message in sent}):
         raise unsent
     if refused or unknown:
         raise PublishFailed(refused=refused, unknown=unknown)
@@ -245,7 +253,8 @@ def _arguments_of(settlement: Settlement, emits: list[Any]) -> list[Any]:
     if isinstance(verdict, Done):
         return [delivery.queue, "D", *which, len(verdict.emits), *emits]
     if isinstance(verdict, RetryAt):
-        return [delivery.queue, "R", *which, milliseconds(verdict.due), verdict.error]
+        return [delivery.queue, "R", *which, milliseconds(verdict.due), readable(verdict.error)]
     if isinstance(verdict, Dead):
-        return [delivery.queue, "X", *which, str(verdict.reason), verdict.error, verdict.traceback]
+        said = readable(str(verdict.reason)), readable(verdict.error), readable(verdict.traceback)
+        return [delivery.queue, "X", *which, *said]
     return [delivery.queue, "L", *which, milliseconds(verdict.due)]

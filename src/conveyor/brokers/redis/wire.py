@@ -15,6 +15,8 @@ from conveyor.core.message import JSON, NO_HEADERS, PRIORITIES, SOURCE, Message,
 PREFIX: Final = "ce_"
 TOPIC: Final = "conveyor_topic"
 """The field that says what a message was published under, where its type does not."""
+PACKED: Final = b"conveyor_fields"
+"""The first field of an entry that stands for all fields of its message: see packed() in queue.lua."""
 MOST_FIELDS: Final = 1_500
 """Fields of one message: Lua hands no more than some 8,000 values to a command."""
 MOST_PLANS: Final = 1_000
@@ -58,13 +60,14 @@ def arguments_of(message: Message, queue: str = "") -> list[Any]:
     """A message as publish() in queue.lua takes it.
 
     Raises:
-        ValueError: it has too many headers.
+        ValueError: it has too many headers, or a text that is no UTF-8 (a lone surrogate).
     """
     fields = fields_of(message, topic=bool(queue))
     if len(fields) > 2 * MOST_FIELDS:
         raise ValueError(f"a message has at most {MOST_FIELDS} headers on Redis, and this one {len(fields) // 2}")
     key = "-" if message.key is None else "+" + message.key
-    return [message.topic, queue, milliseconds(message.due), message.priority, key, len(fields), *fields]
+    arguments = [message.topic, queue, milliseconds(message.due), message.priority, key, len(fields), *fields]
+    return [each.encode() if type(each) is str else each for each in arguments]
 
 
 def milliseconds(seconds: float) -> int:
@@ -87,6 +90,8 @@ def message_of(fields: Sequence[bytes], *, where: str, topics: Collection[str], 
             _plans.clear()
         plan = _plans[names] = _plan_of(names)
     places, own = plan
+    if own is None and names[0] == PACKED and (inner := _unpacked(fields[1])):
+        return message_of([*inner, *fields[2:]], where=where, topics=topics, now=now)
     # A field that is absent is at the end of the list, where nothing is.
     said = [*fields, None]
     body, kind, id_, source, type_, time, key, correlation, causation, due, expires, priority, topic = [
@@ -188,36 +193,70 @@ def _seconds(value: bytes) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def dead_fields_of(letter: DeadLetter) -> list[Any]:
+def dead_fields_of(letter: DeadLetter) -> list[bytes]:
     """A dead letter as an entry: what it is dead of, then the message's own fields."""
-    return [
-        *("dead_reason", letter.reason, "dead_error", letter.error, "dead_traceback", letter.traceback),
-        *("dead_deliveries", letter.deliveries, "dead_attempts", letter.attempts),
-        *("dead_time", milliseconds(letter.died)),
-        *fields_of(letter.message, topic=True),
-    ]
+    about = letter.reason, letter.error, letter.traceback, letter.deliveries, letter.attempts, milliseconds(letter.died)
+    fields = [_bytes(each) for each in fields_of(letter.message, topic=True)]
+    if len(fields) > 2 * MOST_FIELDS:
+        fields = [PACKED, b"".join(len(each).to_bytes(4, "big") + each for each in fields)]
+    return [each for name, said in zip(_ABOUT, about, strict=True) for each in (name, _bytes(said))] + fields
 
 
-DEAD_FIELDS: Final = 12
-"""Names and values before those of the message."""
+def readable(said: str) -> bytes:
+    """What is kept for people to read, whatever it consists of."""
+    return said.encode("utf-8", "replace")
+
+
+def _bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else readable(str(value))
+
+
+def _unpacked(packed: bytes) -> list[bytes] | None:
+    """Names and values, each behind its length; None where they are not."""
+    fields: list[bytes] = []
+    place = 0
+    while place < len(packed):
+        start = place + 4
+        place = start + int.from_bytes(packed[place:start], "big")
+        fields.append(packed[start:place])
+    if place > len(packed) or len(fields) % 2 or fields[:1] == [PACKED]:
+        return None
+    return fields
+
+
+_ABOUT: Final = (b"dead_reason", b"dead_error", b"dead_traceback", b"dead_deliveries", b"dead_attempts", b"dead_time")
+"""What a dead letter has before the message's own fields. Others may write there: any of them may be missing."""
+_LONGEST_NUMBER: Final = 14
+"""Digits that make sense, of a count or of a time in milliseconds."""
 
 
 def letter_of(queue: str, entry: Sequence[Any]) -> DeadLetter:
-    """The dead letter that an entry holds."""
+    """The dead letter that an entry holds, whoever wrote it; never an error."""
     id_, fields = entry[0].decode(), entry[1]
-    reason, error, traceback, deliveries, attempts, died = (
-        value.decode("utf-8", "replace") for value in fields[1:DEAD_FIELDS:2]
-    )
+    said: dict[bytes, bytes] = {}
+    for name, value in zip(fields[::2], fields[1::2], strict=True):
+        if name not in _ABOUT or name in said:
+            break
+        said[name] = value
+
+    def text(name: bytes, default: str = "") -> str:
+        return said[name].decode("utf-8", "replace") if name in said else default
+
+    def number(name: bytes) -> int:
+        value = said.get(name, b"")
+        return int(value) if value.isdigit() and len(value) <= _LONGEST_NUMBER else 0
+
+    died = number(b"dead_time") / 1000
     return DeadLetter(
         position=f"{_padded(id_)}@{queue}",
         queue=queue,
-        message=message_of(fields[DEAD_FIELDS:], where=f"{queue}/{id_}", topics=(), now=int(died) / 1000),
-        reason=reason,
-        error=error,
-        traceback=traceback,
-        deliveries=int(deliveries),
-        attempts=int(attempts),
-        died=int(died) / 1000,
+        message=message_of(fields[2 * len(said) :], where=f"{queue}/{id_}", topics=(), now=died),
+        reason=text(b"dead_reason", "unknown"),
+        error=text(b"dead_error"),
+        traceback=text(b"dead_traceback"),
+        deliveries=number(b"dead_deliveries"),
+        attempts=number(b"dead_attempts"),
+        died=died,
     )
 
 

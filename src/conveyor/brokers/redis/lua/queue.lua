@@ -118,6 +118,36 @@ local function way_of(fields)
   return due, priority, hash
 end
 
+-- Lua hands no more than some 8,000 values to a command. A message of more fields than this goes on as one that holds them all, each name
+-- and value behind its length (four bytes); behind it, what it says of its way.
+local most_values = 3000
+local function packed(fields)
+  if #fields <= most_values then return fields end
+  local parts, said = {}, {}
+  for i = 1, #fields do parts[i] = struct.pack('>I4c0', #fields[i], fields[i]) end
+  for i = 1, #fields, 2 do
+    if ways[fields[i]] then said[fields[i]] = fields[i + 1] end
+  end
+  local one = {'conveyor_fields', table.concat(parts)}
+  for name, value in pairs(said) do
+    one[#one + 1] = name
+    one[#one + 1] = value
+  end
+  return one
+end
+
+-- All fields, as they were packed; as they are, where they were not.
+local function unpacked(fields)
+  if fields[1] ~= 'conveyor_fields' then return fields end
+  local all, at, text = {}, 1, fields[2]
+  while at <= #text do
+    local good, part, behind = pcall(struct.unpack, '>I4c0', text, at)
+    if not good then return fields end
+    all[#all + 1], at = part, behind
+  end
+  return #all > 0 and #all % 2 == 0 and all[1] ~= 'conveyor_fields' and all or fields
+end
+
 local function hash_of(key)
   return key and redis.sha1hex(key)
 end

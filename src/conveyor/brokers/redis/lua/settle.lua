@@ -83,13 +83,13 @@ while i <= #ARGV do
       i = i + 5
     else
       if held then
-        call('ZREM', queue.leases, lease)
         local fields = fields_of(queue, ref)
         if fields then
           local deliveries, attempts = counts_of(queue, ref)
           call('XADD', queue.dead, '*', 'dead_reason', ARGV[i + 4], 'dead_error', ARGV[i + 5], 'dead_traceback', ARGV[i + 6],
-            'dead_deliveries', deliveries + 1, 'dead_attempts', attempts, 'dead_time', number(now()), unpack(fields))
+            'dead_deliveries', deliveries + 1, 'dead_attempts', attempts, 'dead_time', number(now()), unpack(packed(fields)))
         end
+        call('ZREM', queue.leases, lease)
         delete(queue, ref)
         next_of(queue, ref, hash)
       end
