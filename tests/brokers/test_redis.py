@@ -137,6 +137,23 @@ async def test_no_key_of_another_program_blocks_an_ordered_queue(
         assert not client.exists(f"{{{namespace_of(url)}}}:heads:q", f"{{{namespace_of(url)}}}:behind:q")
 
 
+async def test_a_later_publish_does_not_overtake_what_another_program_added_with_its_key(
+    redis: Redis, client: Any
+) -> None:
+    url = redis.url()
+    async with opened(url, Queue(name="q", topics=("t",), ordered=True)) as broker:
+        await broker.publish([Message("m", "t", b"0", key="A")])
+        client.xadd(f"{{{namespace_of(url)}}}:queue:q", {"body": b"1", "ce_partitionkey": "A"})
+        for body, priority, due in ((b"2", 0, 0.0), (b"3", 9, 0.0), (b"4", 0, time.time() + 0.1), (b"5", 0, 0.0)):
+            await broker.publish([Message("m", "t", body, key="A", priority=priority, due=due)])
+        subscription = await broker.subscribe("q", 10)
+        taken: list[Delivery] = []
+        while len(taken) < 6:
+            taken += await take(subscription, 1)
+            await broker.settle([Settlement(taken[-1], DONE)])
+        assert bodies(taken) == [b"0", b"1", b"2", b"3", b"4", b"5"]
+
+
 async def test_a_shell_script_can_publish_with_the_servers_own_tool(redis: Redis) -> None:
     url = redis.url()
     stream = f"{{{namespace_of(url)}}}:queue:shop.charge"

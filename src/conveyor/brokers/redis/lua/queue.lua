@@ -309,9 +309,28 @@ local function drop(queue)
   end
 end
 
+-- The id of the oldest fresh message that waits, if any does.
+local function oldest_fresh(queue)
+  for _, group in ipairs(redis.pcall('XINFO', 'GROUPS', queue.fresh)) do -- an error, which has no parts, where nothing was ever there
+    local said = {}
+    for i = 1, #group, 2 do said[group[i]] = group[i + 1] end
+    if said['name'] == 'conveyor' then
+      local oldest = call('XRANGE', queue.fresh, '(' .. said['last-delivered-id'], '+', 'COUNT', 1)[1]
+      return oldest and oldest[1]
+    end
+  end
+end
+
+-- What has a key goes behind fresh ones, which may be of its key: nobody has looked at them yet.
+local function goes_behind_fresh(queue)
+  if queue.waits == nil then queue.waits = oldest_fresh(queue) ~= nil end
+  return queue.waits
+end
+
 -- Puts a message into one queue; its fields are values[first] to values[last].
 local function put(queue, values, first, last, due, priority, hash)
-  if (due > 0 and due > now()) or priority > 0 or (queue.ordered and hash) then
+  local in_turn = queue.ordered and hash
+  if ((due > 0 and due > now()) or priority > 0 or in_turn) and not (in_turn and goes_behind_fresh(queue)) then
     local id = call('XADD', queue.kept, '*', unpack(values, first, last))
     give(queue, reference(id, 'k', priority), due, hash)
   else

@@ -19,15 +19,9 @@ for _, name in ipairs(call('SMEMBERS', KEYS[1])) do
   local first = call('ZRANGE', queue.later, 0, 0, 'WITHSCORES')
   if passed > 0 then older(tonumber(first[2])) end
   if leased > alive then older(tonumber(call('ZRANGE', queue.leases, 0, 0, 'WITHSCORES')[2])) end
-  if fresh > 0 and call('EXISTS', queue.fresh) == 1 then
-    for _, group in ipairs(call('XINFO', 'GROUPS', queue.fresh)) do
-      local said = {}
-      for i = 1, #group, 2 do said[group[i]] = group[i + 1] end
-      if said['name'] == 'conveyor' then
-        local oldest = call('XRANGE', queue.fresh, '(' .. said['last-delivered-id'], '+', 'COUNT', 1)[1]
-        if oldest then older(tonumber(match(oldest[1], '^%d+'))) end
-      end
-    end
+  if fresh > 0 then
+    local oldest = oldest_fresh(queue)
+    if oldest then older(tonumber(match(oldest, '^%d+'))) end
   end
   all[#all + 1] = {
     name, call('HGET', prefix .. 'settings:' .. name, 'topics'), fresh + ready + passed + leased - alive, alive,
