@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -256,6 +257,22 @@ async def test_a_message_of_thousands_of_fields_is_kept_whole_when_it_is_given_u
         message = again.message
         assert (message.id, message.headers, message.key, message.priority) == ("an-id", headers, "A", 3)
         assert client.xlen(dead) == 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+async def test_a_message_of_thousands_of_headers_arrives_whole(redis: Redis, ordered: bool) -> None:
+    headers = {f"header-{number}": "" for number in range(9_000)}
+    plain = Message("plain", "t", b"x", headers=headers)
+    with_a_way = Message("way", "t", b"x", key="A", headers=headers, created=1.0, due=time.time() + 0.1, priority=3)
+    async with opened(redis.url(), Queue(name="q", topics=("t",), ordered=ordered)) as broker:
+        await broker.publish([plain, with_a_way])
+        subscription = await broker.subscribe("q", 10)
+        [held] = await take(subscription, 1)
+        assert held.message == msgspec.structs.replace(plain, created=held.message.created)
+        await broker.settle([Settlement(held, Done((msgspec.structs.replace(plain, id="effect"),)))])
+        arrived = {each.message.id: each.message for each in await take(subscription, 2)}
+        assert set(arrived) == {"effect", "way"}
+        assert msgspec.structs.replace(arrived["way"], due=0.0) == msgspec.structs.replace(with_a_way, due=0.0)
 
 
 @pytest.mark.parametrize(

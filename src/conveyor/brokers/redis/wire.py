@@ -18,7 +18,9 @@ TOPIC: Final = "conveyor_topic"
 PACKED: Final = b"conveyor_fields"
 """The first field of an entry that stands for all fields of its message: see packed() in queue.lua."""
 MOST_FIELDS: Final = 1_500
-"""Fields of one message: Lua hands no more than some 8,000 values to a command."""
+"""Fields of one entry: Lua hands no more than some 8,000 values to a command."""
+_WAYS: Final = frozenset({b"ce_duetime", b"ce_priority", b"ce_partitionkey"})
+"""What the scripts look at, as `ways` in queue.lua."""
 MOST_PLANS: Final = 1_000
 """Sets of fields that are remembered: as many as there are kinds of messages, unless every message has names of its own."""
 LATEST_DUE: Final = 9e15
@@ -60,14 +62,14 @@ def arguments_of(message: Message, queue: str = "") -> list[Any]:
     """A message as publish() in queue.lua takes it.
 
     Raises:
-        ValueError: it has too many headers, or a text that is no UTF-8 (a lone surrogate).
+        ValueError: it has a text that is no UTF-8 (a lone surrogate).
     """
-    fields = fields_of(message, topic=bool(queue))
+    fields = [each.encode() if type(each) is str else each for each in fields_of(message, topic=bool(queue))]
     if len(fields) > 2 * MOST_FIELDS:
-        raise ValueError(f"a message has at most {MOST_FIELDS} headers on Redis, and this one {len(fields) // 2}")
+        fields = _packed(fields)
     key = "-" if message.key is None else "+" + message.key
-    arguments = [message.topic, queue, milliseconds(message.due), message.priority, key, len(fields), *fields]
-    return [each.encode() if type(each) is str else each for each in arguments]
+    way = milliseconds(message.due), message.priority, key.encode()
+    return [message.topic.encode(), queue.encode(), *way, len(fields), *fields]
 
 
 def milliseconds(seconds: float) -> int:
@@ -198,7 +200,7 @@ def dead_fields_of(letter: DeadLetter) -> list[bytes]:
     about = letter.reason, letter.error, letter.traceback, letter.deliveries, letter.attempts, milliseconds(letter.died)
     fields = [_bytes(each) for each in fields_of(letter.message, topic=True)]
     if len(fields) > 2 * MOST_FIELDS:
-        fields = [PACKED, b"".join(len(each).to_bytes(4, "big") + each for each in fields)]
+        fields = _packed(fields)
     return [each for name, said in zip(_ABOUT, about, strict=True) for each in (name, _bytes(said))] + fields
 
 
@@ -209,6 +211,12 @@ def readable(said: str) -> bytes:
 
 def _bytes(value: Any) -> bytes:
     return value if isinstance(value, bytes) else readable(str(value))
+
+
+def _packed(fields: list[bytes]) -> list[bytes]:
+    """As packed() in queue.lua."""
+    way = [each for pair in zip(fields[::2], fields[1::2], strict=True) if pair[0] in _WAYS for each in pair]
+    return [PACKED, b"".join(len(each).to_bytes(4, "big") + each for each in fields), *way]
 
 
 def _unpacked(packed: bytes) -> list[bytes] | None:
