@@ -372,10 +372,10 @@ async def test_five_hundred_clients_that_connect_publish_and_leave_leave_nothing
         assert files() <= held, descriptors()
 
 
-async def test_readyz_says_why_while_the_server_is_away(
+async def test_readyz_says_why_while_the_server_is_away_and_no_longer(
     site: Site, world: World, eventually: Eventually, free_port: int
 ) -> None:
-    program = world.run("soon_calm", f"--http=127.0.0.1:{free_port}", CONVEYOR_BROKER=site.url)
+    program = world.run("never_calm", f"--http=127.0.0.1:{free_port}", CONVEYOR_BROKER=site.url)
 
     async def probe() -> tuple[int, dict[str, Any]]:
         return await asyncio.to_thread(readyz, free_port)

@@ -151,6 +151,8 @@ class Consumer:
         self._lanes: list[Lane] = []
         self._left_behind: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
+        self._failed = False
+        """The last fetch failed."""
         self._stillness: asyncio.Future[None] | None = None
         """Done when no lane is at work any more; there while somebody waits for that."""
         self._busy = 0
@@ -196,8 +198,7 @@ class Consumer:
 
     async def open(self) -> None:
         """Subscribe, and start the lanes."""
-        # While one half is settled, the other is on its way: at the broker both count as held.
-        self._subscription = await self._broker.subscribe(self.worker.queue.name, 2 * self.worker.deepest)
+        self._subscription = await self._subscribed()
         for _ in range(self.worker.concurrency):
             self._add_lane()
         self.gate.set()
@@ -217,8 +218,35 @@ class Consumer:
         if self._subscription is not None:
             await self._subscription.close()
 
-    async def fetch(self) -> None:
-        """The loop that keeps messages coming: asks for as many as there is room for, whenever half the room is free."""
+    async def fetch(self, well: Callable[[], None]) -> None:
+        """The loop that keeps messages coming; after a failure it makes sure first that there is something to receive from.
+
+        Parameters:
+            well: called when that is so.
+        """
+        if self._failed:
+            await self._begin_anew()
+            self._failed = False
+        well()
+        try:
+            await self._keep_coming()
+        except Exception:
+            self._failed = True
+            raise
+
+    async def _begin_anew(self) -> None:
+        """Somebody may have deleted the queue, or the server come back without it."""
+        assert self._subscription is not None
+        await self._broker.declare([self.worker.queue])
+        await self._subscription.close()
+        self._subscription = await self._subscribed()
+
+    async def _subscribed(self) -> Subscription:
+        # While one half is settled, the other is on its way: at the broker both count as held.
+        return await self._broker.subscribe(self.worker.queue.name, 2 * self.worker.deepest)
+
+    async def _keep_coming(self) -> None:
+        """Ask for as many as there is room for, whenever half the room is free."""
         self._hungry.set()  # it may be started anew, after a failure, where nothing is at work that would say so
         measured = time.monotonic()
         while True:

@@ -25,7 +25,7 @@ class Loops:
     """The background loops of one owner: every one is known by name, restarted when it fails, and ended by stop().
 
     A loop is a coroutine function; it runs until it returns. When it raises, the error is logged, shown in ``problems`` until the
-    loop has been calm again, and the loop is started anew after a back-off.
+    loop has been calm again or says that all is well(), and the loop is started anew after a back-off.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,15 @@ class Loops:
             raise ValueError(f"a loop named {name!r} runs already")
         task = asyncio.get_running_loop().create_task(self._run(name, body), name=name)
         self._tasks[name] = task
-        task.add_done_callback(lambda _: self._tasks.pop(name, None))
+        task.add_done_callback(lambda _: self._ended(name))
+
+    def well(self, name: str) -> None:
+        """What the named loop failed at works again."""
+        self.problems.pop(name, None)
+
+    def _ended(self, name: str) -> None:
+        self._tasks.pop(name, None)
+        self.problems.pop(name, None)
 
     async def stop(self, *names: str) -> None:
         """Cancel the named loops (all, where none is named) and wait until they have ended."""
@@ -56,10 +64,9 @@ class Loops:
         failures = 0
         while True:
             started = loop.time()
-            calm = loop.call_later(CALM_SECONDS, self.problems.pop, name, None)
+            calm = loop.call_later(CALM_SECONDS, self.well, name)
             try:
                 await body()
-                self.problems.pop(name, None)
                 return
             except Exception as error:
                 failures = 1 if loop.time() - started > CALM_SECONDS else failures + 1

@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Final
 
 from conveyor.broker import Broker, Clock, Delivery, QueueInfo
@@ -294,7 +295,7 @@ class Runner:
             return
         consumer.resume()
         if (loop := f"fetch {consumer.worker.name}") not in self._loops:
-            self._loops.start(loop, consumer.fetch)
+            self._loops.start(loop, partial(consumer.fetch, partial(self._loops.well, loop)))
 
     async def _heed_pauses(self) -> None:
         """Workers of a paused queue fetch nothing, give back what they have not begun, and finish what they have."""
@@ -369,11 +370,13 @@ class Runner:
         """A queue with messages and a worker that gets none: say so, with the reason."""
         waiting_since: dict[str, float] = {}
         while True:
-            await asyncio.sleep(STALL_SECONDS / 3)
+            if "stalls" not in self._loops.problems:  # after a failure it looks at once whether that is over
+                await asyncio.sleep(STALL_SECONDS / 3)
             if self._around.ledger is not None:
                 outbox = await self._around.ledger.pending()
                 self._metrics.outbox_pending, self._metrics.outbox_parked = outbox.rows, outbox.parked
             infos = await self._broker.queues()
+            self._loops.well("stalls")
             self._bound = _topics(infos)
             now = time.monotonic()
             alone = self._alone is not None  # then the others wait on purpose
