@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from conveyor.broker import Delivery, Queue, Settlement
-from conveyor.brokers.rabbitmq import RabbitBroker, publisher, work
+from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher, work
+from conveyor.brokers.rabbitmq.amqp import AmqpError
 from conveyor.brokers.rabbitmq.held import Held
 from conveyor.brokers.rabbitmq.order import Keyed, Place
+from conveyor.brokers.rabbitmq.subscription import PASSIVE_SECONDS, RabbitSubscription
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
-from conveyor.errors import BrokerUnavailable
-from tests.brokers.test_rabbitmq import PATIENCE_SECONDS, one, opened
+from conveyor.errors import BrokerError, BrokerUnavailable
+from tests.brokers.test_rabbitmq import PATIENCE_SECONDS, one, opened, plainly
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -243,3 +246,116 @@ async def test_what_was_drawn_and_leased_is_received_whatever_happens_to_the_key
         async with asyncio.timeout(PATIENCE_SECONDS):
             [delivery] = await subscription.fetch(10)
         assert delivery.message.id == "without a key"
+
+
+# --- queues that others made, and delete ------------------------------------------------------------------------------
+
+
+async def test_what_waits_in_a_queue_of_others_for_its_time_does_not_spin(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await plainly(url, lambda channel: channel.queue_declare("theirs", durable=True))
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="theirs", topics=("t",), native={"passive": "true"})])
+        await plainly(url, lambda channel: channel.basic_publish("", "theirs", b"{}"))
+        subscription = await broker.subscribe("theirs", 1)
+        copies: Counter[str] = Counter()
+        send_all = publisher.Publisher.send_all
+
+        async def counting(self: publisher.Publisher, batch: Sequence[publisher.Outgoing]) -> None:
+            copies.update(each.routing_key for each in batch)
+            await send_all(self, batch)
+
+        monkeypatch.setattr(publisher.Publisher, "send_all", counting)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [first] = await subscription.fetch(1)
+            due = broker.clock() + 1.5
+            assert await broker.settle([Settlement(first, RetryAt(due, "later"))]) == []
+            [again] = await subscription.fetch(1)
+        assert broker.clock() >= due
+        assert (again.deliveries, again.attempts, again.error) == (2, 1, "later")
+        assert copies["theirs"] <= 1.5 / PASSIVE_SECONDS + 1
+        assert await broker.settle([Settlement(again, RetryAt(broker.clock() + 3600.0, "much later"))]) == []
+        waiting = asyncio.create_task(subscription.fetch(1))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not subscription.aside:
+                await asyncio.sleep(0.01)
+        [info] = await broker.queues()
+        assert info.ready + info.delayed == 1
+        assert await broker.purge("theirs") == 1
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await subscription.close()
+        assert (
+            await plainly(url, lambda channel: channel.queue_declare("theirs", passive=True).method.message_count) == 0
+        )
+
+
+async def test_a_deleted_queue_takes_no_other_receivers_deliveries_with_it(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="gone", topics=("t",)), Queue(name="fine", topics=("t",))])
+        await broker.publish([Message("m", "t", b"{}")])
+        gone, fine = [await broker.subscribe(name, 10) for name in ("gone", "fine")]
+        [lost], [held] = [await each.fetch(1) for each in (gone, fine)]
+        connection = await broker.connection()
+        await plainly(url, lambda channel: channel.queue_delete("gone"))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            for _ in range(3):
+                with pytest.raises(BrokerError, match="NOT_FOUND"):
+                    await gone.fetch(1)
+        assert await broker.connection() is connection
+        assert await broker.settle([Settlement(lost, DONE), Settlement(held, DONE)]) == [lost]
+        await broker.publish([Message("next", "t", b"{}")])
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [delivery] = await fine.fetch(1)
+        assert (delivery.message.id, delivery.crashes) == ("next", 0)
+
+
+async def test_a_closed_subscription_leaves_no_channel_behind_once_its_deliveries_are_settled(url: str) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",))])
+        await broker.publish([Message(name, "t", b"{}") for name in "ab"])
+        subscription = await broker.subscribe("q", 10)
+        held: list[Delivery] = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(held) < 2:
+                held += await subscription.fetch(10)
+        receipts = [each.receipt for each in held if isinstance(each.receipt, Held)]
+        await subscription.close()
+        for delivery in held:
+            assert await broker.extend([delivery]) == []
+            assert await broker.settle([Settlement(delivery, DONE)]) == []
+        assert all(receipt.work.channel.closed.done() for receipt in receipts)
+        assert [info.ready + info.in_flight for info in await broker.queues()] == [0]
+
+
+async def test_a_subscription_that_failed_leaves_no_receiver(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",))])
+        with monkeypatch.context() as patched:
+            patched.setattr(RabbitSubscription, "attach", unavailable)
+            with pytest.raises(BrokerUnavailable):
+                await broker.subscribe("q", 10)
+        assert not broker.subscriptions
+
+
+async def test_a_mover_that_begins_anew_leaves_no_consumer(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delay, "AGAIN_SECONDS", 0.01)
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",))])
+        move, times = delay.Mover._move, itertools.count()
+
+        async def broken(self: delay.Mover, work: work.Work) -> float | None:
+            if next(times) < 3:
+                raise AmqpError("no")
+            return await move(self, work)
+
+        monkeypatch.setattr(delay.Mover, "_move", broken)
+        subscription = await broker.subscribe("q", 10)
+        await broker.publish([Message("m", "t", b"{}", due=broker.clock() + 0.2)])
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [delivery] = await subscription.fetch(1)
+            assert (delivery.message.id, delivery.deliveries) == ("m", 1)
+            assert await broker.settle([Settlement(delivery, DONE)]) == []
+            while [info.consumers for info in await broker.queues()] != [1]:
+                await asyncio.sleep(0.01)

@@ -42,7 +42,6 @@ from conveyor.brokers.rabbitmq.settle import Settling
 from conveyor.brokers.rabbitmq.spec import Spec, check_conflict, merged, spec_of
 from conveyor.brokers.rabbitmq.subscription import RabbitSubscription
 from conveyor.brokers.rabbitmq.topology import Topology
-from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message
 from conveyor.core.settle import Release
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed, QueueConflict
@@ -92,7 +91,7 @@ class RabbitBroker:
         self.positions = dead.Positions()
         self._is_open = False
         name = f"conveyor {self.owner[:8]}"
-        self._link: Link[Work] = Link(options, f"{name} consumes", self._begin, self._heartbeat_seconds)
+        self._link: Link[Connection] = Link(options, f"{name} consumes", self._begin, self._heartbeat_seconds)
         self.topology = Topology(self.connection, options.exchange)
         self.publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
         self._catalog = Catalog(
@@ -156,11 +155,11 @@ class RabbitBroker:
         if held:
             await self.settle([Settlement(each.delivery(), Release(each.due)) for each in held])
 
-    async def _begin(self, connection: Connection) -> Work:
+    async def _begin(self, connection: Connection) -> Connection:
         for spec in [each for each in self.specs.values() if each.temporary]:
             self.absent.add(spec.name)
             self.spawn(self._temporary_again(spec, connection), f"declaring {spec.name} again")
-        return Work(connection, await connection.channel())
+        return connection
 
     async def _temporary_again(self, spec: Spec, connection: Connection) -> None:
         """A temporary queue went with its connection; what waited in it is lost, what comes is not."""
@@ -187,15 +186,7 @@ class RabbitBroker:
 
     async def connection(self) -> Connection:
         """The living connection that consumes."""
-        return (await self.work()).connection
-
-    async def work(self) -> Work:
-        """The channel on which everything is consumed."""
-        work = await self._link.session()
-        if work.lost:
-            await self._link.again(work)
-            work = await self._link.session()
-        return work
+        return await self._link.session()
 
     def read(self, incoming: Incoming, spec: Spec, nameless: str = "") -> Arrived:
         """The message that arrived in a queue; nameless is the id of one that has none, made up where it is empty."""
@@ -312,7 +303,11 @@ class RabbitBroker:
         await self.known(queue, fresh=True)
         subscription = RabbitSubscription(self, queue, prefetch, early)
         self.subscriptions.add(subscription)
-        await subscription.attach(await self.work())
+        try:
+            await subscription.attach(await self.connection())
+        except BaseException:
+            await subscription.close()
+            raise
         return subscription
 
     @at_the_seam
@@ -396,7 +391,7 @@ class RabbitBroker:
     async def risks(self) -> list[str]:
         """See conveyor.broker.Broker."""
         self._check_open()
-        await self.work()
+        await self.connection()
         await self.publisher.probe()
         return self._operating.risks()
 

@@ -92,9 +92,15 @@ class Mover:
                 self._complain(str(error))
             finally:
                 self._begun.set()
+                self._drop_channel()
             if not self._stopped:
                 self._arrived = []  # the server has taken it back
                 await asyncio.sleep(AGAIN_SECONDS)
+
+    def _drop_channel(self) -> None:
+        """No consumer stays behind; stop() sees to that itself."""
+        if not self._stopped and self._work is not None:
+            self._work.channel.begin_close()
 
     async def stop(self) -> None:
         """Receive no more. What is in its hands is put back, uncounted as it is by its header alone."""

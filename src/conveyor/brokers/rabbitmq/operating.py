@@ -58,7 +58,7 @@ class Operating:
                     lease_seconds=spec.lease_seconds,
                     ready=ready,
                     in_flight=held,
-                    delayed=later + moving + (keyed.waiting if keyed else 0),
+                    delayed=later + moving + sum(each.aside for each in receivers) + (keyed.waiting if keyed else 0),
                     dead=(counts[spec.dead] or (0, 0))[0],
                     oldest_seconds=None,
                     consumers=(counts[spec.later] or (0, None))[1],

@@ -45,6 +45,7 @@ class Renewals:
         self._timeout_seconds = timeout_seconds
         self._expected: dict[str, asyncio.Future[Incoming]] = {}
         self._consuming: dict[str, Work] = {}
+        self._work: Work | None = None
 
     async def run(self) -> None:
         """The loop."""
@@ -71,7 +72,7 @@ class Renewals:
 
     async def _renew(self, spec: Spec, helds: Sequence[Held]) -> None:
         loop = asyncio.get_running_loop()
-        queue = await self._own_queue(spec)
+        queue, work = await self._own_queue(spec)
         names = [uuid.uuid4().hex for _ in helds]
         arrivals = [loop.create_future() for _ in helds]
         over = loop.create_future()
@@ -88,17 +89,21 @@ class Renewals:
             for held, name, arrival in zip(helds, names, arrivals, strict=True):
                 self._expected.pop(name, None)
                 if arrival.done() and not arrival.cancelled():
-                    self._swap(held, arrival.result())
+                    self._swap(held, work, arrival.result())
                 held.renewing = None
             over.set_result(None)
 
-    def _swap(self, held: Held, copy: Incoming) -> None:
+    def _swap(self, held: Held, work: Work, copy: Incoming) -> None:
         """The copy is what is held from now on."""
-        if held.work.lost:
+        if work.lost:
             return
-        old, held.tag, held.incoming = held.tag, copy.delivery_tag, copy
+        if held.work.lost:  # the server has the original back
+            work.ack([copy.delivery_tag])
+            return
+        old_work, old = held.work, held.tag
+        held.work, held.tag, held.incoming = work, copy.delivery_tag, copy
         held.since = asyncio.get_running_loop().time()
-        held.work.ack([old])
+        old_work.ack([old])
         log.info("renewed the delivery of message %s in %s, which takes long", held.message.id, held.queue)
 
     def _copy(self, held: Held, queue: str, name: str) -> Outgoing:
@@ -111,10 +116,13 @@ class Renewals:
         }
         return Outgoing("", queue, held.incoming.body, copy_of(held.incoming, held.message, notes))
 
-    async def _own_queue(self, spec: Spec) -> str:
-        """The queue of copies, consumed by us."""
+    async def _own_queue(self, spec: Spec) -> tuple[str, Work]:
+        """The queue of copies, consumed by us on a channel."""
         queue = f"{spec.name}.held.{self._broker.owner}"
-        work = await self._broker.work()
+        connection = await self._broker.connection()
+        work = self._work
+        if work is None or work.lost or work.connection is not connection:
+            work = self._work = Work(connection, await connection.channel())
         if self._consuming.get(queue) is not work:
             await self._broker.topology.create_held(spec, queue, RETURN_SECONDS, UNUSED_SECONDS)
 
@@ -131,7 +139,7 @@ class Renewals:
 
             await asyncio.gather(work.channel.qos(0), work.channel.consume(queue, on_delivery))
             self._consuming[queue] = work
-        return queue
+        return queue, work
 
     async def _back(self, work: Work, spec: Spec, incoming: Incoming) -> None:
         what = self._broker.read(incoming, spec)

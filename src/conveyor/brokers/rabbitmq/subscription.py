@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from conveyor.broker import Delivery
-from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, FieldValue, Incoming
+from conveyor.brokers.rabbitmq.amqp import AmqpError, ChannelClosed, Connection, FieldValue, Incoming
 from conveyor.brokers.rabbitmq.delay import AGAIN_SECONDS, Mover, moved_copy
 from conveyor.brokers.rabbitmq.envelope import ATTEMPTS, DELIVERIES, DUE, ERROR, Arrived, copy_of
 from conveyor.brokers.rabbitmq.held import Held
@@ -31,6 +32,9 @@ log: Final = logging.getLogger("conveyor.rabbitmq")
 
 LOOK_AGAIN_SECONDS: Final = 1.0
 """How often whoever receives early looks whether there is a delay ladder by now."""
+PASSIVE_SECONDS: Final = 0.25
+"""How long a message that is not due is held before it goes to the end of a queue that others have made; meanwhile it takes the room
+of one that is."""
 UNKEYED_TURN: Final = 4
 """Of so many fetches, one also looks for messages without a key where those with one are never at an end."""
 CRASHED: Final = "its process died, or lost the connection, without a word"
@@ -49,6 +53,11 @@ class RabbitSubscription:
         self._early = early
         self._ended: BrokerError | None = None
         self._news: set[asyncio.Event] = set()
+        self._work: Work | None = None
+        self._opening = asyncio.Lock()
+        self._aside: dict[Incoming, Outgoing] = {}
+        self._waiting: set[asyncio.Task[None]] = set()
+        self._over = asyncio.Event()
         self.mover: Mover | None = None
         """Moves what is delayed in the queue, where this object may."""
         self.stream = Stream(
@@ -68,8 +77,8 @@ class RabbitSubscription:
             if room <= 0:
                 await self._more_room()
                 continue
-            work = await self.broker.work()
-            await self.attach(work)
+            work = await self._channel()
+            await self.attach(work.connection)
             self._asked += room
             try:
                 deliveries = await self._fetch(work, room)
@@ -84,11 +93,20 @@ class RabbitSubscription:
         mover, self.mover = self.mover, None
         try:
             await self.stream.close()
+            if self._waiting:
+                await asyncio.wait(self._waiting)
             if mover is not None:
                 await mover.stop()
+            if self._work is not None:
+                self._work.retire()
         except AmqpError:
             pass  # the server has taken back what it had
         self.broker.forget(self)
+
+    @property
+    def aside(self) -> int:
+        """Messages in its hands that are not due."""
+        return len(self._aside)
 
     async def quiet(self) -> None:
         """Return when nothing is on its way, neither to here nor from one queue to another."""
@@ -99,11 +117,17 @@ class RabbitSubscription:
     async def purge(self) -> int:
         """Delete what is in its hands and was not fetched; how many."""
         moving = 0 if self.mover is None else await self.mover.purge()
-        return moving + await self.stream.purge()
+        moving += await self.stream.purge()
+        aside, self._aside = list(self._aside), {}
+        if aside and self._work is not None and not self._work.lost:
+            self._work.ack([each.delivery_tag for each in aside])
+            await self._work.flush()
+        return moving + len(aside)
 
     def end(self, why: BrokerError) -> None:
         """Take part no more; a fetch that waits raises why."""
         self._ended = self._ended or why
+        self._over.set()
         self.wake()
 
     def wake(self) -> None:
@@ -119,9 +143,9 @@ class RabbitSubscription:
         if self._news and self.held + self._asked == self._prefetch - 1:
             self.wake()
 
-    async def attach(self, work: Work) -> None:
+    async def attach(self, connection: Connection) -> None:
         """Have a mover on this connection; its consumer is what counts this subscription, too."""
-        mover, connection = self.mover, work.connection
+        mover = self.mover
         if mover is None or mover.connection is not connection:
             self._check()
             if self._early or self.broker.specs[self.queue].passive:
@@ -130,6 +154,18 @@ class RabbitSubscription:
             self.broker.spawn(mover.run(), f"moving what is delayed in {self.queue}")
         if not mover.patience_over:
             await mover.begun()
+
+    async def _channel(self) -> Work:
+        """A channel of its own: what the server refuses here closes nobody else's."""
+        connection = await self.broker.connection()
+        async with self._opening:
+            work = self._work
+            if work is None or work.lost or work.connection is not connection:
+                try:
+                    work = self._work = Work(connection, await connection.channel())
+                except AmqpError as error:
+                    raise BrokerUnavailable(f"cannot receive from {self.queue!r}: {said(error)}") from error
+            return work
 
     def _check(self) -> None:
         if self._ended is not None:
@@ -258,6 +294,11 @@ class RabbitSubscription:
         """Count and lease what has come; what may not be delivered now goes elsewhere first."""
         read, now = self.broker.read, self.broker.clock()
         come = [(incoming, read(incoming, spec)) for incoming in arrived]
+        if spec.passive and not self._early:
+            early = [(each, what) for each, what in come if what.due > now and not is_keyed(spec, what.message)]
+            if early:
+                come = [each for each in come if each not in early]
+                self._set_aside(work, spec, early, now)
         elsewhere = [
             (each, copy) for each, what in come if (copy := self._elsewhere(spec, each, what, now)) is not None
         ]
@@ -299,7 +340,7 @@ class RabbitSubscription:
         if is_keyed(spec, what.message):  # another program put it there, who does not know of the partitions
             return moved_copy(incoming, what, "")._replace(exchange=spec.keyed)
         if what.due > now and not self._early:
-            return moved_copy(incoming, what, spec.name if spec.passive else spec.later)
+            return moved_copy(incoming, what, spec.later)
         if incoming.redelivered and not spec.replicated and not waited:
             # A classic queue does not count. So the copy says what this delivery was, and is the next one.
             notes: dict[str, FieldValue] = {
@@ -310,6 +351,26 @@ class RabbitSubscription:
             }
             return Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
         return None
+
+    def _set_aside(self, work: Work, spec: Spec, early: list[tuple[Incoming, Arrived]], now: float) -> None:
+        """A passive queue has no other place for what is not due: held for a moment, it goes to its end, and comes round again."""
+        copies = {incoming: moved_copy(incoming, what, spec.name) for incoming, what in early}
+        self._aside |= copies
+        seconds = min(PASSIVE_SECONDS, min(what.due for _, what in early) - now)
+
+        async def wait() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._over.wait()
+            there = [
+                (incoming, copy) for incoming, copy in copies.items() if self._aside.pop(incoming, None) is not None
+            ]
+            if there:
+                await self._send(work, there)
+
+        task = self.broker.spawn(wait(), f"holding what is not due in {self.queue}")
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
 
     async def _send(self, work: Work, elsewhere: list[tuple[Incoming, Outgoing]]) -> None:
         """Send copies, and acknowledge what they stand for; to its end, even where the caller is cancelled."""

@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
-from conveyor.brokers.rabbitmq.amqp import Channel, Connection
+from conveyor.brokers.rabbitmq.amqp import Channel, ChannelClosed, Connection
 
 LARGEST_PREFETCH: Final = 2_000
 """Messages that a consumer has unsettled at most; quorum queues allow no more."""
+CLOSED_BY_US: Final = 200
 DOUBT_SECONDS: Final = 2.0
 """How soon what was on its way to a cancelled consumer is there again."""
 
@@ -27,6 +28,7 @@ class Work:
         self.channel = channel
         self._open: dict[int, None] = {}
         self._consumers = itertools.count(1)
+        self._retired = False
         self._doubts: dict[str, deque[float]] = {}
 
     @property
@@ -54,16 +56,32 @@ class Work:
             for tag in wanted.difference(together):
                 if self._open.pop(tag, 0) is None:
                     self.channel.ack(tag)
+        self._maybe_close()
 
     def give_back(self, tags: Iterable[int]) -> None:
         """Let the server put these back to where they were, in this order; it counts them as delivered."""
         for tag in tags:
             if self._open.pop(tag, 0) is None:
                 self.channel.nack(tag)
+        self._maybe_close()
+
+    def retire(self) -> None:
+        """Nobody receives on it any more: close the channel as soon as all that it delivered is settled."""
+        self._retired = True
+        self._maybe_close()
+
+    def _maybe_close(self) -> None:
+        if self._retired and not self._open:
+            self.channel.begin_close()
 
     async def flush(self) -> None:
         """Return when the server has read all that was sent on the channel: it answers requests in order."""
-        await self.channel.qos(0)
+        if not self._retired or self._open:
+            await self.channel.qos(0)
+            return
+        reason = await asyncio.shield(self.channel.closed)  # which was asked for behind all else
+        if not (isinstance(reason, ChannelClosed) and reason.code == CLOSED_BY_US):
+            raise reason
 
     def new_name(self) -> str:
         """Of a consumer. Never used before: a quorum queue takes one of the same name for the one that still holds its messages."""
