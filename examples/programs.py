@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Final
 
+from conveyor.runtime.channel import die_with_parent
+
 DRAIN_SECONDS: Final = 45.0
 """What workers may need to finish what they hold, with some to spare."""
 
@@ -24,8 +26,12 @@ class Programs:
 
     def start(self, *command: str) -> None:
         """Start one: the arguments of ``python -m``."""
-        # In a session of its own: Ctrl-C reaches this process only, which asks each of them once.
-        process = subprocess.Popen([sys.executable, "-m", *command], start_new_session=True)  # noqa: S603 - our own programs
+        # In a session of its own: Ctrl-C reaches this process only, which asks each of them once. Whatever ends this one ends them.
+        process = subprocess.Popen(  # noqa: S603 - our own programs
+            [sys.executable, "-m", *command],
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - no threads are there yet
+        )
         self._processes.append(process)
 
     def look(self, _signal: int, _frame: FrameType | None) -> None:
@@ -38,7 +44,7 @@ class Programs:
 
     def stop(self) -> None:
         """Ask them to end, the last one first; each has time to finish what it does."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a request that comes twice must not leave some of them behind
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a request that comes again must not leave some of them behind
         for process in reversed(self._processes):
             process.terminate()
             try:
@@ -51,7 +57,7 @@ class Programs:
 @contextlib.contextmanager
 def running(*commands: Sequence[str]) -> Iterator[Programs]:
     """Have programs run while the block lasts."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # whenever the web server is not the one who listens to it
+    signal.signal(signal.SIGTERM, _end)  # whenever the web server is not the one who listens to it
     programs = Programs()
     signal.signal(signal.SIGCHLD, programs.look)
     try:
@@ -61,3 +67,9 @@ def running(*commands: Sequence[str]) -> Iterator[Programs]:
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         programs.stop()
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    """Leave the block, once: a second request would be raised in the midst of the stopping."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
