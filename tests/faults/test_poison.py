@@ -60,7 +60,7 @@ async def test_a_message_that_kills_its_process_becomes_a_dead_letter_that_says_
     program = await poisoned(world, TOPICS[worker], dose(kind))
     [letter] = await died(world, program, eventually)
     assert (letter.queue, letter.reason, letter.body) == (f"poison.{worker}", "crashed", dose(kind))
-    assert letter.error.startswith("3 processes died while handling it; last: ")
+    assert letter.error.startswith("3 deliveries of it ended without a word: the process died, lost its connection ")
     assert why in letter.error
     assert {f"fine-{number}" for number in range(NEIGHBOURS)} == set(world.lines("handled"))
 

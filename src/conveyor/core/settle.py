@@ -30,7 +30,7 @@ class Reason(enum.StrEnum):
     INVALID = "invalid"
     """The body does not decode into what the handler takes."""
     CRASHED = "crashed"
-    """The processes that handled it died."""
+    """Nobody ever said how its handling ended: the processes died, lost their connection, or slept past the lease."""
     EXPIRED = "expired"
     """Its time to be handled was over."""
 
@@ -126,7 +126,8 @@ def verdict_on_arrival(
     if crashes >= policy.crashes:
         return Dead(
             Reason.CRASHED,
-            f"{counted(crashes, 'process', 'processes')} died while handling it"
+            f"{counted(crashes, 'delivery', 'deliveries')} of it ended without a word: the process died, "
+            "lost its connection to the broker, or slept past its lease"
             + (f"; last: {last_error}" if last_error else ""),
         )
     if message.expires is not None and message.expires <= now:

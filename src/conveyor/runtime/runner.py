@@ -459,10 +459,10 @@ class Runner:
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
         log.warning(
-            "message %s of %s is run alone: %s died while handling it",
+            "message %s of %s is run alone: %s of it ended without a word",
             delivery.message.id,
             delivery.queue,
-            counted(delivery.crashes, "process", "processes"),
+            counted(delivery.crashes, "delivery", "deliveries"),
         )
         self._alone = f"message {delivery.message.id} of {delivery.queue} runs alone; all else waits for it"
         try:
