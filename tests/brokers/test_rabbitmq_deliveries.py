@@ -359,3 +359,21 @@ async def test_a_mover_that_begins_anew_leaves_no_consumer(url: str, monkeypatch
             assert await broker.settle([Settlement(delivery, DONE)]) == []
             while [info.consumers for info in await broker.queues()] != [1]:
                 await asyncio.sleep(0.01)
+
+
+# --- heartbeats -------------------------------------------------------------------------------------------------------
+
+
+async def test_heartbeats_are_at_most_half_of_the_shortest_lease_or_as_the_url_says(rabbitmq: RabbitMQ) -> None:
+    url = rabbitmq.url()
+    async with opened(url) as broker, opened(url) as receiver, opened(f"{url}?heartbeat=1") as eager:
+        await broker.declare([Queue(name="slow", lease_seconds=60.0)])
+        first = await broker.connection()
+        await broker.declare([Queue(name="quick", topics=("t",), lease_seconds=6.0)])
+        assert (await broker.connection()).heartbeat_seconds == 3
+        assert first.closed.done()
+        await receiver.subscribe("quick", 10)
+        assert (await receiver.connection()).heartbeat_seconds == 3
+        assert (await eager.connection()).heartbeat_seconds == 1
+        await broker.publish([Message("m", "t", b"{}")])
+        assert (await one(receiver, "quick")).message.id == "m"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Coroutine, Mapping, Sequence
@@ -90,6 +91,7 @@ class RabbitBroker:
         self.keys: dict[str, Keyed] = {}
         self.positions = dead.Positions()
         self._is_open = False
+        self._shortest_lease = math.inf
         name = f"conveyor {self.owner[:8]}"
         self._link: Link[Connection] = Link(options, f"{name} consumes", self._begin, self._heartbeat_seconds)
         self.topology = Topology(self.connection, options.exchange)
@@ -179,8 +181,14 @@ class RabbitBroker:
 
     def _heartbeat_seconds(self) -> float:
         """Half of the shortest lease, so that a process that sleeps past it is cut off in about that time."""
-        shortest = min((spec.lease_seconds for spec in self.specs.values()), default=self.options.heartbeat_seconds * 2)
-        return max(SHORTEST_HEARTBEAT_SECONDS, min(self.options.heartbeat_seconds, shortest / 2))
+        return min(self.options.heartbeat_seconds, max(SHORTEST_HEARTBEAT_SECONDS, self._shortest_lease / 2))
+
+    async def _beat_for(self, specs: Sequence[Spec]) -> None:
+        """Have heartbeats that are quick enough for these, too, while nothing is lost with a connection: they are fixed as it begins."""
+        self._shortest_lease = min([self._shortest_lease, *(spec.lease_seconds for spec in specs)])
+        settled = self.subscriptions or any(spec.temporary for spec in self.specs.values())
+        if not settled and (await self.connection()).heartbeat_seconds > math.ceil(self._heartbeat_seconds()):
+            await self._link.leave()
 
     # What the parts share
 
@@ -236,6 +244,7 @@ class RabbitBroker:
         self._check_open()
         specs = [spec_of(queue, self.options.queue_type) for queue in queues]
         lasting = [spec for spec in specs if not spec.temporary]
+        await self._beat_for(specs)
         for spec in specs:
             if spec.temporary:
                 await self._declare_temporary(spec)
@@ -300,7 +309,7 @@ class RabbitBroker:
     async def subscribe(self, queue: str, prefetch: int, *, early: bool = False) -> RabbitSubscription:
         """See conveyor.broker.Broker."""
         self._check_open()
-        await self.known(queue, fresh=True)
+        await self._beat_for([await self.known(queue, fresh=True)])
         subscription = RabbitSubscription(self, queue, prefetch, early)
         self.subscriptions.add(subscription)
         try:

@@ -100,8 +100,13 @@ class Link(Generic[Session]):
         """This session is of no use any more: its channel was closed. Begin another one."""
         if self._session is session and self.connection is not None:
             log.warning("%s: a channel was closed; beginning anew", self._name)
-            self._session = None
-            await self.connection.close()
+            await self.leave()
+
+    async def leave(self) -> None:
+        """End the connection; who asks for one gets another."""
+        if (connection := self.connection) is not None:
+            self.connection = self._session = None
+            await connection.close()
 
     async def close(self) -> None:
         """Take leave."""
