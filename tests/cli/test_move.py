@@ -46,6 +46,15 @@ def new(request: pytest.FixtureRequest, conveyor: Program) -> str:
     return url
 
 
+@pytest.fixture(params=["sqlite", "redis"])
+def leasing(request: pytest.FixtureRequest, conveyor: Program) -> str:
+    """A broker of each kind where what a dead process held is its own until the lease ends."""
+    if request.param == "sqlite":
+        return f"sqlite:///{conveyor.folder}/leasing.queue"
+    url: str = request.getfixturevalue(request.param).url()
+    return url
+
+
 ROUTES: Final = [
     ("sqlite", "sqlite"),
     ("sqlite", "redis"),
@@ -216,6 +225,7 @@ def test_what_workers_receive_is_moved_only_when_told_so(conveyor: Program, old:
             move = ("move", "--from", old, "--to", new)
             said = await asyncio.to_thread(conveyor.refused, *move, code=1)
             assert "workers receive from shop.charge (1)" in said
+            assert "what was killed" in said
             await asyncio.to_thread(conveyor.ok, *move, "--while-consuming")
 
     asyncio.run(receiving())
@@ -335,6 +345,44 @@ async def test_what_is_behind_a_refused_message_of_its_key_stays_behind_it(monke
         assert sorted(there) == [f"order.paid-{number}" for number in (0, 1, 3, 5, 7)]
         still = [each.id for each in (await contents(old, SHIP))[1]]
         assert still == ["order.paid-2", "order.paid-4", "order.paid-6"]
+
+
+async def test_what_a_killed_process_had_of_an_ordered_queue_is_not_overtaken(leasing: str) -> None:
+    queue = Queue(name="shop.ship", topics=("order.paid",), ordered=True, lease_seconds=1.0)
+    async with opened(leasing) as dead, opened(leasing) as source, opened("memory://") as new:
+        for broker in (dead, new):
+            await broker.declare([queue])
+        await dead.publish([message("order.paid", number, key="k") for number in range(6)])
+        await taken(await dead.subscribe(queue.name, 2, early=True), 2)
+        [info] = await source.queues()
+        said: list[str] = []
+        mover, moved = Mover(source, new, asyncio.Event(), lambda _: None), Moved(info)
+        await mover.wait_until_still(moved, said.append)
+        await mover.move(moved)
+        assert [each.id for each in (await contents(new, queue))[1]] == [f"order.paid-{number}" for number in range(6)]
+        assert "waiting for up to 1 s until the leases of 2 messages end" in said[0]
+
+
+async def test_an_ordered_queue_of_which_somebody_alive_has_messages_stays_where_it_is(
+    leasing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conveyor.cli.move.LEASE_MARGIN_SECONDS", 0.0)
+    queue = Queue(name="shop.ship", topics=("order.paid",), ordered=True, lease_seconds=1.0)
+    async with opened(leasing) as alive, opened(leasing) as source, opened("memory://") as new:
+        for broker in (alive, new):
+            await broker.declare([queue])
+        await alive.publish([message("order.paid", number, key="k") for number in range(6)])
+        held = await taken(await alive.subscribe(queue.name, 2, early=True), 2)
+        [info] = await source.queues()
+        mover, moved, said = Mover(source, new, asyncio.Event(), lambda _: None), Moved(info), list[str]()
+        waiting = asyncio.create_task(mover.wait_until_still(moved, said.append))
+        while not waiting.done():
+            await alive.extend(held)
+            await asyncio.sleep(0.2)
+        await waiting
+        await mover.move(moved)
+        assert (moved.messages, moved.left) == (0, 6)
+        assert "somebody alive has 2 of its messages" in said[-1]
 
 
 async def test_what_the_old_broker_may_give_out_again_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,8 @@ LOOK_SECONDS: Final = 1.0
 FRUITLESS_LOOKS: Final = 5
 """So often a queue that is not empty may give nothing before it is left as it is: a broker needs a moment to see that whoever held
 something is dead."""
+LEASE_MARGIN_SECONDS: Final = 10.0
+"""So long after a lease has ended, its message is given back everywhere."""
 PLAIN = Output()
 
 command = App(
@@ -46,7 +48,8 @@ Stop the applications first. What is not due yet keeps its time, keys keep their
 order, dead letters their reason; attempts that failed are counted from zero.
 A message leaves the old broker when the new one has it: Ctrl-C ends after the
 batch that is on its way, and after a kill at most {BATCH} messages are there twice,
-with the same ids. Run it again to go on.
+with the same ids. Run it again to go on; of a queue with order it waits first until
+the leases of what a killed move had are over.
 
 {EXIT_CODES}""",
 )
@@ -128,6 +131,8 @@ class Moved:
     dead: int = 0
     left: int = 0
     """Messages that could not be had: in the hands of a worker, or of a process that died."""
+    waits: bool = False
+    """Its messages stay, because somebody has some of them, and they would be overtaken."""
     twice: int = 0
     """Messages that the new broker has, and the old one may give out again: their leases had ended."""
 
@@ -147,6 +152,8 @@ async def _move(
                     task = bar.add_task("moving", total=sum(each.ready + each.delayed + each.dead for each in chosen))
                     mover = Mover(source, destination, told, lambda number: bar.advance(task, number))
                     for each in moved:
+                        if each.queue.ordered and not while_consuming:
+                            await mover.wait_until_still(each, output.note)
                         await mover.move(each)
                 interrupted = told.is_set()
     if output.json:
@@ -169,9 +176,36 @@ class Mover:
         self._told = told
         self._advance = advance
 
+    async def wait_until_still(self, moved: Moved, say: Callable[[str], None]) -> None:
+        """Wait until nobody has messages of the queue: what is behind the oldest of a key must not overtake it.
+
+        Whoever died with some, a move that was killed for example, has them until their leases end. Who lives on keeps them: then
+        the messages stay where they are.
+        """
+        name, loop = moved.queue.name, asyncio.get_running_loop()
+        end = loop.time() + moved.queue.lease_seconds + LEASE_MARGIN_SECONDS
+        said = False
+        while (info := await _info(self._source, name)).in_flight and not self._told.is_set():
+            if loop.time() > end:
+                moved.left, moved.waits = info.ready + info.delayed + info.in_flight, True
+                say(
+                    f"{name}: somebody alive has {info.in_flight:,} of its messages; its order would be lost, so they all stay"
+                )
+                return
+            if not said:
+                said = True
+                say(
+                    f"{name}: waiting for up to {moved.queue.lease_seconds:g} s until the leases of {info.in_flight:,} messages end, "
+                    "which somebody had who was killed, or has still: its keys are to keep their order"
+                )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._told.wait()
+
     async def move(self, moved: Moved) -> None:
         """Everything of one queue."""
-        await self._messages(moved)
+        if not moved.waits:
+            await self._messages(moved)
         await self._dead_letters(moved)
 
     async def _messages(self, moved: Moved) -> None:
@@ -321,7 +355,7 @@ def _check(chosen: Sequence[QueueInfo], missing: Mapping[Feature, str], *, while
         raise BrokerError(
             "workers receive from "
             + ", ".join(f"{each.name} ({each.consumers})" for each in busy)
-            + "; stop their applications, or say --while-consuming"
+            + "; stop their applications, or say --while-consuming (what was killed, a move for example, counts as one for up to a minute)"
         )
     for feature, needing in (
         (Feature.DELAY, [each.name for each in chosen if each.delayed]),
