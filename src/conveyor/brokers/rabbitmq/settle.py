@@ -48,7 +48,10 @@ class Settling:
                 held.state = State.SETTLING
                 taken.append((held, settlement.verdict))
         before = [(place, place.counts) for held, _ in taken if (place := held.place) is not None]
+        back = {h.subscription for h, verdict in taken if isinstance(verdict, RetryAt | Release) and h.place is None}
         try:
+            for subscription in back:
+                await subscription.stream.rest()
             await self._note(taken)
             await self._publish(taken)
         except BaseException:

@@ -103,6 +103,11 @@ class Stream:
             if self._tap is not None:
                 await self._tap.close()
 
+    async def rest(self) -> None:
+        """Before something goes back that is for anyone: let it not come here at once where nobody fetches."""
+        if self._fetching == 0:
+            await self.pause()
+
     async def purge(self) -> int:
         """Delete what has come, and nobody has fetched; how many."""
         await self.pause()
