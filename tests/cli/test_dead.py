@@ -38,7 +38,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 
 def message(number: int, topic: str = "order.created") -> Message:
-    return Message(f"{topic}-{number}", topic, b'{"n": %d}' % number, headers={"tenant": "blau"}, created=1.7e9)
+    return Message(f"{topic}-{number}", topic, b'{"n": %d}' % number, headers={"X-Request-ID": "blau"}, created=1.7e9)
 
 
 @asynccontextmanager
@@ -91,14 +91,18 @@ def test_dead_letters_are_listed_shown_redriven_and_discarded(conveyor: Program,
     shown = conveyor.ok("dead", "show", "order.created-1", *here)
     assert "Traceback: charge" in shown
     assert '{"n": 1}' in shown
+    assert "header X-Request-ID blau" in shown
     assert "1 of the handler" in shown, "the attempt that ended it is not counted"
     [letter] = conveyor.json("dead", "show", "order.created-1", *here)["dead"]
     assert letter["attempts"] == 1
     assert (letter["queue"], letter["topic"], letter["payload"]) == ("shop.charge", "order.created", '{"n": 1}')
     assert (letter["reason"], letter["error"], letter["headers"]) == (
-        "exhausted", "TimeoutError: slow", {"tenant": "blau"}
+        "exhausted", "TimeoutError: slow", {"X-Request-ID": "blau"}
     )  # fmt: skip
     assert counts(conveyor, url) == {"shop.charge": (0, 3), "shop.mail": (0, 2)}, "looking changed something"
+
+    said = conveyor.refused("dead", "list", "--queue", "shop.charge.dead", *here, code=1)
+    assert "say --queue shop.charge" in said
 
     done = conveyor.json("dead", "redrive", "--error", "timeout", "--id", "order.created-1", *here)
     assert (done["matched"], done["redriven"]) == (1, 1)

@@ -34,6 +34,9 @@ SCHEMES: Final[dict[str, tuple[str, str | None]]] = {
     "unix": ("conveyor.brokers.redis", "redis"),
 }
 
+SERVERS: Final = frozenset({"amqp", "amqps", "redis", "rediss"})
+"""The schemes with a host, and often a password."""
+
 
 def from_url(url: str, *, owner: str | None = None, clock: Clock = time.time) -> Broker:
     """The broker that a URL names, not opened yet.
@@ -47,11 +50,19 @@ def from_url(url: str, *, owner: str | None = None, clock: Clock = time.time) ->
         ConfigurationError: the scheme is unknown, or the URL makes no sense to its broker.
         MissingExtra: the broker's driver is not installed.
     """
-    scheme = urlsplit(url).scheme
+    parts = urlsplit(url)
+    scheme = parts.scheme
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         said = f"unknown broker scheme {scheme!r}" if scheme else f"{url!r} is no broker URL"
         raise ConfigurationError(f"{said}; known are {known} (for example sqlite:///shop.queue)")
+    # What is wrong is not repeated here: it may be a part of a password.
+    if scheme in SERVERS and not url[len(scheme) :].startswith("://"):
+        raise ConfigurationError(f"a URL of this broker begins with {scheme}:// (two slashes)")
+    if scheme in SERVERS and "@" in parts.path:
+        raise ConfigurationError(
+            f"{scheme}://…: there is an @ behind the first slash; in a user's name or a password, @ is written %40 and / is written %2F"
+        )
     module, extra = SCHEMES[scheme]
     try:
         found = cast("BrokerModule", importlib.import_module(module))

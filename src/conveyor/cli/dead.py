@@ -213,7 +213,7 @@ def _print(letter: DeadLetter, output: Output) -> None:
     }
     for name, value in facts.items():
         if value is not None:
-            output.say(f"{name:<12}{shortened(value, 1_000)}")
+            output.say(f"{name:<11} {shortened(value, 1_000)}")
     output.say(f"error       {letter.error}", "red")
     if letter.traceback:
         output.say(letter.traceback.rstrip("\n"), "dim")
@@ -306,6 +306,8 @@ async def _known(broker: Broker, which: Which) -> None:
         return
     names = [queue.name for queue in await broker.queues()]
     if which.queue not in names:
+        if (owner := which.queue.removesuffix(".dead")) in names:
+            raise BrokerError(f"{which.queue} is where the dead letters of {owner} are kept; say --queue {owner}")
         raise not_there(which.queue, names)
 
 

@@ -218,11 +218,19 @@ async def connect(
         except TimeoutError:
             said = f"no answer within {timeout_seconds:g} s; is it the AMQP port of a RabbitMQ server?"
             reasons.append((address, TimeoutError(said)))
+        except ssl.SSLError as error:
+            reasons.append(
+                (address, error if isinstance(error, ssl.SSLCertVerificationError) else OSError(_tls_said(error)))
+            )
         except (OSError, AmqpError) as error:
             reasons.append((address, error))
         else:
             return connection
     raise ConnectionFailed(reasons)
+
+
+def _tls_said(error: ssl.SSLError) -> str:
+    return f"TLS failed ({error.reason or error}); does it speak TLS on this port (5671 as a rule)? amqp:// is without"
 
 
 def _start_ok(address: Address, name: str) -> bytes:

@@ -164,7 +164,9 @@ class Link(Generic[Session]):
             reason = error.reasons[0][1]
         if isinstance(reason, ConnectionClosed | ChannelClosed) and reason.code in {ACCESS_REFUSED, NOT_ALLOWED}:
             return f"RabbitMQ at {where} is there, and refuses: {said(reason)}"
-        return f"cannot reach RabbitMQ at {where}: {reason or 'no answer yet'}"
+        return (
+            f"cannot reach RabbitMQ at {where}: {reason or 'no answer yet; is it the AMQP port of a RabbitMQ server?'}"
+        )
 
 
 def at_the_seam(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:

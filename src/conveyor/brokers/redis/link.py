@@ -359,6 +359,8 @@ def _why(error: BaseException, address: Address) -> str:
         return (
             f"TLS failed ({said}); look at the certificate, at ca= in the URL, and whether it speaks TLS on this port"
         )
+    if f" to {address}" in str(error):  # it ended while it greeted
+        return f"{str(error).replace(f' to {address}', '')}; is it Redis that listens there?"
     return str(error) or type(error).__name__
 
 
