@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -11,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Final
 
-from conveyor.runtime.channel import die_with_parent
-
+PR_SET_PDEATHSIG: Final = 1
 DRAIN_SECONDS: Final = 45.0
 """What workers may need to finish what they hold, with some to spare."""
 
@@ -30,7 +30,7 @@ class Programs:
         process = subprocess.Popen(  # noqa: S603 - our own programs
             [sys.executable, "-m", *command],
             start_new_session=True,
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - no threads are there yet
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads are there yet
         )
         self._processes.append(process)
 
@@ -73,3 +73,9 @@ def _end(_signal: int, _frame: FrameType | None) -> None:
     """Leave the block, once: a second request would be raised in the midst of the stopping."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(0)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel end this process with the one that started it (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
