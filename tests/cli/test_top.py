@@ -25,10 +25,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conveyor import brokers
-from conveyor.broker import QueueInfo
+from conveyor.broker import Queue, QueueInfo
+from conveyor.brokers.memory import MemoryBroker
 from conveyor.cli.screen import QUEUES, RUNNERS, Column, brief, brief_bytes, brief_rate, brief_span, in_middle, widths
-from conveyor.cli.top import Rates, RunnerRow, queue_rows
-from conveyor.runtime.control import Status, WorkerStatus
+from conveyor.cli.top import Rates, RunnerRow, Watcher, queue_rows
+from conveyor.runtime.control import Operator, Status, WorkerStatus
 from conveyor.runtime.health import Health
 
 if TYPE_CHECKING:
@@ -396,8 +397,31 @@ def test_a_queue_s_row_knows_what_only_runners_see() -> None:
         oldest_seconds=None,
         consumers=1,
     )
-    [row] = queue_rows([info], [status(1.0, failed=2)], Rates(), frozenset(["bank.charge"]), {"bank.charge": (5, 4)})
+    gone = WorkerStatus(name="charge", queue="bank.charge", concurrency=1, failed=5, retried=4)
+    [row] = queue_rows([info], [status(1.0, failed=2)], Rates(), frozenset(["bank.charge"]), [gone])
     assert (row.in_flight, row.failed, row.retried, row.paused, row.workers) == (3, 7, 4, True, ("charge",))
+
+
+async def test_a_runner_that_answers_after_it_was_forgotten_is_not_counted_twice() -> None:
+    broker, watcher = MemoryBroker(), Watcher("memory://", 1.0)
+    await broker.open()
+    try:
+        await broker.declare([Queue(name="bank.charge")])
+        async with Operator(broker) as operator:
+
+            async def failed(seen: Status, seconds_ago: float) -> int:
+                operator.statuses[seen.runner] = seen
+                operator.heard[seen.runner] = time.monotonic() - seconds_ago
+                if not seconds_ago:
+                    watcher._note(seen)
+                picture = await watcher._look(broker, operator)
+                return picture.queues[0].failed
+
+            assert await failed(status(1.0, failed=2), 0.0) == 2
+            assert await failed(status(1.0, failed=2), 1000.0) == 2
+            assert await failed(status(1000.0, failed=3), 0.0) == 3
+    finally:
+        await broker.close()
 
 
 def test_a_runner_s_health_says_what_is_most_important() -> None:

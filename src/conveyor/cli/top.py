@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -240,18 +241,18 @@ def queue_rows(
     statuses: Sequence[Status],
     rates: Rates,
     paused: frozenset[str],
-    before: Mapping[str, tuple[int, int]],
+    gone: Sequence[WorkerStatus],
 ) -> tuple[QueueRow, ...]:
     """What is known of each queue.
 
     Parameters:
         statuses: of the runners that answer.
-        before: queue → failed and retried, by runners that are gone.
+        gone: what the workers of runners that are gone did.
     """
     rows = []
     for info in infos:
         working = [(s, worker) for s in statuses for worker in s.workers if worker.queue == info.name]
-        failed, retried = before.get(info.name, (0, 0))
+        counting = [*(worker for _, worker in working), *(worker for worker in gone if worker.queue == info.name)]
         rows.append(
             QueueRow(
                 name=info.name,
@@ -261,8 +262,8 @@ def queue_rows(
                 dead=info.dead,
                 oldest_seconds=info.oldest_seconds,
                 rate=sum(rates.of(status.runner, worker.name) for status, worker in working),
-                failed=failed + sum(worker.failed for _, worker in working),
-                retried=retried + sum(worker.retried for _, worker in working),
+                failed=sum(worker.failed for worker in counting),
+                retried=sum(worker.retried for worker in counting),
                 paused=info.name in paused,
                 workers=tuple(dict.fromkeys(worker.name for _, worker in working)),
             )
@@ -291,7 +292,8 @@ class Watcher:
         self._queues = queues
         self._rates = Rates()
         self._failures: deque[tuple[str, Failure]] = deque(maxlen=FAILURES)
-        self._before: dict[str, tuple[int, int]] = {}
+        self._gone: dict[str, tuple[WorkerStatus, ...]] = {}
+        """Runner → what its workers had done when it was forgotten."""
         self._known: dict[str, int] = {}
         """Runner → the number of its latest failure that is known."""
         self._at: tuple[Broker, Operator] | None = None
@@ -356,7 +358,7 @@ class Watcher:
         runners.sort(key=lambda row: (row.status.app, row.status.host, row.status.process, row.status.pid))
         answering = [row.status for row in runners if not row.silent_seconds]
         return Picture(
-            queue_rows(infos, answering, self._rates, operator.paused, self._before),
+            queue_rows(infos, answering, self._rates, operator.paused, list(itertools.chain(*self._gone.values()))),
             tuple(runners),
             tuple(sorted(self._failures, key=lambda each: each[1].at, reverse=True)),
             looked=True,
@@ -369,6 +371,7 @@ class Watcher:
 
     def _note(self, status: Status) -> None:
         self._rates.note(status)
+        self._gone.pop(status.runner, None)  # it was only silent, and counts for itself again
         if self._app not in (None, status.app):
             return
         known = self._known.get(status.runner, 0)
@@ -381,9 +384,7 @@ class Watcher:
         """A runner is gone; what it counted stays counted."""
         operator.forget(status.runner)
         self._rates.forget(status.runner)
-        for worker in status.workers:
-            failed, retried = self._before.get(worker.queue, (0, 0))
-            self._before[worker.queue] = failed + worker.failed, retried + worker.retried
+        self._gone[status.runner] = status.workers
 
     # --- what its operator wants ------------------------------------------------------------------------------------------
 
