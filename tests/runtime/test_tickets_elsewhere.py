@@ -50,6 +50,17 @@ def fail() -> None:
 async def hang() -> None:
     await asyncio.Event().wait()
 """
+NOTES = """
+import os
+from conveyor import Conveyor
+
+app = Conveyor("notes", broker=os.environ["BROKER"], journal=os.environ["JOURNAL"])
+
+@app.task(concurrency=1)
+async def note(name: str) -> None:
+    with open("notes", "a") as notes:
+        notes.write(name + "\\n")
+"""
 SEND = """
 import asyncio
 from pathlib import Path
@@ -138,6 +149,35 @@ def run(program: str, environment: dict[str, str], *arguments: str) -> str:
 def test_one_program_sends_and_another_one_asks_by_id(programs: dict[str, str]) -> None:
     ids = run(SEND, programs)
     assert run(ASK, programs, *ids.split()) == "all well\n"
+
+
+async def test_jobs_that_were_cancelled_while_no_worker_was_there_do_not_run_when_workers_come(tmp_path: Path) -> None:
+    (tmp_path / "notes.py").write_text(NOTES)
+    broker, journal = f"sqlite:///{tmp_path}/notes.queue", str(tmp_path / "notes.journal")
+    environment = {**os.environ, "BROKER": broker, "JOURNAL": journal, "PYTHONPATH": str(tmp_path)}
+    app = Conveyor("notes", broker=broker, journal=journal)
+
+    @app.task(name="note")
+    async def note(name: str) -> None: ...
+
+    async with app:
+        tickets = [await note.send(f"cancelled {number}") for number in range(5)]
+        for ticket in tickets:
+            await ticket.cancel()
+        last = await note.send("the last")
+        command = [sys.executable, "-m", "conveyor", "run", "notes:app"]
+        with (
+            (tmp_path / "log").open("wb") as log,
+            subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log, stdout=log) as runner,
+        ):
+            try:
+                await last.result(120.0)
+                for ticket in tickets:
+                    with pytest.raises(JobCancelled):
+                        await ticket.result(120.0)
+            finally:
+                runner.terminate()
+    assert (tmp_path / "notes").read_text() == "the last\n"
 
 
 async def test_two_applications_share_jobs_in_memory() -> None:

@@ -45,6 +45,8 @@ TIDY_SECONDS: Final = 10.0
 """Between two looks at what is too old, or too much."""
 MOST_WAITS: Final = 10_000
 """Ids that are waited for at most, over all questions."""
+INTAKE_SECONDS: Final = 3.0
+"""A keeper that starts takes in so long what waits in its queue before it tells runners what is cancelled."""
 DRAIN_SECONDS: Final = 3.0
 """How long the keeper takes in what is still in its queue when it is asked to end."""
 MOST_CANCELLED: Final = 10_000
@@ -103,24 +105,25 @@ class Keeper:
             await self._write(self.archive.open)
             if self._reader is not self.archive:
                 await self._read(functools.partial(self._reader.open, create=False))
-            self._cancelled = dict.fromkeys(await self._write(self.archive.cancelled, MOST_CANCELLED))
+            self._cancelled = dict.fromkeys(reversed(await self._write(self.archive.cancelled, MOST_CANCELLED)))
             await self._broker.declare([self._queue, self._questions])
+            # First what waits: cancellations may be in it, and a runner that starts asks for them once.
+            self._loops.start("journal", self._take)
+            await self._until_drained(INTAKE_SECONDS)
             await self._control.start()
             await self._tell_runners(self._cancelled)
         except BaseException:
+            await self._loops.stop()
             await self._control.close()
             self._close()
             raise
-        self._loops.start("journal", self._take)
         self._loops.start("questions", self._hear)
         self._loops.start("tidy", self._tidy)
         log.info("the journal of %s is kept in %s", self._app, self.archive.path)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        with contextlib.suppress(TimeoutError, BrokerError):
-            async with asyncio.timeout(DRAIN_SECONDS):
-                await self._drained()
+        await self._until_drained(DRAIN_SECONDS)
         await self._loops.stop()
         await self._control.close()
         for wait in {wait for waits in self._waits.values() for wait in waits}:
@@ -143,14 +146,16 @@ class Keeper:
                     thread.submit(archive.close).result()
             thread.shutdown()
 
-    async def _drained(self) -> None:
-        """Wait until nothing is left in the queue."""
-        while True:
-            infos = await self._broker.queues()
-            left = next((info for info in infos if info.name == self._queue.name), None)
-            if left is None or self.problem is not None or not left.ready + left.in_flight:
-                return
-            await asyncio.sleep(0.05)
+    async def _until_drained(self, seconds: float) -> None:
+        """Wait until nothing is left in the queue, or nothing can be kept; no longer than that."""
+        with contextlib.suppress(TimeoutError, BrokerError):
+            async with asyncio.timeout(seconds):
+                while self.problem is None:
+                    infos = await self._broker.queues()
+                    left = next((info for info in infos if info.name == self._queue.name), None)
+                    if left is None or not left.ready + left.in_flight:
+                        return
+                    await asyncio.sleep(0.05)
 
     async def _write(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._writing, functools.partial(work, *args, **kwargs))

@@ -98,6 +98,7 @@ class Runner:
         if control is not None:
             control.status = self.status
             control.on_cancel = self.cancel
+            control.to_cancel = lambda: tuple(self._cancelled)
             control.on_turn = self._heed_pauses
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 

@@ -59,6 +59,8 @@ LINE_LIMIT: Final = 16 * 1024 * 1024
 EXIT_CONFIGURATION: Final = 2
 """A child that ends with this code before any was ready is not set up to run: starting it again would not help."""
 MB: Final = 1_000_000
+KEEPER_SECONDS: Final = 5.0
+"""The first processes wait so long for the keeper, which knows what was cancelled while nobody was there."""
 KEEPER: Final = "keeper"
 """The name of the process that keeps the journal; the others have numbers."""
 
@@ -354,10 +356,11 @@ class Supervisor:
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(self._watch(), name="limits")
-                slots = [group.create_task(self._keep(name, group), name=f"keep {name}") for name in self._names]
                 keeping = None
                 if self._keeper is not None:
                     keeping = group.create_task(self._keep(KEEPER, group), name=f"keep {KEEPER}")
+                    await self._until_kept()
+                slots = [group.create_task(self._keep(name, group), name=f"keep {name}") for name in self._names]
                 await asyncio.wait(slots)
                 if keeping is not None:
                     self._end_keeper()
@@ -430,6 +433,14 @@ class Supervisor:
                 wait = _wait_seconds(failures, was_ready=child.was_ready)
             self._absent[name] = why
             await _rest(wait, over)
+
+    async def _until_kept(self) -> None:
+        """Wait until the keeper is ready, or will not be so soon."""
+        until = time.monotonic() + KEEPER_SECONDS
+        while time.monotonic() < until and not self._stopping.is_set() and KEEPER not in self._absent:
+            if (keeper := self._children.get(KEEPER)) is not None and keeper.was_ready:
+                return
+            await _rest(0.05, self._stopping)
 
     def _part_with(self, child: Child, code: int, group: asyncio.TaskGroup) -> str:
         """Do what the end of a child calls for; say why it ended."""
