@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -31,7 +31,9 @@ from conveyor import (
     RetryPolicy,
     Ticket,
 )
-from conveyor.errors import HandlerTimeout, JobUnknown, NoKeeper, RemoteTraceback
+from conveyor.errors import BrokerUnavailable, HandlerTimeout, JobUnknown, NoKeeper, RemoteTraceback
+from conveyor.runtime import ticket as tickets
+from conveyor.runtime.ask import Asker
 from conveyor.runtime.call import RESULT_LIMIT
 from tests.runtime import jobs
 from tests.runtime.meeting import Meeting, gone
@@ -667,6 +669,57 @@ async def test_without_a_keeper_the_wait_for_a_result_says_so() -> None:
         ticket = await give.send()
         with pytest.raises(NoKeeper, match="nobody keeps a journal"):
             await ticket.result(0.1)
+
+
+async def test_the_wait_for_a_result_outlives_an_outage_of_the_broker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make()
+    go, failed = asyncio.Event(), 0
+    wait = Asker.wait
+
+    @app.task
+    async def give() -> int:
+        await go.wait()
+        return 3
+
+    async def away_at_first(self: Asker, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
+        nonlocal failed
+        if failed < 2:
+            failed += 1
+            raise BrokerUnavailable("it is away")
+        go.set()
+        return await wait(self, ids, timeout_seconds=timeout_seconds)
+
+    monkeypatch.setattr(Asker, "wait", away_at_first)
+    monkeypatch.setattr(tickets, "OUTAGE_SECONDS", 0.0)
+    async with app.running():
+        assert await (await give.send()).result(SECONDS) == 3
+        assert [record.message for record in caplog.records if "it is away" in record.message] == [
+            "waiting on for the end of a job: it is away"
+        ]
+        go.clear()
+        failed = 0
+        assert await app.gather([await give.send(), await give.send()], timeout=SECONDS) == [3, 3]
+
+
+async def test_the_wait_for_a_result_asks_at_its_leisure_whatever_it_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make()
+    asked: list[float] = []
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    async def at_once(self: Asker, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
+        asked.append(time.monotonic())
+        return {}
+
+    monkeypatch.setattr(Asker, "wait", at_once)
+    async with app.running():
+        with pytest.raises(JobTimeout):
+            await (await give.send()).result(0.3)
+    assert len(asked) <= 2 + 0.3 / tickets.GATHER_SECONDS
 
 
 # --- without an event loop ----------------------------------------------------------------------------------------------

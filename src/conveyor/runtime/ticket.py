@@ -14,6 +14,7 @@ from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.message import Message
 from conveyor.core.words import counted
 from conveyor.errors import (
+    BrokerUnavailable,
     HandlerError,
     JobCancelled,
     JobError,
@@ -38,7 +39,9 @@ Seconds = float | timedelta
 PATIENCE_SECONDS: Final = 15.0
 """How long one question waits for the end of a job; then it is asked again."""
 GATHER_SECONDS: Final = 0.05
-"""Between two questions about many jobs, so that several ends come in one answer."""
+"""Between two questions, so that several ends come in one answer."""
+OUTAGE_SECONDS: Final = 0.5
+"""The same where the broker is away."""
 MOST_AT_ONCE: Final = 500
 """Jobs that are asked about in one question."""
 
@@ -219,6 +222,7 @@ async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterat
 
     Raises:
         NoKeeper: in all this time nobody who keeps a journal was there, or answered.
+        BrokerUnavailable: the same, and the broker is away.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
@@ -226,14 +230,16 @@ async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterat
     heard = warned = False
     while waiting:
         left = max(0.0, deadline - loop.time())
+        pause = GATHER_SECONDS
         try:
             known = await asker.wait(waiting, timeout_seconds=min(left, PATIENCE_SECONDS))
-        except NoKeeper as error:
+        except (NoKeeper, BrokerUnavailable) as error:
             if deadline <= loop.time() and not heard:
                 raise
             if not warned:
                 log.warning("waiting on for the end of a job: %s", error)
             warned, known = True, {}
+            pause = OUTAGE_SECONDS
         else:
             heard = True
         ended = [job for job in known.values() if job.status.ended and job.id in waiting]
@@ -242,8 +248,8 @@ async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterat
             yield job
         if not ended and deadline <= loop.time():
             return
-        if waiting and ended:
-            await asyncio.sleep(GATHER_SECONDS)
+        if waiting:
+            await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
 
 
 def result_of(job: Job, returns: Any) -> Any:
