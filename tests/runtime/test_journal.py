@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conveyor import Context, Conveyor, Reject, RetryPolicy, Transaction
-from conveyor.broker import Broker, Queue
+from conveyor.broker import Broker, Delivery, Queue
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
 from conveyor.core.message import Message
@@ -331,18 +331,14 @@ async def test_what_there_is_no_room_for_is_dropped_counted_and_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(journals, "CAPACITY", 5)
-    monkeypatch.setattr(journals, "CAPACITY_BYTES", 100)
     async with opened() as broker:
         metrics = Metrics("1")
         journal = Journal("shop", broker, metrics, TurnableClock())
-        journal.note(Entry(Kind.SUCCEEDED, 1.0, "heavy", "t", result="x" * 60))
-        journal.note(Entry(Kind.SUCCEEDED, 1.0, "too heavy", "t", result="x" * 60))
-        assert metrics.journal_dropped == 1
-        for number in range(10):
+        for number in range(11):
             journal.published(message(str(number)))
-        assert metrics.journal_dropped == 7
+        assert metrics.journal_dropped == 6
         await journal.close()
-        assert metrics.snapshot().journal_dropped == 7
+        assert metrics.snapshot().journal_dropped == 6
     assert [record.message for record in caplog.records if "dropped" in record.message].__len__() == 1
 
 
@@ -524,6 +520,44 @@ async def test_a_wait_ends_when_the_first_of_several_has_ended(kept: Kept) -> No
             await kept.journal.flush()
             known = await waiting
     assert known["quick"].status is Status.DEAD
+
+
+async def test_an_end_is_told_also_where_there_is_no_room_for_its_result_and_its_traceback(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "CAPACITY_BYTES", 100)
+    for id in ("heavy", "too heavy"):
+        kept.journal.note(Entry(Kind.SUCCEEDED, 1.0, id, "t", "shop.charge", result="x" * 60))
+    kept.journal.note(Entry(Kind.DEAD, 1.0, "dead", "t", "shop.charge", error="boom", traceback="y" * 60))
+    await kept.journal.flush()
+    async with kept.keeper():
+        known = await ended(kept.asker, "heavy", "too heavy", "dead")
+    heavy, too_heavy, dead = known["heavy"], known["too heavy"], known["dead"]
+    assert (heavy.result, heavy.unkept) == ("x" * 60, "")
+    assert (too_heavy.status, too_heavy.result, too_heavy.unkept) == (Status.DONE, None, journals.NO_ROOM)
+    assert (dead.status, dead.error, dead.traceback, dead.unkept) == (Status.DEAD, "boom", "", "")
+
+
+async def test_of_a_message_that_two_workers_have_the_end_that_came_is_told_whatever_the_other_does(kept: Kept) -> None:
+    async with kept.keeper():
+        kept.journal.note(Entry(Kind.STARTED, 1.0, "m", "t", "shop.slow", started=1.0))
+        kept.journal.note(Entry(Kind.SUCCEEDED, 2.0, "m", "t", "shop.quick", started=1.5, result="7"))
+        kept.journal.note(Entry(Kind.STARTED, 1.0, "n", "t", "shop.quick", started=1.0))
+        kept.journal.note(Entry(Kind.SUCCEEDED, 2.0, "n", "t", "shop.slow", started=0.5, result="8"))
+        await kept.journal.flush()
+        known = await ended(kept.asker, "m", "n")
+    assert (known["m"].result, known["n"].result) == ("7", "8")
+
+
+async def test_two_workers_of_one_message_have_each_its_own_progress(kept: Kept) -> None:
+    delivery = Delivery(queue="q", receipt="r", message=message("m"), deliveries=1, attempts=0)
+    async with kept.keeper():
+        kept.journal.progressed("shop.charge", delivery, 1.0)
+        kept.journal.progressed("shop.mail", delivery, 2.0)
+        kept.journal.progressed("shop.mail", delivery, 3.0)
+        await kept.journal.flush()
+        await kept.until_known("m")
+        assert {job.worker: job.done for job in await kept.asker.jobs()} == {"shop.charge": 1.0, "shop.mail": 3.0}
 
 
 async def test_who_waits_where_nobody_keeps_a_journal_is_told_so(kept: Kept) -> None:

@@ -116,8 +116,10 @@ class Asker:
                 ) as answers:
                     async for answer in answers:
                         heard = heard or not answer.problem
-                        known = {job.id: job for job in _newest([*known.values(), *answer.jobs])}
-                        if any(job.status.ended for job in answer.jobs):
+                        jobs = _newest([*known.values(), *answer.jobs])
+                        # Several workers may have one message: what has ended is what was waited for.
+                        known = {job.id: job for job in sorted(jobs, key=lambda job: job.status.ended)}
+                        if any(job.status.ended for job in known.values()):
                             return known
             except NoKeeper as error:
                 nobody = str(error)

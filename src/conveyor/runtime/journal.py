@@ -55,6 +55,8 @@ LONGEST_NOTE: Final = 500
 """Characters of a progress' note."""
 RUNNING_SECONDS: Final = 0.1
 """An attempt that runs for so long is noted while it runs; what ends sooner is noted by its end alone."""
+NO_ROOM: Final = "the journal had no room for it"
+"""Why a result is not kept while too many others wait to be shipped."""
 IN_MEMORY: Final = ":memory:"
 """Instead of a file: the journal goes with its process."""
 LAST_FLUSH_SECONDS: Final = 2.0
@@ -105,8 +107,8 @@ class Journal:
         self._metrics = metrics
         self._entries: list[Entry | Row] = []
         self._bytes = 0
-        self._progress: dict[str, Entry] = {}
-        """The latest of each message since the last flush."""
+        self._progress: dict[tuple[str, str], Entry] = {}
+        """The latest of each worker and message since the last flush."""
         self._told: frozenset[Any] = frozenset()
         """The receipts of what ran at the last flush: it is noted."""
         self._unsent: deque[tuple[int, Message]] = deque()
@@ -129,10 +131,11 @@ class Journal:
             return
         if entry.result is not None or entry.traceback:
             weight = _weight(entry)
-            if self._bytes + weight > CAPACITY_BYTES:
-                self._drop(1)
-                return
-            self._bytes += weight
+            if self._bytes + weight <= CAPACITY_BYTES:
+                self._bytes += weight
+            else:  # what happened is told all the same: somebody may wait for the end
+                unkept = entry.unkept if entry.result is None else NO_ROOM
+                entry = msgspec.structs.replace(entry, result=None, traceback="", unkept=unkept)
         self._entries.append(entry)
         if soon:
             self._soon.set()
@@ -256,10 +259,11 @@ class Journal:
         self, worker: str, delivery: Delivery, done: float, total: float | None = None, note: str = ""
     ) -> None:
         """The attempt that runs says how far it is; of several between two flushes the last one counts."""
-        if len(self._progress) >= CAPACITY and delivery.message.id not in self._progress:
+        key = worker, delivery.message.id
+        if len(self._progress) >= CAPACITY and key not in self._progress:
             self._drop(1)
             return
-        self._progress[delivery.message.id] = self._of(
+        self._progress[key] = self._of(
             Kind.PROGRESSED,
             self._clock(),
             worker,
