@@ -26,36 +26,68 @@ LOAD_AND_SAVE: Final = 2
 """Steps beside the filters."""
 
 
-def process_image(
-    source: Path, target: Path, filters: str, since: float, largest_pixels: int, context: Context | None = None
-) -> Processed | None:
-    """Process one image, and say after each step how far it is; None where that was done before. The task of what make_app makes.
-
-    A message may come twice (its process died when the image was just finished): so it looks first.
+class Recipe(msgspec.Struct, frozen=True):
+    """What the images in an output folder are made with.
 
     Parameters:
-        since: Unix seconds; an older target was made with other filters.
+        since: Unix seconds; an older image was made with another recipe.
+    """
+
+    filters: str
+    since: float
+
+
+class Outdated(Exception):
+    """By now the output folder has another recipe."""
+
+
+def process_image(
+    source: Path,
+    target: Path,
+    recipe: Recipe,
+    largest_pixels: int,
+    recipe_file: Path | None = None,
+    context: Context | None = None,
+) -> Processed | None:
+    """Process one image, and say after each step how far it is; None where nothing is to be done. The task of what make_app makes.
+
+    A message may come twice (its process died when the image was just finished), or long after its run was interrupted: so it
+    looks first whether the image is there, and before it writes whether it is still wanted like this.
+
+    Parameters:
+        recipe_file: what holds for the output folder by now; an image of another recipe is not written.
 
     Raises:
         Refused: this image will not do, now or later.
         OSError: another time it may.
     """
-    if is_made(source, target, since):
+    if recipe_by_now(recipe_file) not in (None, recipe) or is_made(source, target, recipe.since):
         return None
-    pipeline = FilterPipeline(filters)
-    if context is None:
-        return process_file(source, target, pipeline, largest_pixels=largest_pixels)
+    pipeline = FilterPipeline(recipe.filters)
     steps = itertools.count(1)
     of = len(pipeline.filters) + LOAD_AND_SAVE
 
     def tell(step: Step) -> None:
-        context.progress(next(steps), of, step.name)
+        if recipe_by_now(recipe_file) not in (None, recipe):
+            raise Outdated
+        if context is not None:
+            context.progress(next(steps), of, step.name)
 
-    processed = process_file(source, target, pipeline, largest_pixels=largest_pixels, on_step=tell)
-    return msgspec.structs.replace(processed, attempt=context.attempt)
+    try:
+        processed = process_file(source, target, pipeline, largest_pixels=largest_pixels, on_step=tell)
+    except Outdated:
+        return None
+    return processed if context is None else msgspec.structs.replace(processed, attempt=context.attempt)
 
 
-ProcessImage = Task[[Path, Path, str, float, int], Processed | None]
+def recipe_by_now(file: Path | None) -> Recipe | None:
+    """The recipe of an output folder; None where it has none."""
+    if file is None or not file.exists():
+        return None
+    return msgspec.json.decode(file.read_bytes(), type=Recipe)
+
+
+ProcessImage = Task[[Path, Path, Recipe, int, Path], Processed | None]
 
 
 class Images(NamedTuple):

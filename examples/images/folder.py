@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from conveyor import JobError, JobFailed, PayloadError
-from examples.images.app import Images, make_app
+from examples.images.app import Images, Recipe, make_app, recipe_by_now
 from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made
 from examples.images.filters import parse_filters
 from examples.images.report import Report
@@ -27,6 +27,8 @@ from examples.images.settings import Settings
 
 STATE: Final = ".conveyor"
 """A folder within the output: the queue, the journal, the recipe, and the lock."""
+RECIPE: Final = "recipe.json"
+"""Within it: what the images are made with."""
 JOURNAL: Final = "images.journal"
 """Within it: what happened to every image, for ``conveyor trace --file``."""
 AHEAD: Final = 4
@@ -36,17 +38,6 @@ MEGAPIXEL: Final = 1_000_000
 
 class FolderError(Exception):
     """The command cannot do what it is asked; says what to change."""
-
-
-class Recipe(msgspec.Struct, frozen=True):
-    """What the images in an output folder were made with.
-
-    Parameters:
-        since: Unix seconds; an older image was made with another recipe.
-    """
-
-    filters: str
-    since: float
 
 
 class Seen(msgspec.Struct):
@@ -184,7 +175,9 @@ class Conductor:
         report, recipe = self._run.report, self._recipe
         source, target = self._source / path, self._target / path
         try:
-            ticket = await self._images.process.send(source, target, recipe.filters, recipe.since, self._largest)
+            ticket = await self._images.process.send(
+                source, target, recipe, self._largest, self._target / STATE / RECIPE
+            )
             processed = await ticket.result()
             if processed is None:
                 report.add_before(path)
@@ -251,9 +244,8 @@ def begin(state: Path, filters: str, *, again: bool) -> Recipe:
     Raises:
         FolderError: the folder holds images that were made with other filters.
     """
-    file = state / "recipe.json"
-    if file.exists():
-        known = msgspec.json.decode(file.read_bytes(), type=Recipe)
+    file = state / RECIPE
+    if known := recipe_by_now(file):
         if known.filters == filters and not again:
             return known
         if not again:
