@@ -148,6 +148,7 @@ class TaskQueue:
         self._completed = self._pull_completed()
         self._waiting = self._pull()
         self._pulls: dict[str, Pull[_Queued]] = {}
+        self._opening = asyncio.Lock()
         self._held: dict[str, _Held] = {}
         self._stack = contextlib.AsyncExitStack()
         self._listening: asyncio.Task[None] | None = None
@@ -192,6 +193,10 @@ class TaskQueue:
             TaskLost: it is not in our hands any more.
         """
         return self._background.run(self._fail(task_id, error, retry=retry))
+
+    def let_go(self, task_id: str) -> None:
+        """Nobody here works on a task any more: no sign of life keeps it, and another worker has it when its lease ends."""
+        self._background.run(self._forget(task_id))
 
     def get_stats(self) -> Stats:
         """How many tasks wait (also for their next try), are worked on, are done, and were given up.
@@ -287,9 +292,10 @@ class TaskQueue:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
-        for task_id in list(self._held):
+        while self._held:
+            _, held = self._held.popitem()
             with contextlib.suppress(BrokerError):
-                await self._held.pop(task_id).pulled.give_back()
+                await held.pulled.give_back()
         if self._in_memory:  # nobody else can read the results, and nobody shall be warned that they are there
             await self._app.broker.purge(self._completed.queue.name)
         await self._stack.aclose()
@@ -331,9 +337,10 @@ class TaskQueue:
             look = min(2 * look, ANSWER_SECONDS)
 
     async def _pull_of(self, worker_id: str) -> Pull[_Queued]:
-        if worker_id not in self._pulls:
-            self._pulls[worker_id] = await self._stack.enter_async_context(self._pull())
-        return self._pulls[worker_id]
+        async with self._opening:  # a worker may ask several times at once
+            if worker_id not in self._pulls:
+                self._pulls[worker_id] = await self._stack.enter_async_context(self._pull())
+            return self._pulls[worker_id]
 
     async def _complete(self, task_id: str, result: dict[str, Any]) -> None:
         held = self._holding(task_id)
@@ -361,19 +368,26 @@ class TaskQueue:
         if not was_ours:
             raise TaskLost(f"the lease of {held.task.id} had ended: somebody else has it")
 
+    async def _forget(self, task_id: str) -> None:
+        self._held.pop(task_id, None)
+
     def _let_go(self, held: _Held) -> None:
-        if self._held.get(held.task.id) is held:  # else it was lost, and came back to another worker here
+        if self._is_held(held):
             del self._held[held.task.id]
 
+    def _is_held(self, held: _Held) -> bool:
+        return self._held.get(held.task.id) is held  # else it was lost, and came back to another worker here
+
     async def _stats(self) -> Stats:
-        waiting, completed = await self._waiting.info(), await self._completed.info()
+        waiting, results = await self._waiting.info(), await self._completed.info()
         pending, processing, failed = waiting.ready + waiting.delayed, waiting.in_flight, waiting.dead
+        completed = results.ready + results.in_flight  # somebody may be reading them
         return Stats(
             pending=pending,
             processing=processing,
-            completed=completed.ready,
+            completed=completed,
             failed=failed,
-            total=pending + processing + completed.ready + failed,
+            total=pending + processing + completed + failed,
         )
 
     async def _results(self) -> list[CompletedTask]:
@@ -426,9 +440,9 @@ class TaskQueue:
         dead = {status.beat.worker_id for status in self.registry.dead() if status.beat.process == self.process}
         recovered = []
         for task_id, held in list(self._held.items()):
-            if held.task.worker_id in dead:
+            if held.task.worker_id in dead and self._is_held(held):  # it may have been marked while another was settled
                 log.warning("[%s] [%s] the worker is dead; the task goes to another one", held.task.worker_id, task_id)
-                del self._held[task_id]
+                self._let_go(held)
                 if await held.pulled.failed(TaskFailed(f"{held.task.worker_id} died while it had the task")):
                     recovered.append(task_id)
         return recovered

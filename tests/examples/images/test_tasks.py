@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor import NO_RETRY, ConfigurationError, RetryPolicy
+from conveyor import NO_RETRY, ConfigurationError, Pull, RetryPolicy
 from examples.images import Task, TaskLost, TaskQueue
+from examples.images.tasks import _Queued
 from tests.examples.beside import wait_for
 
 AT_ONCE = RetryPolicy(attempts=3, initial=0.0, maximum=0.0)
@@ -142,6 +144,59 @@ def test_the_tasks_of_a_dead_worker_are_recovered_at_once_when_asked_for() -> No
         assert queue.recover_stuck_tasks() == [task_id]
         task = got(queue.get_task("worker-2", 30))
         assert (task.id, task.attempt) == (task_id, 2)
+
+
+def test_a_task_that_is_marked_while_others_are_recovered_stays_as_it_was_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with TaskQueue(lease=1000.0, dead_after=0.5, retry=AT_ONCE) as queue:
+        first, second = queue.add_task(DATA), queue.add_task(DATA)
+        for _ in range(2):
+            got(queue.get_task("worker-1"))
+        pulled = queue._held[first].pulled
+        fail = pulled.failed
+
+        async def failed(error: Exception) -> bool:
+            await queue._complete(second, {})
+            return await fail(error)
+
+        monkeypatch.setattr(pulled, "failed", failed)
+        queue.heartbeat("worker-1")
+        wait_for(queue.registry.dead)
+        assert queue.recover_stuck_tasks() == [first]
+        assert queue.get_stats() == {"pending": 1, "processing": 0, "completed": 1, "failed": 0, "total": 2}
+
+
+async def test_a_worker_that_asks_several_times_at_once_receives_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with TaskQueue() as queue:
+        for _ in range(3):
+            queue.add_task(DATA)
+        made, make = list[object](), queue._pull
+
+        def pull() -> Pull[_Queued]:
+            made.append(None)
+            return make()
+
+        monkeypatch.setattr(queue, "_pull", pull)
+        tasks = await asyncio.gather(*(queue.get_task_async("worker-1", 30) for _ in range(3)))
+        assert len(made) == 1
+        assert not await queue.mark_failed_async(got(tasks[0]).id, "no light")
+        for task in tasks[1:]:
+            await queue.mark_completed_async(got(task).id)
+        assert (await queue.get_stats_async())["completed"] == 2
+
+
+def test_a_result_that_somebody_reads_is_still_counted() -> None:
+    with TaskQueue() as queue:
+        queue.add_task(DATA)
+        queue.mark_completed(got(queue.get_task("worker-1")).id)
+
+        async def count_while_reading() -> int:
+            async with queue._pull_completed() as results:
+                assert await results.take(30) is not None
+                return (await queue._stats())["completed"]
+
+        assert queue._background.run(count_while_reading()) == 1
 
 
 def test_what_a_closed_queue_had_in_hand_is_given_back(shared_url: str) -> None:
