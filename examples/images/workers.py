@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypedDict, TypeVar
 
@@ -131,8 +131,8 @@ def attempt(task: Task, pipeline: FilterPipeline) -> Outcome:
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 
-class SimpleWorker:
-    """Takes one task after the other, in the thread that calls start().
+class _Worker:
+    """What both kinds of worker do alike.
 
     Parameters:
         worker_id: names it, in the log and to others.
@@ -149,25 +149,8 @@ class SimpleWorker:
         self._record = Record()
         self._stopping = threading.Event()
 
-    def start(self, *, forever: bool = False) -> None:
-        """Work until the queue is worked off: nothing waits, and nobody has anything in hand that may come back. Or until stop().
-
-        Parameters:
-            forever: go on waiting for tasks, until stop().
-        """
-        wait = 0.0
-        with self._alive():
-            while not self._stopping.is_set():
-                task = self._patiently(functools.partial(self.queue.get_task, self.worker_id, wait))
-                if task is not None:
-                    self._handle(task)
-                elif not forever and worked_off(self._patiently(self.queue.get_stats)):
-                    break
-                wait = POLL_SECONDS if task is None else 0.0
-        self._stopping.clear()
-
     def stop(self) -> None:
-        """Have start() finish the task in hand, and then return."""
+        """Have start() finish what is in hand, and then return."""
         self._stopping.set()
 
     def get_stats(self) -> WorkerStats:
@@ -190,42 +173,90 @@ class SimpleWorker:
                 completed = True
             else:
                 mark = functools.partial(self.queue.mark_failed, task.id, outcome.error, retry=outcome.retry)
-                failed = bool(self._patiently(mark))
+                failed = self._patiently(mark)
         except TaskLost as error:
             lines.warning("%s", error)
+        except BrokerError as error:
+            lines.warning("nobody heard how it ended, and it will be done again: %s", error)
+            self.queue.let_go(task.id)
         finally:
             seconds = time.perf_counter() - started
             self._record.ends(seconds, completed=completed, failed=failed)
         tell(lines, outcome, seconds, completed=completed, failed=failed)
 
-    def _patiently(self, call: Callable[[], T]) -> T | None:
-        """Ask the queue, as often as it takes while its broker is away; None when the worker is to stop meanwhile."""
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """Ask the queue, as often as it takes while its broker is away.
+
+        Raises:
+            BrokerError: it is away, and the worker is to stop.
+        """
         while True:
             try:
                 return call()
             except BrokerError as error:
                 TaskLog(self.worker_id).warning("the queue cannot be asked, trying on: %s", error)
                 if self._stopping.wait(AGAIN_SECONDS):
-                    return None
+                    raise
+
+    def _beat(self) -> None:
+        record = self._record
+        self.queue.heartbeat(self.worker_id, running=record.running, completed=record.completed, failed=record.failed)
+        record.beat()
+
+    def _try_to_beat(self) -> None:
+        try:
+            self._beat()
+        except BrokerError as error:
+            TaskLog(self.worker_id).warning("no sign of life could be given: %s", error)
+
+    def _say_goodbye(self) -> None:
+        with suppress(BrokerError):
+            self._patiently(self._beat)
+        TaskLog(self.worker_id).info("stopped; %s", self.get_stats())
+
+
+class SimpleWorker(_Worker):
+    """Takes one task after the other, in the thread that calls start().
+
+    Parameters:
+        worker_id: names it, in the log and to others.
+        beat_seconds: between two signs of life; left out, often enough for the queue's lease.
+    """
+
+    def start(self, *, forever: bool = False) -> None:
+        """Work until the queue is worked off: nothing waits, and nobody has anything in hand that may come back. Or until stop().
+
+        Parameters:
+            forever: go on waiting for tasks, until stop().
+        """
+        with self._alive(), suppress(BrokerError):  # it is away, and the worker is to stop
+            self._work(forever=forever)
+        self._stopping.clear()
+
+    def _work(self, *, forever: bool) -> None:
+        wait = 0.0
+        while not self._stopping.is_set():
+            task = self._patiently(functools.partial(self.queue.get_task, self.worker_id, wait))
+            if task is not None:
+                self._handle(task)
+            elif not forever and worked_off(self._patiently(self.queue.get_stats)):
+                return
+            wait = POLL_SECONDS if task is None else 0.0
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
         """Give signs of life while the block lasts, from a thread of their own: an image may take long."""
-        ended, lines = threading.Event(), TaskLog(self.worker_id)
+        ended = threading.Event()
 
         def beat() -> None:
-            while True:
-                try:
-                    self._beat()
-                except BrokerError as error:
-                    lines.warning("no sign of life could be given: %s", error)
-                if ended.wait(self.beat_seconds):
-                    return
+            self._try_to_beat()
+            while not ended.wait(self.beat_seconds):
+                self._try_to_beat()
 
         heart = threading.Thread(target=beat, name=f"{self.worker_id} heart", daemon=True)
         self._record.running = True
         heart.start()
-        lines.info("running")
+        TaskLog(self.worker_id).info("running")
         stopped = False
         try:
             yield
@@ -235,16 +266,10 @@ class SimpleWorker:
             ended.set()
             heart.join()
             if stopped:  # else it died: it is for the registry to find out
-                self._patiently(self._beat)
-                lines.info("stopped; %s", self.get_stats())
-
-    def _beat(self) -> None:
-        record = self._record
-        self.queue.heartbeat(self.worker_id, running=record.running, completed=record.completed, failed=record.failed)
-        record.beat()
+                self._say_goodbye()
 
 
-class AsyncWorker:
+class AsyncWorker(_Worker):
     """Takes several tasks at once, in the event loop that awaits start(); the images are processed in threads.
 
     Parameters:
@@ -264,43 +289,31 @@ class AsyncWorker:
     ) -> None:
         if max_concurrent < 1:
             raise ValueError(f"max_concurrent is at least 1, not {max_concurrent}")
-        self.worker_id: Final = worker_id
-        self.pipeline: Final = pipeline
-        self.queue: Final = queue
+        super().__init__(worker_id, pipeline, queue, beat_seconds=beat_seconds)
         self.max_concurrent: Final = max_concurrent
-        self.beat_seconds: Final = beat_seconds or min(BEAT_SECONDS, queue.lease_seconds / 4)
-        self._record = Record()
-        self._stopping = False
 
     async def start(self, *, forever: bool = False) -> None:
         """See SimpleWorker.start."""
-        lines = TaskLog(self.worker_id)
         self._record.running = True
-        lines.info("running, %d at once", self.max_concurrent)
-        with ThreadPoolExecutor(self.max_concurrent, self.worker_id) as threads:
-            beating = asyncio.create_task(self._beat_on(), name=f"{self.worker_id} heart")
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(self.max_concurrent):
-                        group.create_task(self._work(threads, forever=forever))
-            finally:
-                beating.cancel()
-                self._record.running = False
-        self._stopping = False
-        await self._beat()
-        lines.info("stopped; %s", self.get_stats())
-
-    def stop(self) -> None:
-        """Have start() finish the tasks in hand, and then return."""
-        self._stopping = True
-
-    def get_stats(self) -> WorkerStats:
-        """What it has done so far."""
-        return self._record.stats()
-
-    def is_healthy(self) -> bool:
-        """Whether it runs, gave a sign of life lately, and at most half of its tasks fail."""
-        return self._record.healthy(self.beat_seconds)
+        TaskLog(self.worker_id).info("running, %d at once", self.max_concurrent)
+        ended = asyncio.Event()
+        try:
+            with ThreadPoolExecutor(self.max_concurrent, self.worker_id) as threads:
+                beating = asyncio.create_task(self._beat_until(ended), name=f"{self.worker_id} heart")
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(self.max_concurrent):
+                            group.create_task(self._work(threads, forever=forever))
+                except BaseException:
+                    self.stop()  # no thread waits any longer for a broker that is away
+                    raise
+                finally:
+                    self._record.running = False
+                    ended.set()
+                    await beating
+            await asyncio.to_thread(self._say_goodbye)
+        finally:
+            self._stopping.clear()
 
     @property
     def most_at_once(self) -> int:
@@ -308,57 +321,30 @@ class AsyncWorker:
         return self._record.most_at_once
 
     async def _work(self, threads: ThreadPoolExecutor, *, forever: bool) -> None:
-        wait = 0.0
-        while not self._stopping:
+        wait, loop = 0.0, asyncio.get_running_loop()
+        while not self._stopping.is_set():
             try:
                 task = await self.queue.get_task_async(self.worker_id, wait)
                 wait = POLL_SECONDS if task is None else 0.0
                 if task is not None:
-                    await self._handle(task, threads)
+                    await loop.run_in_executor(threads, self._handle, task)
                 elif not forever and worked_off(await self.queue.get_stats_async()):
                     return
             except BrokerError as error:
                 TaskLog(self.worker_id).warning("the queue cannot be asked, trying on: %s", error)
                 await asyncio.sleep(AGAIN_SECONDS)
 
-    async def _handle(self, task: Task, threads: ThreadPoolExecutor) -> None:
-        lines, started = TaskLog(self.worker_id, task.id), time.perf_counter()
-        lines.info("started, attempt %d", task.attempt)
-        self._record.begins()
-        outcome, completed, failed = None, False, False
-        try:
-            outcome = await asyncio.get_running_loop().run_in_executor(threads, attempt, task, self.pipeline)
-            if outcome.processed is not None:
-                await self.queue.mark_completed_async(task.id, outcome.result)
-                completed = True
-            else:
-                failed = await self.queue.mark_failed_async(task.id, outcome.error, retry=outcome.retry)
-        except TaskLost as error:
-            lines.warning("%s", error)
-        finally:
-            seconds = time.perf_counter() - started
-            self._record.ends(seconds, completed=completed, failed=failed)
-        tell(lines, outcome, seconds, completed=completed, failed=failed)
-
-    async def _beat_on(self) -> None:
-        while True:
-            try:
-                await self._beat()
-            except BrokerError as error:
-                TaskLog(self.worker_id).warning("no sign of life could be given: %s", error)
-            await asyncio.sleep(self.beat_seconds)
-
-    async def _beat(self) -> None:
-        record = self._record
-        await self.queue.heartbeat_async(
-            self.worker_id, running=record.running, completed=record.completed, failed=record.failed
-        )
-        record.beat()
+    async def _beat_until(self, ended: asyncio.Event) -> None:
+        while not ended.is_set():
+            await asyncio.to_thread(self._try_to_beat)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.beat_seconds):
+                    await ended.wait()
 
 
-def worked_off(stats: Stats | None) -> bool:
+def worked_off(stats: Stats) -> bool:
     """Whether nothing waits, and nobody has anything in hand that may come back."""
-    return stats is not None and not (stats["pending"] or stats["processing"])
+    return not (stats["pending"] or stats["processing"])
 
 
 def tell(lines: TaskLog, outcome: Outcome | None, seconds: float, *, completed: bool, failed: bool) -> None:

@@ -9,13 +9,22 @@ import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
 
 from conveyor import RetryPolicy
-from examples.images import AsyncWorker, FilterPipeline, SimpleWorker, TaskQueue, WorkerBeat, WorkerRegistry
+from conveyor.errors import BrokerUnavailable
+from examples.images import (
+    AsyncWorker,
+    FilterPipeline,
+    SimpleWorker,
+    TaskQueue,
+    WorkerBeat,
+    WorkerRegistry,
+    workers,
+)
 from tests.examples.beside import PATIENCE_SECONDS, Program, wait_for
 
 PIPELINE = FilterPipeline("blur:2,brightness:1.3")
@@ -112,6 +121,73 @@ async def test_an_async_worker_works_a_queue_off_on_every_broker(
         add(queue, photos, tmp_path / "out")
         await AsyncWorker("worker-1", PIPELINE, queue, max_concurrent=2).start()
     assert names(tmp_path / "out") == names(tmp_path / "in")
+
+
+class Away:
+    """A broker that does not hear, for so many calls, how a task ended."""
+
+    def __init__(self, queue: TaskQueue, calls: float) -> None:
+        self.calls = calls
+        self.asked = threading.Event()
+        self._complete = queue._complete
+
+    async def complete(self, task_id: str, result: dict[str, Any]) -> None:
+        self.asked.set()
+        if self.calls > 0:
+            self.calls -= 1
+            raise BrokerUnavailable("away")
+        await self._complete(task_id, result)
+
+
+@pytest.mark.parametrize("kind", [SimpleWorker, AsyncWorker])
+async def test_a_worker_says_again_how_a_task_ended_when_the_broker_was_away(
+    photos: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[SimpleWorker | AsyncWorker]
+) -> None:
+    monkeypatch.setattr(workers, "AGAIN_SECONDS", 0.01)
+    with TaskQueue() as queue:
+        add(queue, photos[:1], tmp_path / "out")
+        monkeypatch.setattr(queue, "_complete", Away(queue, 2).complete)
+        worker = kind("worker-1", PIPELINE, queue)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            if isinstance(worker, AsyncWorker):
+                await worker.start()
+            else:
+                await asyncio.to_thread(worker.start)
+        assert worker.get_stats()["tasks_completed"] == 1
+        assert queue.get_stats() == {"pending": 0, "processing": 0, "completed": 1, "failed": 0, "total": 1}
+
+
+def test_what_nobody_heard_of_is_not_counted_and_is_done_again(
+    photos: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TaskQueue(lease=1.0) as queue:
+        add(queue, photos[:1], tmp_path / "out")
+        away = Away(queue, float("inf"))
+        monkeypatch.setattr(queue, "_complete", away.complete)
+        worker = SimpleWorker("worker-1", PIPELINE, queue)
+        thread = threading.Thread(target=worker.start)
+        thread.start()
+        assert away.asked.wait(PATIENCE_SECONDS)
+        worker.stop()
+        thread.join(PATIENCE_SECONDS)
+        assert (worker.get_stats()["tasks_completed"], worker.get_stats()["tasks_failed"]) == (0, 0)
+        away.calls = 0
+        worker.start()  # its signs of life do not keep what it let go
+        assert worker.get_stats()["tasks_completed"] == 1
+
+
+async def test_a_cancelled_async_worker_does_not_wait_for_a_broker_that_is_away(
+    photos: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TaskQueue() as queue:
+        add(queue, photos[:1], tmp_path / "out")
+        away = Away(queue, float("inf"))
+        monkeypatch.setattr(queue, "_complete", away.complete)
+        working = asyncio.create_task(AsyncWorker("worker-1", PIPELINE, queue).start())
+        assert await asyncio.to_thread(away.asked.wait, PATIENCE_SECONDS)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
 
 
 def test_a_bad_image_is_given_up_at_once_and_the_others_are_done(photos: Sequence[Path], tmp_path: Path) -> None:
