@@ -1,4 +1,7 @@
-"""An event loop in a thread of its own: how plain, blocking calls from any thread reach what lives in an event loop."""
+"""An event loop in a thread of its own: how plain, blocking calls from any thread reach what lives in an event loop.
+
+Conveyor has one like it for its own blocking calls, but no public one, and an example uses nothing else. Yours can copy this.
+"""
 
 from __future__ import annotations
 
