@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -558,6 +558,44 @@ async def test_two_workers_of_one_message_have_each_its_own_progress(kept: Kept)
         await kept.journal.flush()
         await kept.until_known("m")
         assert {job.worker: job.done for job in await kept.asker.jobs()} == {"shop.charge": 1.0, "shop.mail": 3.0}
+
+
+async def test_of_many_large_results_only_as_many_are_read_as_an_answer_holds(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keepers, "RESULTS_AT_ONCE", 10)
+    ids = [f"m{number}" for number in range(100)]
+    for id in ids:
+        kept.journal.note(Entry(Kind.SUCCEEDED, 1.0, id, "t", "shop.charge", result="x" * 150_000))
+    await kept.journal.flush()
+    with_results = 0
+    of = Archive.of
+
+    def counted(self: Archive, ids: Collection[str], *, results: bool = True) -> list[Entry]:
+        nonlocal with_results
+        with_results += len(ids) * results
+        return of(self, ids, results=results)
+
+    async with kept.keeper():
+        await kept.until_known(ids[-1])
+        monkeypatch.setattr(Archive, "of", counted)
+        known = await kept.asker.wait(ids, timeout_seconds=PATIENCE_SECONDS)
+        assert 0 < len(known) <= with_results <= 20
+        assert all(job.result for job in known.values())
+        await ended(kept.asker, *ids)
+
+
+async def test_a_wait_that_cannot_be_answered_from_the_archive_is_over(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: Archive, ids: object, *, results: bool = True) -> list[Entry]:
+        raise JournalError("the disk is broken")
+
+    async with kept.keeper() as keeper:
+        monkeypatch.setattr(Archive, "of", unreadable)
+        with pytest.raises(NoKeeper):
+            await kept.asker.wait(["m"], timeout_seconds=0.2)
+        assert keeper._waits == {}
 
 
 async def test_who_waits_where_nobody_keeps_a_journal_is_told_so(kept: Kept) -> None:

@@ -51,6 +51,8 @@ DRAIN_SECONDS: Final = 3.0
 """How long the keeper takes in what is still in its queue when it is asked to end."""
 MOST_CANCELLED: Final = 10_000
 """Cancellations that are remembered, for messages that no runner has come to."""
+RESULTS_AT_ONCE: Final = 50
+"""Jobs whose results are read at once, until an answer is full."""
 LONGEST_WAIT_SECONDS: Final = 60.0
 """A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
 
@@ -271,34 +273,56 @@ class Keeper:
         room = max(0, MOST_WAITS - len(self._waits))
         for each in list(wait.ids)[:room]:
             self._waits.setdefault(each, set()).add(wait)  # before looking, so that no end falls between
-        jobs = await self._known(wait)
         seconds = min(until - self._clock(), LONGEST_WAIT_SECONDS)
-        if seconds <= 0 or any(job.status.ended for job in jobs):
-            await self._answer(wait, jobs)
-        else:
+        try:
+            answered = await self._answered(wait, at_once=seconds <= 0)
+        except JournalError:
+            self._end(wait)
+            raise
+        if not answered:
             wait.timer = asyncio.get_running_loop().call_later(
                 seconds, lambda: self._loops.start(f"answer {id(wait)}", functools.partial(self._late, wait))
             )
 
     async def _late(self, wait: _Wait) -> None:
-        await self._answer(wait, await self._known(wait))
+        try:
+            await self._answered(wait, at_once=True)
+        except JournalError as error:
+            self._end(wait)
+            await self._reply(wait.question, Answer(wait.question.id, problem=str(error)))
 
     async def _tell(self, ended: set[str]) -> None:
         """Answer those who wait for one of these."""
         for wait in {wait for id in ended & self._waits.keys() for wait in self._waits[id]}:
             with contextlib.suppress(JournalError):  # it cannot be read now; it is answered at its deadline
-                jobs = await self._known(wait)
-                if any(job.status.ended for job in jobs):
-                    await self._answer(wait, jobs)
+                await self._answered(wait)
 
-    async def _known(self, wait: _Wait) -> list[Job]:
-        return jobs_of(await self._read(self._reader.of, wait.ids))
+    async def _answered(self, wait: _Wait, *, at_once: bool = False) -> bool:
+        """Answer where one of them has ended, or at once; gives whether it is answered.
 
-    async def _answer(self, wait: _Wait, jobs: Sequence[Job]) -> None:
+        Raises:
+            JournalError: it cannot be read.
+        """
+        jobs = jobs_of(await self._read(self._reader.of, wait.ids, results=False))
+        if not at_once and not any(job.status.ended for job in jobs):
+            return False
+        fitting, cut = await self._fitting(jobs)
         self._end(wait)
-        # What has ended comes first: for the rest it can be asked again.
-        fitting, cut = fit(sorted(jobs, key=lambda job: not job.status.ended))
         await self._reply(wait.question, Answer(wait.question.id, jobs=fitting, more=cut))
+        return True
+
+    async def _fitting(self, jobs: Sequence[Job]) -> tuple[tuple[Job, ...], bool]:
+        """As many as an answer holds, with results, and whether that leaves some out."""
+        # What has ended comes first: for the rest it can be asked again.
+        ended = list(dict.fromkeys(job.id for job in jobs if job.status.ended))
+        found: list[Job] = []
+        for first in range(0, len(ended), RESULTS_AT_ONCE):
+            found += jobs_of(await self._read(self._reader.of, ended[first : first + RESULTS_AT_ONCE]))
+            fitting, cut = fit(found)
+            if cut:
+                return fitting, True
+        loaded = frozenset(ended)
+        return fit([*found, *(job for job in jobs if job.id not in loaded)])
 
     def _end(self, wait: _Wait) -> None:
         if wait.timer is not None:
