@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -171,15 +172,28 @@ async def test_a_worker_that_asks_several_times_at_once_receives_once(monkeypatc
     with TaskQueue() as queue:
         for _ in range(3):
             queue.add_task(DATA)
-        made, make = list[object](), queue._pull
+        asked, made, all_asked = 0, 0, asyncio.Event()
+        make, pull_of = queue._pull, queue._pull_of
 
-        def pull() -> Pull[_Queued]:
-            made.append(None)
-            return make()
+        async def ask(worker_id: str) -> Pull[_Queued]:
+            nonlocal asked
+            asked += 1
+            if asked == 3:
+                all_asked.set()
+            return await pull_of(worker_id)
 
+        @contextlib.asynccontextmanager
+        async def pull() -> AsyncIterator[Pull[_Queued]]:
+            nonlocal made
+            made += 1
+            await all_asked.wait()
+            async with make() as pulling:
+                yield pulling
+
+        monkeypatch.setattr(queue, "_pull_of", ask)
         monkeypatch.setattr(queue, "_pull", pull)
         tasks = await asyncio.gather(*(queue.get_task_async("worker-1", 30) for _ in range(3)))
-        assert len(made) == 1
+        assert made == 1
         assert not await queue.mark_failed_async(got(tasks[0]).id, "no light")
         for task in tasks[1:]:
             await queue.mark_completed_async(got(task).id)
