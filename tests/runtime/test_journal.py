@@ -22,6 +22,7 @@ from conveyor.runtime import journal as journals
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import Asker
+from conveyor.runtime.control import Control
 from conveyor.runtime.journal import ASK, IN_MEMORY, Journal, journal_queue
 from conveyor.runtime.keeper import Keeper
 from conveyor.runtime.metrics import Metrics
@@ -596,6 +597,30 @@ async def test_a_wait_that_cannot_be_answered_from_the_archive_is_over(
         with pytest.raises(NoKeeper):
             await kept.asker.wait(["m"], timeout_seconds=0.2)
         assert keeper._waits == {}
+
+
+async def test_runners_are_told_of_no_cancellation_that_came_behind_the_end(kept: Kept) -> None:
+    cancelled: list[str] = []
+    told = asyncio.Event()
+
+    def hear(ids: Sequence[str]) -> None:
+        cancelled.extend(ids)
+        told.set()
+
+    control = Control(kept.broker)
+    control.on_cancel = hear
+    await control.start()
+    async with kept.keeper() as keeper:
+        kept.journal.note(Entry(Kind.DEAD, 1.0, "dead", "t", "shop.charge", reason="exhausted"))
+        await kept.journal.flush()
+        await kept.until_known("dead")
+        kept.journal.cancelling("dead", "t", None)
+        kept.journal.cancelling("waits", "t", None)
+        await kept.journal.flush()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await told.wait()
+        assert list(keeper._cancelled) == cancelled == ["waits"]
+    await control.close()
 
 
 async def test_who_waits_where_nobody_keeps_a_journal_is_told_so(kept: Kept) -> None:

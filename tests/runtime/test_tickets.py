@@ -31,6 +31,7 @@ from conveyor import (
     RetryPolicy,
     Ticket,
 )
+from conveyor.broker import DeadFilter
 from conveyor.errors import BrokerUnavailable, HandlerTimeout, JobUnknown, NoKeeper, RemoteTraceback
 from conveyor.runtime import ticket as tickets
 from conveyor.runtime.ask import Asker
@@ -585,6 +586,28 @@ async def test_a_job_that_is_done_stays_done() -> None:
         await ticket.cancel()
         assert await ticket.result(SECONDS) == 3
         assert (await ticket.status()).status == "done"
+
+
+@pytest.mark.parametrize("known_by", ["message", "id"])
+async def test_a_dead_job_that_was_cancelled_runs_when_it_is_redriven(known_by: str) -> None:
+    app = make()
+    well = False
+
+    @app.task(retry=RetryPolicy(attempts=1))
+    async def give() -> int:
+        if not well:
+            raise ValueError("not yet")
+        return 3
+
+    async with app.running():
+        ticket = await give.send()
+        with pytest.raises(JobFailed):
+            await ticket.result(SECONDS)
+        await (ticket if known_by == "message" else give.ticket(ticket.id)).cancel()
+        well = True
+        assert await app.broker.redrive(await app.broker.dead_letters(DeadFilter(), limit=10)) == 1
+        await until(ticket, "done")
+        assert await ticket.result(SECONDS) == 3
 
 
 async def test_a_job_cancelled_while_no_worker_was_there_is_let_go_by_the_next_one(tmp_path: Path) -> None:

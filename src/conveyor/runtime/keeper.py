@@ -216,6 +216,9 @@ class Keeper:
     async def _heed_cancellations(self, entries: Sequence[Entry]) -> None:
         """Remember what is cancelled until it has ended; runners are told once more, also those that missed it the first time."""
         wished = [entry.message_id for entry in entries if entry.kind is Kind.CANCELLING]
+        if wished:
+            over = await self._over(wished)
+            wished = [id for id in wished if id not in over]
         self._cancelled.update(dict.fromkeys(wished))
         if not self._cancelled:
             return
@@ -225,6 +228,14 @@ class Keeper:
             if entry.kind in ENDS:
                 self._cancelled.pop(entry.message_id, None)
         await self._tell_runners([id for id in wished if id in self._cancelled])
+
+    async def _over(self, ids: Sequence[str]) -> frozenset[str]:
+        """Those that have ended: such a one may be redriven, which whoever wanted it cancelled before cannot have meant."""
+        try:
+            known = await self._write(self.archive.of, ids, results=False)
+        except JournalError:
+            return frozenset()
+        return frozenset(entry.message_id for entry in known if entry.kind in ENDS)
 
     async def _tell_runners(self, ids: Iterable[str]) -> None:
         if told := tuple(ids):

@@ -125,10 +125,7 @@ class Ticket(Generic[T]):
             await connection.journal.flush()
         job = await self._known()
         if job is None:
-            raise JobUnknown(
-                f"the journal knows no job {self.id}: there is none, it is too long ago, or its news has not come yet",
-                self.id,
-            )
+            raise _unknown(self.id)
         return job
 
     async def _known(self) -> Job | None:
@@ -148,17 +145,26 @@ class Ticket(Generic[T]):
 
         Raises:
             BrokerError: nobody could be told.
+            JobUnknown: another program sent it, and the journal does not know it.
+            NoKeeper: another program sent it, and nobody keeps a journal.
             ConfigurationError: the journal is off.
         """
         connection = await self._office.connect_journal()
-        topic, journey = ("", None) if self.message is None else (self.message.topic, self.message.correlation_id)
-        if self.message is None:
-            job = await self.status()
-            topic, journey = job.topic, job.correlation_id
-            if job.status.ended:
-                return
         assert connection.journal is not None
-        connection.journal.cancelling(self.id, topic, journey)
+        await connection.journal.flush()
+        try:
+            jobs = await connection.asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
+        except NoKeeper:
+            if self.message is None:
+                raise
+            jobs = []
+        # A wish that nothing meets would be met by the message that is redriven later.
+        if jobs and all(job.status.ended for job in jobs):
+            return
+        about = jobs[0] if self.message is None and jobs else self.message
+        if about is None:
+            raise _unknown(self.id)
+        connection.journal.cancelling(self.id, about.topic, about.correlation_id)
         await connection.journal.flush()
         await cancel(connection.broker, (self.id,))
 
@@ -286,6 +292,12 @@ def result_of(job: Job, returns: Any) -> Any:
         raise PayloadError(
             f"the result of job {job.id} is not what {job.worker} says here that it returns: {explain(error)}"
         ) from None
+
+
+def _unknown(id: str) -> JobUnknown:
+    return JobUnknown(
+        f"the journal knows no job {id}: there is none, it is too long ago, or its news has not come yet", id
+    )
 
 
 def in_words(job: Job | None) -> str:
