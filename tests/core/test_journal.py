@@ -99,6 +99,23 @@ def test_a_job_tells_of_its_last_attempt() -> None:
     assert (job.done, job.total, job.note, job.error, job.created) == (3.0, 10.0, "halfway", "boom", 1.0)
 
 
+def test_what_an_earlier_attempt_said_of_its_progress_is_not_said_of_a_later_one() -> None:
+    known = [
+        entry(Kind.STARTED, 1.0, attempt=1, started=1.0),
+        entry(Kind.PROGRESSED, 2.0, attempt=1, done=9.0, total=10.0, note="nearly"),
+    ]
+    assert job_of(known).done == 9.0
+    known.append(entry(Kind.RETRIED, 3.0, attempt=1, started=1.0, error="boom"))
+    assert job_of(known).done == 9.0
+    known.append(entry(Kind.STARTED, 4.0, attempt=2, started=4.0))
+    job = job_of(known)
+    assert (job.done, job.total, job.note) == (None, None, "")
+    known.append(entry(Kind.PROGRESSED, 5.0, attempt=2, done=1.0))
+    assert (job_of(known).done, job_of(known).note) == (1.0, "")
+    known.append(entry(Kind.STARTED, 6.0, attempt=2, crashes=1, started=6.0))
+    assert job_of(known).done is None
+
+
 def test_success_leaves_no_error_behind_and_has_the_result() -> None:
     job = job_of([entry(Kind.RETRIED, 1.0, error="boom"), entry(Kind.SUCCEEDED, 2.0, attempt=2, result="[1]")])
     assert (job.error, job.result, job.ended, job.attempts) == ("", "[1]", 2.0, 2)

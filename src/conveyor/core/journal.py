@@ -314,7 +314,9 @@ def _handled(job: Job, handled: Sequence[Entry]) -> Job:
     decisive = end or last
     failure = next((e for e in reversed(handled) if e.error), None)
     begun = max((e.started for e in handled if e.started is not None), default=None)
-    progress = next((e for e in reversed(handled) if e.done is not None), None)
+    running = [e for e in handled if e.started is not None or e.done is not None]
+    latest = max(running, key=lambda e: e.at if e.started is None else e.started, default=last)
+    progress = next((e for e in reversed(running) if e.done is not None and _attempt(e) == _attempt(latest)), None)
     return msgspec.structs.replace(
         job,
         worker=decisive.worker,
@@ -335,6 +337,11 @@ def _handled(job: Job, handled: Sequence[Entry]) -> Job:
         result=None if succeeded is None else succeeded.result,
         unkept=succeeded.unkept if succeeded is not None else LOST if duplicate is not None else "",
     )
+
+
+def _attempt(entry: Entry) -> tuple[int, int]:
+    """Which of its attempts it tells of; one that a crash ended is not counted."""
+    return entry.attempt, entry.crashes
 
 
 def _status(entry: Entry) -> Status:
