@@ -294,6 +294,22 @@ def test_every_kind_of_entry_has_its_words() -> None:
     ]
 
 
+def test_an_attempt_that_was_given_back_and_runs_again_is_running() -> None:
+    def entry(kind: Kind, at: float, **more: Any) -> Entry:
+        return Entry(kind, at, "m", "t", "w", attempt=1, **more)
+
+    again = [
+        entry(Kind.STARTED, 1.0, started=1.0),
+        entry(Kind.PROGRESSED, 1.5, done=5.0),
+        entry(Kind.RELEASED, 2.0, started=1.0),
+        entry(Kind.STARTED, 3.0, started=3.0),
+        entry(Kind.PROGRESSED, 4.0, done=1.0),
+    ]
+    given_back = "w: attempt 1 was given back after 1.00 s, uncounted"
+    assert lines(*again) == [given_back, "w: attempt 1 is running", "w: 1"]
+    assert lines(*again, entry(Kind.SUCCEEDED, 5.0, started=3.0)) == [given_back, "w: attempt 1 succeeded in 2.00 s"]
+
+
 def test_what_steers_terminals_is_taken_out() -> None:
     entry = Entry(Kind.DEAD, 1.0, "m", "t\x1b[31m", worker="w", error="\x1b]0;title\x07boom\nsecond")
     text = "\n".join(line.plain for line in as_text(Answer("", entries=(entry,)), "m"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from cyclopts import App, Parameter
@@ -129,11 +130,14 @@ def as_text(answer: Answer, asked: str) -> Iterator[Text]:
 
 def told(stop: Stop) -> Iterator[tuple[Entry, str]]:
     """What happened at a stop, in words; an attempt whose end is known is told by its end alone."""
-    ended = {(e.worker, e.attempt, e.crashes) for e in stop.entries if e.kind not in (Kind.STARTED, Kind.PROGRESSED)}
+    # The same attempt begins again where it was given back, uncounted: only an end behind an entry is its end.
+    ended = {
+        (e.worker, e.attempt, e.crashes): e.at for e in stop.entries if e.kind not in (Kind.STARTED, Kind.PROGRESSED)
+    }
     latest = {e.worker: e for e in stop.entries if e.kind is not Kind.PUBLISHED}
     progress = {(e.worker, e.attempt): e for e in stop.entries if e.kind is Kind.PROGRESSED}
     for entry in stop.entries:
-        over = (entry.worker, entry.attempt, entry.crashes) in ended
+        over = ended.get((entry.worker, entry.attempt, entry.crashes), -inf) >= entry.at
         if entry.kind is Kind.STARTED and not over:
             running = latest[entry.worker].attempt == entry.attempt and latest[entry.worker].crashes == entry.crashes
             said = "is running" if running else "began; its end is not known (its process died?)"
