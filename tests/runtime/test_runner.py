@@ -17,7 +17,7 @@ from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
 from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscription
 from conveyor.core.message import Message as Envelope
-from conveyor.core.settle import Done
+from conveyor.core.settle import Done, Release
 from conveyor.errors import BrokerUnavailable, PayloadError, PublishFailed
 from conveyor.runtime.worker import room_for
 from conveyor.testing.harness import Harness
@@ -594,8 +594,6 @@ async def test_a_message_that_processes_died_of_runs_alone_and_is_given_up_at_th
             if number == 0:  # out of the way of the next victim
                 subscription = await broker.subscribe(queue, 1)
                 (held,) = await subscription.fetch(1)
-        from conveyor.core.settle import Release
-
         await broker.settle([Settlement(held, Release())])
         for number in range(2, 20):
             await app.publish(Order(number))
@@ -608,6 +606,54 @@ async def test_a_message_that_processes_died_of_runs_alone_and_is_given_up_at_th
     assert max(len(others) for others in together.values()) > 1
     assert [letter.reason for letter in letters] == ["crashed"]
     assert "killed by SIGKILL" in letters[0].error
+
+
+@pytest.mark.parametrize("told", ["cancelled", "paused"])
+async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_its_queue_paused(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
+    holding, go = asyncio.Event(), asyncio.Event()
+    ran: list[int] = []
+
+    @app.worker
+    async def charge(order: Order) -> None:
+        ran.append(order.number)
+
+    @app.worker(name="hold", topic="hold")
+    async def hold(_: dict[str, int]) -> None:
+        holding.set()
+        await go.wait()
+
+    async with opened(broker), app:
+        queue = app.workers["charge"].queue.name
+        message = await app.publish(Order(0))
+        for _ in range(2):
+            victim = MemoryBroker(store=store)
+            await victim.open()
+            await (await victim.subscribe(queue, 1)).fetch(1)
+            await broker.reclaim(victim.owner, "killed by SIGKILL")
+        subscription = await broker.subscribe(queue, 1)
+        (held,) = await subscription.fetch(1)
+        async with app.running() as runner, asyncio.timeout(60):
+            await app.publish({}, topic="hold")
+            await holding.wait()
+            await broker.settle([Settlement(held, Release())])
+            await subscription.close()
+            while runner._waits_alone is None:
+                await asyncio.sleep(0)
+            if told == "cancelled":
+                runner.cancel([message.id])
+            else:
+                monkeypatch.setattr(runner, "_paused", lambda: frozenset({queue}))
+                await runner._heed_pauses()
+            go.set()
+            while runner._alone_at_work:
+                await asyncio.sleep(0)
+        info = next(info for info in await broker.queues() if info.name == queue)
+    assert ran == []
+    assert info.ready == (1 if told == "paused" else 0)
 
 
 async def test_a_lost_lease_stops_the_handler_and_settles_nothing() -> None:

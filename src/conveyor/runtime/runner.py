@@ -459,6 +459,12 @@ class Runner:
             log.info("message %s has to run alone, but others take long: given back for later", delivery.message.id)
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
+        if delivery.message.id in self._cancelled:  # somebody told while it waited
+            consumer.let_go(delivery)
+            return
+        if consumer.paused:
+            self._settler.add(delivery, Release())
+            return
         log.warning(
             "message %s of %s is run alone: %s of it ended without a word",
             delivery.message.id,
