@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from examples.images.files import TEMPORARY
-from examples.images.folder import JOURNAL, STATE, FolderError, process_folder
+from examples.images.app import make_app, recipe_by_now
+from examples.images.files import LARGEST_PIXELS, TEMPORARY
+from examples.images.folder import JOURNAL, RECIPE, STATE, FolderError, process_folder
 from examples.images.pictures import make_photographs
 from examples.images.settings import Settings
 from tests.examples.beside import Program, wait_for
 from tests.examples.images.odd import HANDLED, REFUSED, write
 
+ONE = Settings(processes=1)
 SLOW = "blur:60,sharpen:3"
 """Slow enough that one can interfere."""
 
@@ -125,6 +128,28 @@ def test_results_of_other_filters_are_not_mixed_in(tmp_path: Path) -> None:
         process_folder(folder.source, folder.out, "blur:2", Settings())
     code, report = folder.run("--again", filters="blur:2")
     assert (code, report["processed"], report["before"]) == (0, 2, 0)
+
+
+def test_what_an_interrupted_run_left_on_a_broker_does_not_spoil_the_next_one_s_results(tmp_path: Path) -> None:
+    source, out, url = tmp_path / "in", tmp_path / "out", f"sqlite:///{tmp_path / 'images.queue'}"
+    photos = make_photographs(source, 3, (90, 60))
+    process_folder(source, out, "grayscale", ONE, broker=url)
+    file = out / STATE / RECIPE
+    earlier = recipe_by_now(file)
+    assert earlier is not None
+
+    async def leave() -> None:
+        images = make_app(ONE, url)
+        async with images.app:
+            for photo in photos:
+                await images.process.send(photo, out / photo.name, earlier, LARGEST_PIXELS, file)
+
+    asyncio.run(leave())
+    report = process_folder(source, out, "blur:1", ONE, broker=url, again=True)
+    assert (report.processed, report.before) == (3, 0)
+    for photo in photos:
+        with Image.open(out / photo.name) as image:
+            assert image.mode == "RGB"
 
 
 def test_only_the_bad_images_fail_each_with_its_reason(tmp_path: Path) -> None:
