@@ -142,6 +142,7 @@ def test_what_an_interrupted_run_left_on_a_broker_does_not_spoil_the_next_one_s_
         images = make_app(ONE, url)
         async with images.app:
             for photo in photos:
+                (out / photo.name).unlink()
                 await images.process.send(photo, out / photo.name, earlier, LARGEST_PIXELS, file)
 
     asyncio.run(leave())
