@@ -127,7 +127,6 @@ async def begin(session: AsyncSession, job_id: str, station: str, queue: str) ->
     That the job is here says that it has left the hops before, whatever was reported of them.
     """
     await register(session, job_id, station)
-    now = datetime.now(UTC)
     for earlier in HOPS[: HOPS.index(queue)]:
         await finish(session, job_id, earlier)
     hop = await _locked(session, job_id, queue)
@@ -135,6 +134,7 @@ async def begin(session: AsyncSession, job_id: str, station: str, queue: str) ->
         return None
     if hop.state == State.RUNNING:
         _note(hop, "no end was reported: its process died, or a repeat of the message runs beside it")
+    now = datetime.now(UTC)  # not before it was queued, which may be noted only here
     hop.state, hop.attempts, hop.started_at = State.RUNNING, hop.attempts + 1, hop.started_at or now
     return hop.attempts
 

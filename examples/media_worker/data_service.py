@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from typing import Final
-from urllib.parse import quote
 
 import httpx
 
@@ -15,7 +14,6 @@ from conveyor import Reject, Retry, carried
 REQUEST_ID: Final = "X-Request-ID"
 WAITING: Final = frozenset({408, 425, 429, *range(500, 600)})
 """Answers after which another try may help."""
-PRINTABLE: Final = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) != "%")
 LONGEST_HEADER: Final = 200
 LONGEST_PAUSE_SECONDS: Final = 600.0
 
@@ -74,7 +72,7 @@ class DataService:
 async def add_request_id(request: httpx.Request) -> None:
     """Put what the message carries on onto a request; for the client's event hooks."""
     for name, value in carried().items():
-        request.headers[name] = quote(value, safe=PRINTABLE)[:LONGEST_HEADER]
+        request.headers[name] = value[:LONGEST_HEADER]
 
 
 def _refusal(answer: httpx.Response, user_id: int) -> str:
