@@ -134,6 +134,9 @@ SELECT CAST(json_group_array(json_array(seq, deliveries, attempts, error, length
        json_group_array(seq) FILTER (WHERE length(body) > ?4)
 FROM message INDEXED BY message_leased WHERE state = 1 AND queue = ?1 AND at = ?2 AND token = ?3
 
+-- name: bytes
+SELECT sum(length(body)) FROM message WHERE seq IN (SELECT value FROM json_each(?1))
+
 -- name: body
 SELECT body FROM message WHERE seq = ?1
 
