@@ -443,16 +443,21 @@ class Conveyor:
         else:
             work.close()
             raise ConveyorError(f"{called} would block the event loop that runs here; use: await {instead}")
+        begins = False
         with self._lock:
             self._forget_others()
             running = next((loop for loop in self._connections if loop.is_running()), None)
             if running is None and self._background is None:
                 self._background = Background(f"{self.name} publishing")
-                atexit.register(self._note_the_last)
+                begins = True
         if running is not None:
             return asyncio.run_coroutine_threadsafe(work, running).result()
         assert self._background is not None
-        return self._background.run(work)
+        try:
+            return self._background.run(work)
+        finally:
+            if begins:  # only now, so that it comes before what the broker does at the end
+                atexit.register(self._note_the_last)
 
     def _note_the_last(self) -> None:
         """A program that ends lets the journal know what it has published in its last moments."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from conveyor import Context, Conveyor, Reject, RetryPolicy, Transaction
 from conveyor.broker import Broker, Delivery, Queue
+from conveyor.brokers import from_url
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
 from conveyor.core.message import Message
@@ -695,3 +698,37 @@ def test_what_is_not_ended_by_the_ledger_is_told_as_a_duplicate() -> None:
 def test_the_queue_of_each_application_is_its_own() -> None:
     assert isinstance(journal_queue("a"), Queue)
     assert journal_queue("a").name != journal_queue("b").name
+
+
+# --- programs without an event loop ---------------------------------------------------------------------------------------
+
+
+SCRIPT = """
+from conveyor import Conveyor
+
+app = Conveyor("shop", broker="sqlite:///shop.queue", journal=True)
+
+@app.task
+async def bake(loaves: int) -> None: ...
+
+bake.send_sync(3)
+"""
+
+
+async def test_a_script_that_sends_a_job_and_ends_has_it_in_the_journal(tmp_path: Path) -> None:
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", SCRIPT],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, "never retrieved" in done.stderr, "destroyed" in done.stderr) == (0, False, False), (
+        done.stderr
+    )
+    broker = from_url(f"sqlite:///{tmp_path / 'shop.queue'}")
+    await broker.open()
+    assert {info.name: info.ready for info in await broker.queues()} == {"shop.bake": 1, "conveyor.journal.shop": 1}
+    await broker.close()
