@@ -250,9 +250,8 @@ class RabbitBroker:
                 await self._declare_temporary(spec)
         if not lasting:
             return
-        if any(
-            spec.name in self.specs for spec in lasting
-        ):  # declared again: somebody may have deleted this all, and the catalog, too
+        # What is declared again may have been deleted by somebody, and the catalog with it.
+        if any(spec.name in self.specs for spec in lasting):
             await self._catalog.open()
         async with self._catalog.changing() as catalog:
             for spec in lasting:

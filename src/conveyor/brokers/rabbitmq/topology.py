@@ -193,9 +193,8 @@ class Topology:
         if spec.replicated and self.version >= UNLIMITED_SINCE:
             arguments["x-delivery-limit"] = -1
         if not spec.replicated and own and "queue_type" not in spec.native:
-            arguments["x-queue-mode"] = (
-                "lazy"  # as all are since 3.12; before, what waits fills the server's memory, and is slower
-            )
+            # As all are since 3.12; before, what waits fills the server's memory, and is slower.
+            arguments["x-queue-mode"] = "lazy"
         if bounded and spec.max_length is not None:
             arguments |= {"x-max-length": spec.max_length, "x-overflow": "drop-head"}
         if bounded and spec.queue_type == "priority":
