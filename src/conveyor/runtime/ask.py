@@ -12,14 +12,14 @@ from typing import Final
 
 import msgspec
 
-from conveyor.broker import Broker, Clock, Queue, Settlement
+from conveyor.broker import Broker, Clock
 from conveyor.core.journal import Job, JobFilter, in_order
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
-from conveyor.core.settle import DONE, describe
-from conveyor.errors import BrokerError, NoKeeper
+from conveyor.errors import NoKeeper
 from conveyor.runtime.journal import ASK, MSGPACK
 from conveyor.runtime.loop import Loops
+from conveyor.runtime.mailbox import Mailbox
 
 log = logging.getLogger("conveyor.ask")
 
@@ -35,10 +35,8 @@ NOBODY_SECONDS: Final = 0.25
 """The same where there was no keeper at all."""
 MOST_IDS: Final = 1_000
 """Ids in one question."""
-FETCH: Final = 100
 ANY: Final = JobFilter()
 
-_answer: Final = msgspec.msgpack.Decoder(Answer).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -55,7 +53,7 @@ class Asker:
         self._clock = clock
         name = f"{ANSWERS}.{uuid.uuid4().hex[:12]}"
         # It has a topic: not every broker can reach a queue by its name that somebody else has declared.
-        self._answers = Queue(name=name, topics=(name,), temporary=True, max_length=1_000)
+        self._mailbox = Mailbox(broker, name, (name,), msgspec.msgpack.Decoder(Answer).decode)
         self._asked: dict[str, asyncio.Queue[Answer]] = {}
         self._opening = asyncio.Lock()
         self._is_open = False
@@ -133,9 +131,7 @@ class Asker:
         """Ask no more."""
         await self._loops.stop()
         if self._is_open:
-            with contextlib.suppress(TimeoutError, BrokerError):
-                async with asyncio.timeout(1.0):
-                    await self._broker.remove(self._answers.name)
+            await self._mailbox.remove()
             self._is_open = False
 
     async def _all(self, request: Request, timeout_seconds: float) -> list[Answer]:
@@ -160,7 +156,7 @@ class Asker:
         now = self._clock()
         id = uuid7(now, os.urandom(10))
         message = Message(
-            id, ASK, _encode(Question(id, self._answers.name, request)), content_type=MSGPACK, created=now
+            id, ASK, _encode(Question(id, self._mailbox.name, request)), content_type=MSGPACK, created=now
         )
         arriving: asyncio.Queue[Answer] = asyncio.Queue()
         self._asked[id] = arriving
@@ -174,27 +170,16 @@ class Asker:
     async def _open(self) -> None:
         async with self._opening:
             if not self._is_open:
-                await self._broker.declare([self._answers])
+                await self._mailbox.declare()
                 self._loops.start("answers", self._hear)
                 self._is_open = True
 
     async def _hear(self) -> None:
-        await self._broker.declare([self._answers])
-        subscription = await self._broker.subscribe(self._answers.name, FETCH)
-        try:
+        async with self._mailbox.receiving() as take:
             while True:
-                deliveries = await subscription.fetch(FETCH)
-                for delivery in deliveries:
-                    try:
-                        answer = _answer(delivery.message.body)
-                    except msgspec.MsgspecError as error:
-                        log.debug("left out what is no answer: %s", describe(error))
-                        continue
+                for answer in await take():
                     if answer.to in self._asked:
                         self._asked[answer.to].put_nowait(answer)
-                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
-        finally:
-            await subscription.close()
 
 
 class _Answers:

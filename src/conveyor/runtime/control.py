@@ -14,17 +14,18 @@ import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import msgspec
 
-from conveyor.broker import Broker, Clock, Delivery, Queue, Settlement, Subscription
+from conveyor.broker import Broker, Clock
 from conveyor.core.message import Message, uuid7
 from conveyor.core.pause import Switch, Switches, decided, merged, paused_in
-from conveyor.core.settle import DONE, describe
+from conveyor.core.settle import describe
 from conveyor.errors import BrokerError, BrokerUnavailable
 from conveyor.runtime.health import Health
 from conveyor.runtime.loop import Loops
+from conveyor.runtime.mailbox import Mailbox
 
 log = logging.getLogger("conveyor.control")
 
@@ -36,10 +37,6 @@ PEERS: Final = "conveyor.peers"
 """The topic on which a runner that starts asks those that are there."""
 STATUS: Final = "conveyor.status"
 """Begins the topics on which whoever asked gets the answers."""
-LONGEST_QUEUE: Final = 1_000
-"""Orders that wait for a process that stands still; of states, the latest are enough."""
-FETCH: Final = 100
-"""Orders taken from the broker at once."""
 PEERS_SECONDS: Final = 1.0
 """How long a runner that starts waits for what the others know: those that are there answer in milliseconds, and those that
 died without having been noticed never do."""
@@ -47,8 +44,6 @@ ANSWER_SECONDS: Final = 5.0
 """How long somebody waits for the first runner to answer; one that stands still never does."""
 LAST_ANSWER_SECONDS: Final = 0.5
 """How long, after one answer, somebody waits for the next."""
-REMOVE_SECONDS: Final = 1.0
-"""An end waits no longer for its queue to be removed: it vanishes with this process in any case."""
 REFUSED_SECONDS: Final = 60.0
 """Between two tries where the broker permits no queue for it: it will hardly change its mind sooner."""
 
@@ -183,43 +178,6 @@ def _no_ids() -> Sequence[str]:
     return ()
 
 
-class _Inbox:
-    """A temporary queue of this process and what comes into it.
-
-    Parameters:
-        topics: what it hears.
-    """
-
-    def __init__(self, broker: Broker, name: str, topics: tuple[str, ...]) -> None:
-        self.broker = broker
-        self._queue = Queue(name=name, topics=topics, temporary=True, max_length=LONGEST_QUEUE)
-
-    async def declare(self, *more_topics: str) -> None:
-        """Be there; also hear more topics."""
-        queue = msgspec.structs.replace(self._queue, topics=(*self._queue.topics, *more_topics))
-        await self.broker.declare([queue])
-
-    async def subscribe(self) -> Subscription:
-        """Receive what comes."""
-        return await self.broker.subscribe(self._queue.name, FETCH)
-
-    async def remove(self) -> None:
-        """Be there no more, or whoever starts would wait for an answer; where the broker is away, that is all the same."""
-        with contextlib.suppress(BrokerError, TimeoutError):
-            async with asyncio.timeout(REMOVE_SECONDS):
-                await self.broker.remove(self._queue.name)
-
-
-def _decoded(deliveries: Sequence[Delivery], decode: Callable[[bytes], Any]) -> list[Any]:
-    found = []
-    for delivery in deliveries:
-        try:
-            found.append(decode(delivery.message.body))
-        except msgspec.MsgspecError as error:  # of another version, or of anybody: the topics are open to all
-            log.debug("left out what cannot be read on %s: %s", delivery.message.topic, describe(error))
-    return found
-
-
 def _message(topic: str, content: Order | Status) -> Message:
     now = time.time()
     return Message(id=uuid7(now, os.urandom(10)), topic=topic, body=msgspec.json.encode(content), created=now)
@@ -269,8 +227,8 @@ class Control:
         """Why nothing can be heard now, in words."""
         self._own_topic = f"{CONTROL}.{self.runner}"
         self._broker = broker
-        self._inbox = _Inbox(broker, self._own_topic, (CONTROL, self._own_topic))
-        self._decode: Final = msgspec.json.Decoder(Order).decode
+        decode = msgspec.json.Decoder[Order](Order).decode
+        self._mailbox: Mailbox[Order] = Mailbox(broker, self._own_topic, (CONTROL, self._own_topic), decode)
         self._informed = asyncio.Event()
         """It knows what its peers know, or there is none."""
         self._loops = Loops()
@@ -290,7 +248,7 @@ class Control:
     async def close(self) -> None:
         """Hear no more."""
         await self._loops.stop()
-        await self._inbox.remove()
+        await self._mailbox.remove()
 
     async def _run(self) -> None:
         while True:
@@ -309,25 +267,19 @@ class Control:
     async def _listen(self) -> None:
         # It hears orders before it asks, or it would miss those in between; and it asks before it can be asked itself, or the
         # broker could not tell it that nobody else is there.
-        await self._inbox.declare()
+        await self._mailbox.declare()
         alone = bool(await self._broker.publish([_message(PEERS, Hello(self._own_topic))]))
-        await self._inbox.declare(PEERS)
-        subscription = await self._inbox.subscribe()
-        self.problem = None
-        try:
+        async with self._mailbox.receiving(PEERS) as take:
+            self.problem = None
             if alone:
                 self._informed.set()
             if self.switches:  # those that started in the same moment could not be asked
                 await tell(self._broker, Turn(dict(self.switches)))
             while True:
-                deliveries = await subscription.fetch(FETCH)
-                orders: list[Order] = _decoded(deliveries, self._decode)
+                orders = await take()
                 for order in orders:
                     await self._obey(order)
-                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
                 await self._answer(orders)
-        finally:
-            await subscription.close()
 
     async def _obey(self, order: Order) -> None:
         match order:
@@ -386,8 +338,7 @@ class Operator:
         self._broker = broker
         self._clock = clock
         self._topic = f"{STATUS}.{uuid.uuid4().hex[:12]}"
-        self._inbox = _Inbox(broker, self._topic, (self._topic,))
-        self._decode: Final = msgspec.json.Decoder(Status).decode
+        self._mailbox = Mailbox(broker, self._topic, (self._topic,), msgspec.json.Decoder(Status).decode)
         self._switches: Switches = {}
         self._answered = asyncio.Event()
         self._loops = Loops()
@@ -398,13 +349,13 @@ class Operator:
         Raises:
             BrokerError: the broker permits no queue for it.
         """
-        await self._inbox.declare()
+        await self._mailbox.declare()
         self._loops.start("answers", self._run)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._loops.stop()
-        await self._inbox.remove()
+        await self._mailbox.remove()
 
     @property
     def paused(self) -> frozenset[str]:
@@ -458,18 +409,12 @@ class Operator:
         self.heard.pop(runner, None)
 
     async def _run(self) -> None:
-        await self._inbox.declare()
-        subscription = await self._inbox.subscribe()
-        try:
+        async with self._mailbox.receiving() as take:
             while True:
-                deliveries = await subscription.fetch(FETCH)
-                for status in _decoded(deliveries, self._decode):
-                    self._take(status)
-                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
-        finally:
-            await subscription.close()
+                for status in await take():
+                    self._note(status)
 
-    def _take(self, status: Status) -> None:
+    def _note(self, status: Status) -> None:
         before = self.statuses.get(status.runner)
         if before is not None and not status.failures:
             status = msgspec.structs.replace(status, failures=before.failures[-1:])

@@ -14,7 +14,7 @@ from typing import Final, ParamSpec, Self, TypeVar
 
 import msgspec
 
-from conveyor.broker import Broker, Clock, Delivery, Queue, Settlement
+from conveyor.broker import Broker, Clock, Delivery, Settlement
 from conveyor.core.journal import ENDS, Entry, Job, Kind, jobs_of
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
@@ -25,6 +25,7 @@ from conveyor.runtime.control import Control, cancel
 from conveyor.runtime.health import Health
 from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue
 from conveyor.runtime.loop import Loops
+from conveyor.runtime.mailbox import Mailbox
 
 log = logging.getLogger("conveyor.keeper")
 
@@ -57,7 +58,6 @@ LONGEST_WAIT_SECONDS: Final = 60.0
 """A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
 
 _batch: Final = msgspec.msgpack.Decoder(list[Entry]).decode
-_question: Final = msgspec.msgpack.Decoder(Question).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -88,9 +88,8 @@ class Keeper:
         self._broker = broker
         self._clock = clock
         self._queue = journal_queue(app)
-        self._questions = Queue(
-            name=f"{ASK}.{app}.{uuid.uuid4().hex[:12]}", topics=(ASK,), temporary=True, max_length=1_000
-        )
+        name = f"{ASK}.{app}.{uuid.uuid4().hex[:12]}"
+        self._mailbox = Mailbox(broker, name, (ASK,), msgspec.msgpack.Decoder(Question).decode)
         # A question may take long, and must hold up no entry.
         self._reader = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
         self._writing = ThreadPoolExecutor(1, "conveyor archive")
@@ -108,7 +107,8 @@ class Keeper:
             if self._reader is not self.archive:
                 await self._read(functools.partial(self._reader.open, create=False))
             self._cancelled = dict.fromkeys(reversed(await self._write(self.archive.cancelled, MOST_CANCELLED)))
-            await self._broker.declare([self._queue, self._questions])
+            await self._broker.declare([self._queue])
+            await self._mailbox.declare()
             # First what waits: cancellations may be in it, and a runner that starts asks for them once.
             self._loops.start("journal", self._take)
             await self._until_drained(INTAKE_SECONDS)
@@ -130,9 +130,7 @@ class Keeper:
         await self._control.close()
         for wait in {wait for waits in self._waits.values() for wait in waits}:
             self._end(wait)
-        with contextlib.suppress(TimeoutError, BrokerError):
-            async with asyncio.timeout(1.0):
-                await self._broker.remove(self._questions.name)
+        await self._mailbox.remove()
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     def health(self) -> Health:
@@ -253,24 +251,13 @@ class Keeper:
 
     async def _hear(self) -> None:
         """Answer questions, for ever."""
-        await self._broker.declare([self._questions])
-        subscription = await self._broker.subscribe(self._questions.name, FETCH)
-        try:
+        async with self._mailbox.receiving() as take:
             while True:
-                deliveries = await subscription.fetch(FETCH)
-                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
-                for delivery in deliveries:
-                    try:
-                        question = _question(delivery.message.body)
-                    except msgspec.MsgspecError as error:  # of another version, or of anybody: the topic is open to all
-                        log.debug("left out what is no question: %s", describe(error))
-                        continue
+                for question in await take():
                     try:
                         await self._consider(question)
                     except JournalError as error:
                         await self._reply(question, Answer(question.id, problem=str(error)))
-        finally:
-            await subscription.close()
 
     async def _consider(self, question: Question) -> None:
         match question.request:

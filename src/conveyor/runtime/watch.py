@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
-from conveyor.broker import Broker, Queue, Settlement
+from conveyor.broker import Broker
 from conveyor.core.codec import Codec
-from conveyor.core.settle import DONE
 from conveyor.runtime.loop import Loops
+from conveyor.runtime.mailbox import Mailbox
 
 log = logging.getLogger("conveyor.watch")
 
@@ -20,8 +20,6 @@ T = TypeVar("T")
 
 BUFFER: Final = 1_000
 """Events that a watcher may be behind; a slower one misses the oldest."""
-FETCH: Final = 200
-"""Events taken from the broker at once."""
 
 
 class Watch(Generic[T]):
@@ -77,11 +75,9 @@ class Watch(Generic[T]):
 class _Hub:
     """One temporary queue for one topic, shared by all the watches of this process."""
 
-    def __init__(self, broker: Broker, queue: Queue, codec: Codec) -> None:
+    def __init__(self, mailbox: Mailbox[Any]) -> None:
         self.watches: set[Watch[Any]] = set()
-        self._broker = broker
-        self._queue = queue
-        self._codec = codec
+        self._mailbox = mailbox
         self._opening = asyncio.Lock()
         self._open = False
         self._loops = Loops()
@@ -89,30 +85,19 @@ class _Hub:
     async def open(self) -> None:
         async with self._opening:
             if not self._open:
-                await self._broker.declare([self._queue])
-                self._loops.start(f"watch {self._queue.name}", self._run)
+                await self._mailbox.declare()
+                self._loops.start(f"watch {self._mailbox.name}", self._run)
                 self._open = True
 
     async def close(self) -> None:
         await self._loops.stop()
 
     async def _run(self) -> None:
-        await self._broker.declare([self._queue])
-        subscription = await self._broker.subscribe(self._queue.name, FETCH)
-        try:
+        async with self._mailbox.receiving() as take:
             while True:
-                deliveries = await subscription.fetch(FETCH)
-                for delivery in deliveries:
-                    try:
-                        event = self._codec.decode(delivery.message.body)
-                    except Exception as error:
-                        log.debug("a tail leaves out what it cannot read: %s", self._codec.explain(error))
-                        continue
+                for event in await take():
                     for watch in tuple(self.watches):
                         watch.offer(event)
-                await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
-        finally:
-            await subscription.close()
 
 
 class Watches:
@@ -135,8 +120,8 @@ class Watches:
         hub = self._hubs.get((topic, codec.type))
         if hub is None:
             name = f"{self._prefix}.watch.{topic}.{self._broker.owner[:12]}.{len(self._hubs)}"
-            queue = Queue(name=name, topics=(topic,), temporary=True, max_length=10 * BUFFER)
-            hub = self._hubs[topic, codec.type] = _Hub(self._broker, queue, codec)
+            mailbox = Mailbox(self._broker, name, (topic,), codec.decode, length=10 * BUFFER)
+            hub = self._hubs[topic, codec.type] = _Hub(mailbox)
         return Watch(hub, buffer, where)
 
     async def close(self) -> None:
