@@ -302,9 +302,9 @@ class World:
 
     @property
     def waiting(self) -> list[Waiting]:
-        """What is in the queues."""
+        """What is in the application's queues."""
         sql = """SELECT queue.name, message.id, state, deliveries, attempts, error
-            FROM message JOIN queue ON queue.id = queue ORDER BY seq"""
+            FROM message JOIN queue ON queue.id = queue WHERE queue.name NOT LIKE 'conveyor.%' ORDER BY seq"""
         return [Waiting(*row) for row in self.look(sql)]
 
     @property

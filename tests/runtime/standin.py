@@ -71,7 +71,7 @@ async def main(link: ChildLink) -> int:
         time.sleep(3600)
     if "eats" in MANNERS:
         await asyncio.sleep(0.3)
-        memory = bytearray(os.urandom(1024) * 40 * 1024)
+        memory = bytearray(os.urandom(1024) * 200 * 1024)
         note(f"ate {len(memory)}")
     if "dies-soon" in MANNERS:
         await asyncio.sleep(0.2)

@@ -250,9 +250,9 @@ async def test_a_process_that_grows_is_drained_without_releasing_what_it_runs(wo
 
 
 async def test_a_process_that_grows_far_beyond_its_limit_is_killed_and_its_message_counts_a_crash(world: World) -> None:
-    world.start("eats", max_rss_bytes=45_000_000, grace_seconds=60.0)
+    world.start("eats", "never-drains", max_rss_bytes=100_000_000, grace_seconds=60.0)
     await until(lambda: world.deaths)
-    assert "over --max-rss 45 MB" in world.deaths[0][1]
+    assert "over --max-rss 100 MB" in world.deaths[0][1]
     assert world.deaths[0][0] == world.notes("up")[0][1]
 
 

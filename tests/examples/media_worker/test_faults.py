@@ -44,6 +44,8 @@ def test_a_worker_that_is_asked_to_stop_finishes_what_it_holds(start_media: Star
     assert done + media.foreigner.depth("media.process") == 30  # the rest is back in its queue
     media.start("worker")
     assert sorted(media.known(30)) == sorted(f"{name}.txt" for name in range(30))
+    wait_for(lambda: len(media.calls()) >= 30, media.said)  # a call is listed once it is answered
+    assert media.programs[-1].stop(number) == 0
     assert len(media.calls()) == 30  # nothing was done twice
 
 
