@@ -21,7 +21,7 @@ ConveyorError
 │   └── NoKeeper                nobody keeps a journal there, or nobody answers
 ├── JobError                    a job whose result cannot be had
 │   ├── JobFailed               it was given up, and is a dead letter
-│   ├── JobCancelled            somebody cancelled it
+│   ├── JobCancelled            somebody cancelled it, or its own handler did by raising this
 │   ├── JobTimeout              it has not ended in the time that one would wait (also a TimeoutError)
 │   ├── JobUnknown              nothing is known about it
 │   └── ResultNotKept           it is done, but what it returned is too large to be kept, or no JSON
@@ -197,7 +197,17 @@ class JobFailed(JobError):
 
 
 class JobCancelled(JobError):
-    """Somebody cancelled the job before it was done."""
+    """A job was cancelled before it was done.
+
+    A handler may raise it: its job ends as cancelled, neither done nor failed, and nothing of what the attempt would have published is.
+
+    Parameters:
+        id: the job's; a handler leaves it out, and means its own. One with another job's id, as that one's ticket raises it, is
+            a failure like any other.
+    """
+
+    def __init__(self, why: str = "cancelled", id: str = "") -> None:
+        super().__init__(why, id)
 
 
 class JobTimeout(JobError, TimeoutError):

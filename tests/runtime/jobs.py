@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from conveyor import Context, Message
+from conveyor import Context, JobCancelled, Message
 from conveyor.errors import Retry
 from conveyor.runtime import pool
 
@@ -230,6 +230,10 @@ def scale(picture: Picture, by: int = 2) -> Picture:
     return Picture(picture.name, picture.data * by)
 
 
+def give_itself_up() -> NoReturn:
+    raise JobCancelled("nobody wants it any more")
+
+
 async def publish_now_there(context: Context) -> None:
     await context.publish_now(Seen("x", 1))
 
@@ -241,6 +245,6 @@ def try_to_publish_now(context: Context = INJECTED) -> None:
 def await_the_drain(path: str, context: Context = INJECTED) -> str:
     said = meet(path)
     deadline = time.monotonic() + 60
-    while not context.shutting_down.is_set() and time.monotonic() < deadline:
+    while not context.shutting_down and time.monotonic() < deadline:
         time.sleep(0.01)
     return said

@@ -10,7 +10,7 @@ import msgspec
 from conveyor.core.message import Message
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.words import counted, keepable
-from conveyor.errors import PayloadError, Reject, Retry, is_outage
+from conveyor.errors import JobCancelled, PayloadError, Reject, Retry, is_outage
 
 SUSPECT_AFTER_CRASHES: Final = 2
 """One death may be anybody's (a deployment, the kernel); after a second one the message runs alone."""
@@ -42,7 +42,7 @@ class Done(msgspec.Struct, frozen=True, gc=False):
         result: what a job returned, as JSON text, for the journal; brokers do not care. None where nothing is kept of it.
         unkept: why nothing is kept of it; "" where it is, or where it returned nothing.
         repeated: nothing was done: the ledger knew the message already.
-        cancelled: somebody cancelled it, before it began or while it ran.
+        cancelled: somebody cancelled it, before it began or while it ran; or its handler did.
     """
 
     emits: tuple[Message, ...] = ()
@@ -99,6 +99,8 @@ def verdict_on_error(
     if is_outage(error):
         # It is not the message's fault, and may outlast any number of attempts.
         return Release(now + OUTAGE_SECONDS * (1 + chance))
+    if isinstance(error, JobCancelled) and not error.id:
+        return CANCELLED
     if isinstance(error, Reject):
         return Dead(Reason.REJECTED, text, traceback)
     if isinstance(error, PayloadError):

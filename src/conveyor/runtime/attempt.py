@@ -154,6 +154,6 @@ def _context(message: Message, wanted: Wanted, emitter: Emitter) -> Context:
         wanted.identity,
         emitter,
         None,
-        inside.shutting_down,
+        inside.shutting_down.is_set,
         inside.progress,
     )

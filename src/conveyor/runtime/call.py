@@ -15,10 +15,10 @@ from conveyor.core.codec import Codec, result_codec_for
 from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Done
-from conveyor.errors import AlreadyHandled, HandlerError, PayloadError
+from conveyor.errors import AlreadyHandled, HandlerError, JobCancelled, PayloadError
 from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable
 from conveyor.runtime.carry import Carry
-from conveyor.runtime.context import Context, Noted, Tell, from_thread
+from conveyor.runtime.context import Context, Noted, Tell, cancel, from_thread
 from conveyor.runtime.frames import lent
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Emitter, Outgoing, collected
@@ -148,10 +148,16 @@ class Caller:
         self._collect(result, emitter)
         return self._done(tuple(emitter.messages), result)
 
-    def tell_cancelled(self, delivery: Delivery) -> None:
-        """Let the attempt that runs on it know why it is about to be stopped."""
-        if (context := self._contexts.get(delivery.receipt)) is not None:
-            context.cancelled.set()
+    def tell_cancelled(self, delivery: Delivery) -> bool:
+        """Let the attempt that runs on it see that it is cancelled: nothing of it counts any more, however it ends.
+
+        Returns:
+            Whether it should be given time to see it: it runs in a thread, where it has to be looked for.
+        """
+        if (context := self._contexts.get(delivery.receipt)) is None:
+            return False
+        cancel(context)
+        return self._plan.mode is Mode.THREAD
 
     @property
     def stuck(self) -> int:
@@ -214,9 +220,12 @@ class Caller:
             return await step(call)
         self._contexts[first.receipt] = context
         try:
-            return await step(call)
+            result = await step(call)
         finally:
             del self._contexts[first.receipt]
+        if context.cancelled:  # it saw it, or was stopped and did not heed that: a transaction around it is rolled back
+            raise JobCancelled
+        return result
 
     def _context(self, delivery: Delivery, emitter: Emitter) -> Context:
         tell: Tell | None = None
@@ -233,7 +242,7 @@ class Caller:
             self._worker.identity,
             emitter,
             self._around.broker,
-            self._around.shutting_down,
+            self._around.shutting_down.is_set,
             tell,
             noted,
         )

@@ -49,7 +49,6 @@ from conveyor.runtime.logs import Current, current
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.points import point
 from conveyor.runtime.settler import AGAIN, Settler
-from conveyor.runtime.threads import BY_WISH
 from conveyor.runtime.worker import PREFETCH_SECONDS, Worker, room_for
 
 log = logging.getLogger("conveyor.consumer")
@@ -62,13 +61,22 @@ CANCELS: Final = 3
 """A handler that swallows so many cancellations is left behind, and its lane replaced."""
 
 LAST_CANCEL_SECONDS: Final = 1.0
-"""At the end, a handler that swallows cancellation is waited for no longer than that."""
+"""A handler that is cancelled, and swallows it, is cancelled again after so long; at the end it is waited for no longer."""
 
 SURPLUS_SECONDS: Final = 1.0
 """What was fetched because handlers were quick, and waits for so long, is given back."""
 
+TOLD_SECONDS: Final = 5.0
+"""A handler in a thread that can see that it is cancelled has so long to end by itself; then it is interrupted."""
+
 FOREVER: Final = float("inf")
-TIMEOUT, LEASE_LOST, DRAINED = "timeout", "lease lost", "drained"
+TIMEOUT, LEASE_LOST, DRAINED, BY_WISH = "timeout", "lease lost", "drained", "cancelled"
+HOW_STOPPED: Final = {
+    Mode.ASYNC: "its handler is cancelled",
+    Mode.THREAD: "its thread is interrupted",
+    Mode.PROCESS: "its process, where it has one already, is killed",
+}
+"""What becomes of a running attempt that somebody cancels, for the log."""
 
 
 class Lane:
@@ -89,10 +97,11 @@ class Lane:
         """Done when the attempt has ended, or was left behind; for a lane that runs a suspect."""
 
     def cancel(self, why: str) -> None:
-        """Interrupt the attempt that runs here."""
+        """Interrupt the attempt that runs here; it is looked at again LAST_CANCEL_SECONDS later."""
         assert self.task is not None
         self.why = why
         self.cancels += 1
+        self.deadline = time.monotonic() + LAST_CANCEL_SECONDS
         self.task.cancel(why)
 
 
@@ -341,9 +350,18 @@ class Consumer:
         self._hungry.set()
         for lane in self._lanes:
             if len(lane.deliveries) == 1 and lane.deliveries[0].message.id in ids and lane.why is None:
-                self._caller.tell_cancelled(lane.deliveries[0])
-                lane.cancel(BY_WISH)
-                lane.deadline = min(lane.deadline, time.monotonic() + LAST_CANCEL_SECONDS)
+                self._stop(lane, lane.deliveries[0])
+
+    def _stop(self, lane: Lane, delivery: Delivery) -> None:
+        """Somebody has cancelled what runs here: from now on it ends as cancelled, whatever it does."""
+        if self._caller.tell_cancelled(delivery):
+            lane.why = BY_WISH
+            lane.deadline = min(lane.deadline, time.monotonic() + TOLD_SECONDS)
+            how = f"its thread is told, and interrupted unless it ends within {TOLD_SECONDS:g} s"
+        else:
+            lane.cancel(BY_WISH)
+            how = HOW_STOPPED[self.worker.plan.mode]
+        log.info("worker %s: message %s is cancelled while it runs: %s", self.worker.name, delivery.message.id, how)
 
     def let_go(self, delivery: Delivery) -> None:
         """Settle what somebody has cancelled before it began."""
@@ -351,20 +369,19 @@ class Consumer:
         self._settle(delivery, CANCELLED)
 
     def cancel_overdue(self, now: float) -> None:
-        """Cancel attempts past their deadline; now is the event loop's time in seconds."""
+        """Cancel attempts past their deadline (again: for the same reason as before); now is on the monotonic clock."""
         for lane in tuple(self._lanes):
             if lane.deadline <= now and lane.deliveries:
                 if lane.cancels >= CANCELS:
                     self._leave_behind(lane)
                 else:
-                    lane.cancel(BY_WISH if lane.why == BY_WISH else TIMEOUT)
-                    lane.deadline = now + 1.0
+                    lane.cancel(lane.why or TIMEOUT)
 
     def cancel_all(self) -> None:
-        """Cancel every attempt; their deliveries are released."""
+        """Cancel every attempt; the deliveries of those that were not to be stopped anyway are released."""
         for lane in self._lanes:
             if lane.deliveries:
-                lane.cancel(DRAINED)
+                lane.cancel(lane.why or DRAINED)
 
     # --- the way of a message -----------------------------------------------------------------------------------------
 
@@ -613,7 +630,7 @@ class Consumer:
     def _on_error(self, delivery: Delivery, error: BaseException) -> Verdict:
         if is_outage(error):
             log.warning("given back until it works again, uncounted: %s", describe(error))
-        return verdict_on_error(
+        verdict = verdict_on_error(
             error,
             attempts=delivery.attempts,
             policy=self.worker.retry,
@@ -621,21 +638,32 @@ class Consumer:
             chance=random.random(),
             traceback=trace_of(error),
         )
+        if verdict is CANCELLED:
+            log.info(
+                "worker %s: the handler of message %s has it cancelled: %s",
+                self.worker.name,
+                delivery.message.id,
+                error,
+            )
+        return verdict
 
     def _on_cancel(self, lane: Lane, delivery: Delivery) -> Verdict | None:
         task = asyncio.current_task()
-        if self._closing or (lane.why is None and task is not None and task.cancelling()):
+        if lane.why != BY_WISH and (self._closing or (lane.why is None and task is not None and task.cancelling())):
             return Release()  # the lane itself is ended
         if lane.why is None:
             return self._on_error(delivery, RuntimeError("the handler was cancelled from within"))
         if task is not None:
             _uncancel(task)
+        return self._when_stopped(lane, delivery)
+
+    def _when_stopped(self, lane: Lane, delivery: Delivery, but: str = "") -> Verdict | None:
+        """What becomes of a delivery whose attempt was stopped; None where it is somebody else's by now."""
         if lane.why == BY_WISH:
             return CANCELLED
         if lane.why == TIMEOUT:
-            return self._on_error(
-                delivery, HandlerTimeout(f"no end after {self.worker.timeout_seconds:g} s (the worker's timeout)")
-            )
+            text = f"no end after {self.worker.timeout_seconds:g} s (the worker's timeout){but}"
+            return self._on_error(delivery, HandlerTimeout(text))
         return None if delivery.receipt in lane.lost else Release()
 
     def _settle_in(self, lane: Lane, delivery: Delivery, verdict: Verdict | None) -> None:
@@ -689,14 +717,7 @@ class Consumer:
         """The handler swallows cancellation: settle without it, and give its place to a new lane."""
         assert lane.task is not None
         for delivery in lane.deliveries:
-            verdict = (
-                CANCELLED
-                if lane.why == BY_WISH
-                else self._on_error(
-                    delivery, HandlerTimeout("no end after the timeout, and it ignores being cancelled")
-                )
-            )
-            self._settle(delivery, verdict, lane.started)
+            self._settle_in(lane, delivery, self._when_stopped(lane, delivery, ", and it ignores being cancelled"))
         log.error("worker %s: a handler ignores cancellation and was left behind", self.worker.name)
         self._lanes.remove(lane)
         self._left_behind.add(lane.task)

@@ -30,21 +30,19 @@ class Context:
         message: the message being handled, with its envelope.
         attempt: 1 on the first run.
         worker: the worker's name.
-        shutting_down: set when the runner drains; a long handler may look at it and stop early with Retry(after=0).
-        cancelled: set when somebody has cancelled the job, just before the handler is stopped; tells a cancellation from a timeout.
     """
 
     __slots__ = (
         "_broker",
+        "_cancelled",
         "_emitter",
         "_identity",
         "_noted",
+        "_stops",
         "_tell",
         "attempt",
-        "cancelled",
         "log",
         "message",
-        "shutting_down",
         "worker",
     )
 
@@ -56,21 +54,38 @@ class Context:
         identity: str,
         emitter: Emitter,
         broker: Broker | None,
-        shutting_down: asyncio.Event,
+        stops: Callable[[], bool],
         tell: Tell | None,
         noted: Noted | None = None,
     ) -> None:
         self.message: Final[Message] = message
         self.attempt: Final[int] = attempt
         self.worker: Final[str] = worker
-        self.shutting_down: Final = shutting_down
-        self.cancelled: Final = asyncio.Event()
         self.log: Final = logging.getLogger(f"conveyor.worker.{worker}")
+        self._stops = stops
+        self._cancelled = False
         self._identity = identity
         self._emitter = emitter
         self._broker = broker
         self._tell = tell
         self._noted = noted
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody has cancelled the job.
+
+        A plain ``def`` looks at it between two steps, and ends by itself: what it returns does not matter any more. An ``async def``
+        gets a CancelledError, and tells by this a cancellation from a timeout. A process (cpu=True) is killed and never sees it.
+        """
+        return self._cancelled
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether the runner drains: what has not ended when its grace is over is stopped, and runs again elsewhere, uncounted.
+
+        A long handler that can go on from where it was may stop early with Retry(after=0), which counts as an attempt.
+        """
+        return self._stops()
 
     @property
     def idempotency_key(self) -> str:
@@ -131,6 +146,11 @@ class Context:
                 f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists"
             )
         return message
+
+
+def cancel(context: Context) -> None:
+    """Let a handler see that its job is cancelled."""
+    context._cancelled = True
 
 
 def idempotency_key(worker: str, message_id: str) -> str:

@@ -377,7 +377,7 @@ class Inside:
     """
 
     def __init__(self, line: socket.socket) -> None:
-        self.shutting_down: Final = asyncio.Event()
+        self.shutting_down: Final = threading.Event()
         """Set when the runner drains."""
         self.jobs: Final[queue.SimpleQueue[frames.Frame]] = queue.SimpleQueue()
         self._line = line

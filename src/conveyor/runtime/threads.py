@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import ctypes
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
-from conveyor.errors import HandlerTimeout
 
-BY_WISH: Final = "cancelled"
-"""What the cancellation of an attempt says where somebody cancelled its job; any other one counts as the end of its time."""
+def _raise_in(thread_id: int, error: ctypes.py_object[type[BaseException]] | None) -> None:
+    """Have an error raised in a thread at its next Python instruction; None takes back one that has not been raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), error)
 
 
 class _Job:
@@ -35,21 +36,28 @@ class _Job:
             if self.interrupted:
                 return
             self.thread_id = threading.get_ident()
-        result: Any = None
-        error: BaseException | None = None
         try:
-            result = self.call()
-        except BaseException as raised:  # SystemExit in a handler ends the handler, not the thread
-            error = raised
+            result, error = self._called()
+            self._end()
+        except asyncio.CancelledError:  # interrupted on the threshold, where nobody waits any more
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has ended before the handler did
+            self.loop.call_soon_threadsafe(self._finish, result, error)
+
+    def _called(self) -> tuple[Any, BaseException | None]:
+        try:
+            return self.call(), None
+        except BaseException as error:  # SystemExit in a handler ends the handler, not the thread
+            return None, error
+
+    def _end(self) -> None:
         with self.lock:
             self.ended = True
-        try:
-            self.loop.call_soon_threadsafe(self._finish, result, error)
-        except RuntimeError:  # the loop has ended before the handler did
-            return
+            if self.interrupted:
+                _raise_in(threading.get_ident(), None)
 
-    def interrupt(self, with_error: type[BaseException]) -> bool:
-        """Raise an error in the thread, at its next Python instruction; a call into C is not reached.
+    def interrupt(self) -> bool:
+        """Raise CancelledError in the thread, at its next Python instruction; a call into C is not reached.
 
         Returns:
             Whether the thread was still at it.
@@ -59,7 +67,7 @@ class _Job:
                 return False
             self.interrupted = True
             if self.thread_id is not None:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread_id), ctypes.py_object(with_error))
+                _raise_in(self.thread_id, ctypes.py_object(asyncio.CancelledError))
             return True
 
     def _finish(self, result: Any, error: BaseException | None) -> None:
@@ -92,10 +100,7 @@ class Threads:
         """Threads that still run an attempt which was given up."""
 
     async def run(self, call: Callable[[], Any]) -> Any:
-        """Run call in a thread with the caller's context variables, and give its result.
-
-        Cancelling raises HandlerTimeout there, or CancelledError where it says BY_WISH.
-        """
+        """Run call in a thread with the caller's context variables, and give its result; cancelling interrupts it there."""
         context = contextvars.copy_context()
         job = _Job(lambda: context.run(call))
         with self._lock:
@@ -107,8 +112,8 @@ class Threads:
         self._jobs.put(job)
         try:
             return await job.future
-        except asyncio.CancelledError as cancelled:
-            if job.interrupt(asyncio.CancelledError if cancelled.args == (BY_WISH,) else HandlerTimeout):
+        except asyncio.CancelledError:
+            if job.interrupt():
                 with self._lock:
                     self.stuck += 1
             raise
