@@ -65,6 +65,10 @@ def test_a_job_is_the_same_in_whichever_order_its_entries_arrive_and_however_oft
         ("published started cancelling cancelled", Status.CANCELLED),
         ("published started cancelling succeeded", Status.DONE),
         ("published dead cancelling", Status.DEAD),
+        ("published dead cancelling retried", Status.RETRYING),
+        ("published started cancelling dead released", Status.WAITING),
+        ("published dead retried cancelling", Status.CANCELLED),
+        ("published cancelling dead retried cancelling released", Status.CANCELLED),
     ],
 )
 def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: Status) -> None:

@@ -24,7 +24,7 @@ from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, 
 from conveyor.runtime import journal as journals
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
-from conveyor.runtime.ask import Asker
+from conveyor.runtime.ask import ANSWERS, Asker
 from conveyor.runtime.control import Control
 from conveyor.runtime.journal import ASK, IN_MEMORY, Journal, journal_queue
 from conveyor.runtime.keeper import Keeper
@@ -624,6 +624,56 @@ async def test_runners_are_told_of_no_cancellation_that_came_behind_the_end(kept
             await told.wait()
         assert list(keeper._cancelled) == cancelled == ["waits"]
     await control.close()
+
+
+@pytest.mark.parametrize("seconds_ahead", [-3_600.0, 3_600.0])
+async def test_whoever_waits_waits_as_long_as_he_says_whatever_his_clock_says(kept: Kept, seconds_ahead: float) -> None:
+    clock = TurnableClock()
+    clock.turn(seconds_ahead)
+    asker = Asker(kept.broker, clock)
+    async with kept.keeper() as keeper:
+        kept.journal.note(Entry(Kind.STARTED, 1.0, "m", "t", "shop.charge", started=1.0))
+        await kept.journal.flush()
+        await kept.until_known("m")
+        assert (await asker.wait(["m"], timeout_seconds=0.1))["m"].status is Status.RUNNING
+        waiting = asyncio.create_task(asker.wait(["m"], timeout_seconds=PATIENCE_SECONDS))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not keeper._waits:
+                await asyncio.sleep(0.005)
+            kept.journal.note(Entry(Kind.SUCCEEDED, 2.0, "m", "t", "shop.charge", result="7"))
+            await kept.journal.flush()
+            assert (await waiting)["m"].result == "7"
+    await asker.close()
+
+
+async def test_an_answer_that_takes_long_to_get_out_holds_up_no_entry(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go = asyncio.Event(), asyncio.Event()
+    publish = MemoryBroker.publish
+
+    async def slow(self: MemoryBroker, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        if messages[0].topic.startswith(ANSWERS):
+            begun.set()
+            await may_go.wait()
+        return await publish(self, messages, queue=queue)
+
+    async with kept.keeper() as keeper, asyncio.timeout(PATIENCE_SECONDS):
+        waiting = asyncio.create_task(kept.asker.wait(["m"], timeout_seconds=PATIENCE_SECONDS))
+        while not keeper._waits:
+            await asyncio.sleep(0.005)
+        monkeypatch.setattr(MemoryBroker, "publish", slow)
+        for number, id in enumerate(("m", "n")):
+            kept.journal.note(Entry(Kind.SUCCEEDED, number, id, "t", "shop.charge", result="7"))
+            await kept.journal.flush()
+            await begun.wait()
+        archive = Archive(kept.path).open(create=False)
+        while not archive.of(["n"]):
+            await asyncio.sleep(0.005)
+        archive.close()
+        assert not waiting.done()
+        may_go.set()
+        assert (await waiting)["m"].result == "7"
 
 
 async def test_who_waits_where_nobody_keeps_a_journal_is_told_so(kept: Kept) -> None:

@@ -656,6 +656,33 @@ async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_i
     assert info.ready == (1 if told == "paused" else 0)
 
 
+async def test_a_cancelled_message_that_became_a_dead_letter_all_the_same_is_handled_when_it_is_redriven() -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()))
+    begun, go = asyncio.Event(), asyncio.Event()
+    handled: list[int] = []
+
+    @app.worker(batch=2, retry=RetryPolicy(attempts=1))
+    async def charge(orders: list[Order]) -> None:
+        handled.extend(order.number for order in orders)
+        begun.set()
+        await go.wait()
+        if len(handled) <= 4:  # together, and then one by one
+            raise ValueError("no good")
+
+    async with opened(broker), app:
+        sent = [await app.publish(Order(number)) for number in range(2)]
+        async with app.running() as runner, asyncio.timeout(60):
+            await begun.wait()
+            runner.cancel([sent[0].id])  # a batch goes on
+            go.set()
+            while len(letters := await dead_letters(app)) < 2:
+                await asyncio.sleep(0)
+            await broker.redrive(letters)
+            while len(handled) < 6:
+                await asyncio.sleep(0)
+    assert sorted(handled[4:]) == [0, 1]
+
+
 async def test_a_lost_lease_stops_the_handler_and_settles_nothing() -> None:
     store = MemoryStore()
     app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))

@@ -36,6 +36,7 @@ from conveyor.errors import BrokerUnavailable, JobUnknown, NoKeeper, RemoteTrace
 from conveyor.runtime import ticket as tickets
 from conveyor.runtime.ask import Asker
 from conveyor.runtime.call import RESULT_LIMIT
+from conveyor.runtime.control import cancel
 from tests.runtime import jobs
 from tests.runtime.meeting import Meeting
 
@@ -560,6 +561,37 @@ async def test_a_dead_job_that_was_cancelled_runs_when_it_is_redriven(known_by: 
         assert await ticket.result(SECONDS) == 3
 
 
+async def test_a_job_that_died_before_its_cancellation_was_heard_runs_when_it_is_redriven() -> None:
+    app = make()
+    well = False
+
+    @app.task(retry=RetryPolicy(attempts=1))
+    async def give() -> int:
+        if not well:
+            raise ValueError("not yet")
+        return 3
+
+    async with app.running() as runner:
+        ticket = await give.send()
+        with pytest.raises(JobFailed):
+            await ticket.result(SECONDS)
+        connection, consumer = await app.connect(), runner.consumers["give"]
+        assert connection.journal is not None
+        assert ticket.message is not None
+        # What cancel() does when the news of the end has not come yet.
+        await cancel(app.broker, [ticket.id])
+        async with asyncio.timeout(SECONDS):
+            while ticket.id not in consumer.cancelled:
+                await asyncio.sleep(0.005)
+            connection.journal.cancelling(ticket.id, ticket.message.topic, None)
+            await connection.journal.flush()
+            while consumer.cancelled:
+                await asyncio.sleep(0.005)
+        well = True
+        assert await app.broker.redrive(await app.broker.dead_letters(DeadFilter(), limit=10)) == 1
+        await until(ticket, "done")
+
+
 async def test_a_job_cancelled_while_no_worker_was_there_is_let_go_by_the_next_one(tmp_path: Path) -> None:
     def sender() -> Conveyor:
         return Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue", journal=True)
@@ -642,6 +674,38 @@ async def test_without_a_keeper_the_wait_for_a_result_says_so() -> None:
         ticket = await give.send()
         with pytest.raises(NoKeeper, match="nobody keeps a journal"):
             await ticket.result(0.1)
+
+
+async def test_whoever_asks_how_a_job_is_while_the_keeper_starts_again_is_answered_by_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    app = Conveyor("t", broker="memory://", journal=tmp_path / "t.journal")
+    nobody = asyncio.Event()
+    jobs = Asker.jobs
+
+    async def seen(self: Asker, *arguments: Any, **more: Any) -> list[Job]:
+        try:
+            return await jobs(self, *arguments, **more)
+        except NoKeeper:
+            nobody.set()
+            raise
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    monkeypatch.setattr(Asker, "jobs", seen)
+    async with app.running(keeper=False):
+        ticket = await give.send()
+        with pytest.raises(NoKeeper, match="nobody keeps a journal"):
+            await ticket.status(0)
+        for asking in (ticket.status(SECONDS), app.ticket(ticket.id).cancel()):
+            nobody.clear()
+            asked = asyncio.create_task(asking)
+            async with asyncio.timeout(SECONDS):
+                await nobody.wait()
+                async with app.keeper(app.broker):
+                    await asked
 
 
 async def test_the_wait_for_a_result_outlives_an_outage_of_the_broker(

@@ -210,7 +210,7 @@ def job_of(entries: Iterable[Entry]) -> Job:
         raise ValueError("nothing is known about this job")
     published = [entry for entry in known if entry.kind is Kind.PUBLISHED]
     handled = [entry for entry in known if entry.kind not in BY_NO_WORKER]
-    wish = next((entry for entry in known if entry.kind is Kind.CANCELLING), None)
+    wish = next((entry for entry in reversed(known) if entry.kind is Kind.CANCELLING), None)
     any_one = next((entry for entry in known if entry.topic), known[0])
     job = Job(
         id=any_one.message_id,
@@ -222,7 +222,7 @@ def job_of(entries: Iterable[Entry]) -> Job:
     )
     if handled:
         job = _handled(job, handled)
-    if wish is not None and job.status in NOT_RUNNING:
+    if wish is not None and job.status in NOT_RUNNING and _holds(wish, handled):
         # Whoever comes to it lets it go; should a runner have begun before it heard of it, later entries say so.
         job = msgspec.structs.replace(job, status=Status.CANCELLED, ended=max(wish.at, known[-1].at))
     return job
@@ -337,6 +337,13 @@ def _handled(job: Job, handled: Sequence[Entry]) -> Job:
         result=None if succeeded is None else succeeded.result,
         unkept=succeeded.unkept if succeeded is not None else LOST if duplicate is not None else "",
     )
+
+
+def _holds(wish: Entry, handled: Sequence[Entry]) -> bool:
+    """Whether a wish to cancel means what is in the queue now: a dead letter that is redriven begins anew."""
+    before = [entry for entry in handled if entry.at <= wish.at]
+    after = handled[len(before) :]
+    return not (before and before[-1].kind is Kind.DEAD) and all(entry.kind is not Kind.DEAD for entry in after)
 
 
 def _attempt(entry: Entry) -> tuple[int, int]:

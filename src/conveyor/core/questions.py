@@ -25,10 +25,14 @@ class JobsOf(msgspec.Struct, frozen=True, tag="jobs", omit_defaults=True):
 
 
 class EndOf(msgspec.Struct, frozen=True, tag="end", omit_defaults=True):
-    """The jobs of these messages, with their results, as soon as one has ended; at until (Unix seconds), as they are then."""
+    """The jobs of these messages, with their results, as soon as one has ended; after a while, as they are then.
+
+    Parameters:
+        seconds: how long the answer may wait for an end, from when the question is heard: clocks of two machines differ.
+    """
 
     ids: tuple[str, ...]
-    until: float
+    seconds: float
 
 
 Request = JourneyOf | JobsOf | EndOf

@@ -108,12 +108,13 @@ class Asker:
         while True:
             left = max(0.0, deadline - loop.time())
             patience = min(left, ASK_AGAIN_SECONDS)
+            # At the end it is worth while to hear at least once how things are.
+            longer = ANSWER_SECONDS if patience == left and not heard else OTHERS_SECONDS
             try:
-                async with self._question(
-                    EndOf(wanted, self._clock() + patience), patience + OTHERS_SECONDS
-                ) as answers:
+                async with self._question(EndOf(wanted, patience), patience + longer) as answers:
                     async for answer in answers:
                         heard = heard or not answer.problem
+                        answers.hurry((patience if answer.problem else 0.0) + OTHERS_SECONDS)
                         jobs = _newest([*known.values(), *answer.jobs])
                         # Several workers may have one message: what has ended is what was waited for.
                         known = {job.id: job for job in sorted(jobs, key=lambda job: job.status.ended)}

@@ -63,6 +63,9 @@ CANCELS: Final = 3
 LAST_CANCEL_SECONDS: Final = 1.0
 """A handler that is cancelled, and swallows it, is cancelled again after so long; at the end it is waited for no longer."""
 
+MOST_CANCELLED: Final = 10_000
+"""Cancelled messages that are remembered, for those that have not arrived."""
+
 SURPLUS_SECONDS: Final = 1.0
 """What was fetched because handlers were quick, and waits for so long, is given back."""
 
@@ -122,7 +125,6 @@ class Consumer:
         failed: called with a delivery that ends with an error.
         carries: the headers that go on.
         journal: notes how messages end; None where it is off.
-        cancelled: the ids of messages that are not to be handled.
     """
 
     def __init__(
@@ -138,7 +140,6 @@ class Consumer:
         failed: Callable[[Consumer, Delivery, RetryAt | Dead], None],
         carries: Sequence[Carry] = (),
         journal: Journal | None = None,
-        cancelled: Collection[str] = (),
     ) -> None:
         self.worker = worker
         self.metrics = metrics
@@ -151,7 +152,8 @@ class Consumer:
         self._note_failure = failed
         self._carries = carries
         self._journal = journal
-        self._cancelled = cancelled
+        self.cancelled: dict[str, None] = {}
+        """The ids of messages that are not to be handled, the latest ones last."""
         self._is_job = worker.plan.fields is not None
         """Somebody may be waiting for its end."""
         self._ready: deque[Delivery] = deque()
@@ -337,10 +339,13 @@ class Consumer:
             self._hungry.set()
 
     def cancel(self, ids: Collection[str]) -> None:
-        """Let go of the messages with these ids: of those that wait here, and of those that are handled.
+        """Let go of the messages with these ids: of those that wait here, that are handled, and that arrive.
 
         A batch that is being handled goes on: the others in it are not to suffer.
         """
+        self.cancelled.update(dict.fromkeys(ids))
+        for id in list(self.cancelled)[: max(0, len(self.cancelled) - MOST_CANCELLED)]:
+            del self.cancelled[id]
         waiting, self._ready = self._ready, deque()
         for delivery in waiting:
             if delivery.message.id in ids:
@@ -387,11 +392,11 @@ class Consumer:
 
     def _accept(self, arrived: list[Delivery]) -> None:
         ready = self._ready
-        if self._cancelled:
+        if self.cancelled:
             for delivery in arrived:
-                if delivery.message.id in self._cancelled:
+                if delivery.message.id in self.cancelled:
                     self.let_go(delivery)
-            arrived = [delivery for delivery in arrived if delivery.message.id not in self._cancelled]
+            arrived = [delivery for delivery in arrived if delivery.message.id not in self.cancelled]
         for delivery in arrived:
             if delivery.deliveries <= SUSPECT_AFTER_CRASHES or delivery.crashes < SUSPECT_AFTER_CRASHES:
                 ready.append(delivery)
@@ -702,6 +707,7 @@ class Consumer:
             log.warning("attempt %d failed, again in %.1f s: %s", delivery.attempts + 1, wait, verdict.error)
         else:
             self.metrics.dead += 1
+            self.cancelled.pop(delivery.message.id, None)  # or it would be let go when it is redriven
             log.error("dead letter (%s): %s", verdict.reason, verdict.error, extra={"traceback": verdict.traceback})
 
     def _speak_of(self, delivery: Delivery) -> None:

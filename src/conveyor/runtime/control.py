@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Self
 
 import msgspec
@@ -60,6 +60,16 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     ids: tuple[str, ...]
 
 
+class Over(msgspec.Struct, frozen=True, tag="over"):
+    """These messages, which somebody wanted cancelled, had ended by then: what comes of them again was redriven, and is handled.
+
+    Parameters:
+        of: the identity of a worker → the ids of messages that are its dead letters.
+    """
+
+    of: dict[str, tuple[str, ...]]
+
+
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Somebody has come: tell under the topic to what there is to know."""
 
@@ -79,7 +89,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     switches: dict[str, Switch] = {}
 
 
-Order = Turn | Cancel | Hello | Report
+Order = Turn | Cancel | Over | Hello | Report
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -219,6 +229,8 @@ class Control:
         """Called when a queue is paused that was not, or the reverse; what is asked meanwhile is answered afterwards."""
         self.on_cancel: Callable[[Sequence[str]], object] = _nothing
         """Called with the ids of messages that shall not be handled."""
+        self.on_over: Callable[[Mapping[str, Sequence[str]]], object] = _nothing
+        """Called with what is not to be cancelled any more: the identity of a worker → ids."""
         self.to_cancel: Callable[[], Sequence[str]] = _no_ids
         """Gives the ids that a runner which starts has to be told."""
         self.status: Callable[[int], Status] | None = None
@@ -290,6 +302,8 @@ class Control:
                 await self._learn(switches)
             case Cancel(ids):
                 self.on_cancel(ids)
+            case Over(of):
+                self.on_over(of)
             case Hello():
                 pass
 

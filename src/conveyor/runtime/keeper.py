@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, Self, TypeVar
@@ -15,13 +16,13 @@ from typing import Final, ParamSpec, Self, TypeVar
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Settlement
-from conveyor.core.journal import ENDS, Entry, Job, Kind, jobs_of
+from conveyor.core.journal import ENDS, Entry, Job, Kind, Status, jobs_of
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError, JournalError
 from conveyor.runtime.archive import Archive, fit
-from conveyor.runtime.control import Control, cancel
+from conveyor.runtime.control import Cancel, Control, Order, Over, tell
 from conveyor.runtime.health import Health
 from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue
 from conveyor.runtime.loop import Loops
@@ -34,6 +35,8 @@ R = TypeVar("R")
 
 FETCH: Final = 32
 """Batches, or questions, taken from the broker at once."""
+ORDERS: Final = 1_000
+"""Orders that wait for a broker that is slow at most; beyond, the oldest are dropped: runners that start ask."""
 MAY_END: Final = ENDS | {Kind.CANCELLING}
 """What those who wait for an end are told of: who cancels what does not run, ends it."""
 SPOILT_DELIVERIES: Final = 5
@@ -99,6 +102,12 @@ class Keeper:
         """The ids of messages that are cancelled and have not ended: whichever runner starts is told of them."""
         self._control = Control(broker, app)
         self._control.to_cancel = lambda: tuple(self._cancelled)
+        self._ended: set[str] = set()
+        """Messages that may have ended, and are waited for: whoever does is still to be answered."""
+        self._orders: deque[Order] = deque(maxlen=ORDERS)
+        """For runners, still to be sent."""
+        self._news = asyncio.Event()
+        """Set while one of these is not empty."""
         self._loops = Loops()
 
     async def __aenter__(self) -> Self:
@@ -111,9 +120,10 @@ class Keeper:
             await self._mailbox.declare()
             # First what waits: cancellations may be in it, and a runner that starts asks for them once.
             self._loops.start("journal", self._take)
+            self._loops.start("tell", self._tell)
             await self._until_drained(INTAKE_SECONDS)
             await self._control.start()
-            await self._tell_runners(self._cancelled)
+            self._order(Cancel(tuple(self._cancelled)))
         except BaseException:
             await self._loops.stop()
             await self._control.close()
@@ -147,13 +157,13 @@ class Keeper:
             thread.shutdown()
 
     async def _until_drained(self, seconds: float) -> None:
-        """Wait until nothing is left in the queue, or nothing can be kept; no longer than that."""
+        """Wait until nothing is left in the queue, and all is told, or nothing can be kept; no longer than that."""
         with contextlib.suppress(TimeoutError, BrokerError):
             async with asyncio.timeout(seconds):
                 while self.problem is None:
                     infos = await self._broker.queues()
                     left = next((info for info in infos if info.name == self._queue.name), None)
-                    if left is None or not left.ready + left.in_flight:
+                    if (left is None or not left.ready + left.in_flight) and not self._news.is_set():
                         return
                     await asyncio.sleep(0.05)
 
@@ -176,7 +186,7 @@ class Keeper:
                 await self._keep(batches, deliveries)
                 await self._heed_cancellations([entry for _, entries in batches for entry in entries])
                 if self._waits:
-                    await self._tell({e.message_id for _, entries in batches for e in entries if e.kind in MAY_END})
+                    self._note_ends(entry for _, entries in batches for entry in entries)
                 await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
                 if not self._waits:
                     await asyncio.sleep(LINGER_SECONDS)
@@ -213,32 +223,60 @@ class Keeper:
 
     async def _heed_cancellations(self, entries: Sequence[Entry]) -> None:
         """Remember what is cancelled until it has ended; runners are told once more, also those that missed it the first time."""
-        wished = [entry.message_id for entry in entries if entry.kind is Kind.CANCELLING]
-        if wished:
-            over = await self._over(wished)
-            wished = [id for id in wished if id not in over]
-        self._cancelled.update(dict.fromkeys(wished))
-        if not self._cancelled:
+        wished = dict.fromkeys(entry.message_id for entry in entries if entry.kind is Kind.CANCELLING)
+        if not wished and not self._cancelled:
             return
-        for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
-            del self._cancelled[id]
-        for entry in entries:
-            if entry.kind in ENDS:
-                self._cancelled.pop(entry.message_id, None)
-        await self._tell_runners([id for id in wished if id in self._cancelled])
+        over = [entry for entry in entries if entry.message_id in self._cancelled and entry.kind in ENDS]
+        for entry in over:
+            self._cancelled.pop(entry.message_id, None)
+        dead = {(entry.worker, entry.message_id) for entry in over if entry.kind is Kind.DEAD}
+        if wished:
+            jobs = await self._apart_from_wishes(wished)
+            going_on = {job.id for job in jobs if not job.status.ended}
+            for id in {job.id for job in jobs} - going_on:  # it came too late
+                del wished[id]
+            dead |= {(job.worker, job.id) for job in jobs if job.status in (Status.DEAD, Status.FAILED)}
+            self._cancelled.update(wished)
+            for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
+                del self._cancelled[id]
+            self._order(Cancel(tuple(wished)))
+        self._order(Over({who: tuple(id for worker, id in dead if worker == who) for who in {who for who, _ in dead}}))
 
-    async def _over(self, ids: Sequence[str]) -> frozenset[str]:
-        """Those that have ended: such a one may be redriven, which whoever wanted it cancelled before cannot have meant."""
+    async def _apart_from_wishes(self, ids: Iterable[str]) -> list[Job]:
+        """What became of these messages, leaving aside that somebody wants them cancelled."""
         try:
             known = await self._write(self.archive.of, ids, results=False)
         except JournalError:
-            return frozenset()
-        return frozenset(entry.message_id for entry in known if entry.kind in ENDS)
+            return []
+        return jobs_of(entry for entry in known if entry.kind is not Kind.CANCELLING)
 
-    async def _tell_runners(self, ids: Iterable[str]) -> None:
-        if told := tuple(ids):
-            with contextlib.suppress(BrokerError):  # runners that start ask
-                await cancel(self._broker, told)
+    # --- telling ------------------------------------------------------------------------------------------------------
+
+    def _order(self, order: Cancel | Over) -> None:
+        """Have runners told, where there is anything to tell."""
+        if order.ids if isinstance(order, Cancel) else order.of:
+            self._orders.append(order)
+            self._news.set()
+
+    def _note_ends(self, entries: Iterable[Entry]) -> None:
+        """Have those answered who wait for the end of one of these."""
+        self._ended |= {entry.message_id for entry in entries if entry.kind in MAY_END} & self._waits.keys()
+        if self._ended:
+            self._news.set()
+
+    async def _tell(self) -> None:
+        """Tell runners, and those who wait, what has come in, for ever; a slow broker holds up no entry."""
+        while True:
+            await self._news.wait()
+            while self._orders:
+                with contextlib.suppress(BrokerError):  # runners that start ask
+                    await tell(self._broker, self._orders.popleft())
+            ended, self._ended = self._ended, set()
+            for wait in {wait for id in ended & self._waits.keys() for wait in self._waits[id]}:
+                with contextlib.suppress(JournalError):  # it cannot be read now; it is answered at its deadline
+                    await self._answered(wait)
+            if not self._orders and not self._ended:
+                self._news.clear()
 
     async def _tidy(self) -> None:
         while True:
@@ -263,15 +301,14 @@ class Keeper:
         match question.request:
             case JourneyOf() | JobsOf() as request:
                 await self._reply(question, await self._read(self._reader.answer, question.id, request))
-            case EndOf(ids, until):
-                await self._wait(_Wait(question, ids[:MOST_WAITS]), until)
+            case EndOf(ids, seconds):
+                await self._wait(_Wait(question, ids[:MOST_WAITS]), min(seconds, LONGEST_WAIT_SECONDS))
 
-    async def _wait(self, wait: _Wait, until: float) -> None:
-        """Answer when one of them has ended, or at the deadline."""
+    async def _wait(self, wait: _Wait, seconds: float) -> None:
+        """Answer when one of them has ended, or after so many seconds."""
         room = max(0, MOST_WAITS - len(self._waits))
         for each in list(wait.ids)[:room]:
             self._waits.setdefault(each, set()).add(wait)  # before looking, so that no end falls between
-        seconds = min(until - self._clock(), LONGEST_WAIT_SECONDS)
         try:
             answered = await self._answered(wait, at_once=seconds <= 0)
         except JournalError:
@@ -288,12 +325,6 @@ class Keeper:
         except JournalError as error:
             self._end(wait)
             await self._reply(wait.question, Answer(wait.question.id, problem=str(error)))
-
-    async def _tell(self, ended: set[str]) -> None:
-        """Answer those who wait for one of these."""
-        for wait in {wait for id in ended & self._waits.keys() for wait in self._waits[id]}:
-            with contextlib.suppress(JournalError):  # it cannot be read now; it is answered at its deadline
-                await self._answered(wait)
 
     async def _answered(self, wait: _Wait, *, at_once: bool = False) -> bool:
         """Answer where one of them has ended, or at once; gives whether it is answered.

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -42,8 +42,6 @@ CANCEL_SECONDS: Final = 1.0
 """How soon a cancelled handler has to end."""
 LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
-MOST_CANCELLED: Final = 10_000
-"""Cancelled messages that are remembered, for those that have not arrived."""
 RECENT_FAILURES: Final = 20
 """Failures that are kept for whoever asks how this runner is."""
 LONGEST_TRACE: Final = 4_000
@@ -89,8 +87,6 @@ class Runner:
         self.was_cut = False
         """Handlers were cancelled because they did not finish in time."""
         self._clock = clock
-        self._cancelled: dict[str, None] = {}
-        """The ids of messages that are not to be handled, the latest ones last."""
         self._alone_at_work = False
         """No worker may fetch, because a suspect is about to run, or runs."""
         self._failures: deque[Failure] = deque(maxlen=RECENT_FAILURES)
@@ -98,7 +94,8 @@ class Runner:
         if control is not None:
             control.status = self.status
             control.on_cancel = self.cancel
-            control.to_cancel = lambda: tuple(self._cancelled)
+            control.on_over = self.forget_cancelled
+            control.to_cancel = lambda: tuple({id for each in self.consumers.values() for id in each.cancelled})
             control.on_turn = self._heed_pauses
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 
@@ -117,7 +114,6 @@ class Runner:
             self._note_failure,
             self._around.carries,
             self._around.journal,
-            self._cancelled,
         )
 
     async def start(self) -> None:
@@ -201,10 +197,7 @@ class Runner:
 
     def cancel(self, ids: Sequence[str]) -> None:
         """Let go of the messages with these ids, now and whenever one of them arrives."""
-        wished = frozenset(ids)
-        self._cancelled.update(dict.fromkeys(wished))
-        for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
-            del self._cancelled[id]
+        wished = dict.fromkeys(ids)
         for consumer in self.consumers.values():
             consumer.cancel(wished)
         suspects, self._suspects = self._suspects, deque()
@@ -213,6 +206,16 @@ class Runner:
                 consumer.let_go(delivery)
             else:
                 self._suspects.append((consumer, delivery))
+
+    def forget_cancelled(self, of: Mapping[str, Sequence[str]]) -> None:
+        """Handle messages again that somebody had cancelled.
+
+        Parameters:
+            of: the identity of a worker → their ids.
+        """
+        for consumer in self.consumers.values():
+            for id in of.get(consumer.worker.identity, ()):
+                consumer.cancelled.pop(id, None)
 
     # --- health -------------------------------------------------------------------------------------------------------
 
@@ -459,7 +462,7 @@ class Runner:
             log.info("message %s has to run alone, but others take long: given back for later", delivery.message.id)
             self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
             return
-        if delivery.message.id in self._cancelled:  # somebody told while it waited
+        if delivery.message.id in consumer.cancelled:  # somebody told while it waited
             consumer.let_go(delivery)
             return
         if consumer.paused:

@@ -42,6 +42,8 @@ GATHER_SECONDS: Final = 0.05
 """Between two questions, so that several ends come in one answer."""
 OUTAGE_SECONDS: Final = 0.5
 """The same where the broker is away."""
+STATUS_SECONDS: Final = 15.0
+"""How long somebody is asked how a job is: a keeper that ended is started again within seconds."""
 MOST_AT_ONCE: Final = 500
 """Jobs that are asked about in one question."""
 
@@ -103,34 +105,59 @@ class Ticket(Generic[T]):
         asker = (await self._office.connect_journal()).asker
         async for job in _ends(asker, [self.id], seconds):
             return cast("T", result_of(job, self._office.result_type(job)))
-        known = await self._known()
+        try:
+            known = await self._known(0.0)
+            told = in_words(known)
+        except (NoKeeper, BrokerUnavailable) as error:
+            known, told = None, str(error)
         raise JobTimeout(
-            f"job {self.id} has not ended after {seconds:g} s: {in_words(known)}",
+            f"job {self.id} has not ended after {seconds:g} s: {told}",
             self.id,
             status="" if known is None else known.status,
         )
 
-    async def status(self) -> Job:
+    async def status(self, timeout: Seconds = STATUS_SECONDS) -> Job:
         """How the job is now: waiting, running, retrying, done, failed, dead or cancelled; with attempts, times, worker, error, progress.
 
         It may be up to half a second behind. What it returned is not in it, see result().
 
+        Parameters:
+            timeout: seconds (or timedelta) in which somebody has to answer: a keeper that ended is being started again.
+
         Raises:
             JobUnknown: the journal does not know it, or no longer.
-            NoKeeper: nobody keeps a journal, or nobody answers.
+            NoKeeper: in all this time nobody who keeps a journal was there, or answered.
+            BrokerUnavailable: the same, and the broker is away.
             ConfigurationError: the journal is off.
         """
         connection = await self._office.connect_journal()
         if connection.journal is not None:
             await connection.journal.flush()
-        job = await self._known()
+        job = await self._known(_seconds(timeout))
         if job is None:
             raise _unknown(self.id)
         return job
 
-    async def _known(self) -> Job | None:
+    async def _jobs(self, seconds: float) -> list[Job]:
+        """What the journal knows of it; while nobody answers, it is asked again and again.
+
+        Raises:
+            NoKeeper: in all this time nobody who keeps a journal was there, or answered.
+            BrokerUnavailable: the same, and the broker is away.
+        """
         asker = (await self._office.connect_journal()).asker
-        found = await asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while True:
+            try:
+                return await asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
+            except (NoKeeper, BrokerUnavailable):
+                if deadline <= loop.time():
+                    raise
+            await asyncio.sleep(min(OUTAGE_SECONDS, max(0.0, deadline - loop.time())))
+
+    async def _known(self, seconds: float) -> Job | None:
+        found = await self._jobs(seconds)
         if found or self.message is None:
             return found[0] if found else None
         sent = self.message
@@ -153,7 +180,8 @@ class Ticket(Generic[T]):
         assert connection.journal is not None
         await connection.journal.flush()
         try:
-            jobs = await connection.asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
+            # What was sent here can be cancelled also where nobody can say how it is.
+            jobs = await self._jobs(STATUS_SECONDS if self.message is None else 0.0)
         except NoKeeper:
             if self.message is None:
                 raise
@@ -164,17 +192,18 @@ class Ticket(Generic[T]):
         about = jobs[0] if self.message is None and jobs else self.message
         if about is None:
             raise _unknown(self.id)
+        # The order first: what the keeper then has to say about it (it has ended, say) has to come behind it.
+        await cancel(connection.broker, (self.id,))
         connection.journal.cancelling(self.id, about.topic, about.correlation_id)
         await connection.journal.flush()
-        await cancel(connection.broker, (self.id,))
 
     def result_sync(self, timeout: Seconds | None = None) -> T:
         """result() for code without an event loop."""
         return self._office.wait_here(self.result(timeout), "result_sync", "ticket.result(…)")
 
-    def status_sync(self) -> Job:
+    def status_sync(self, timeout: Seconds = STATUS_SECONDS) -> Job:
         """status() for code without an event loop."""
-        return self._office.wait_here(self.status(), "status_sync", "ticket.status()")
+        return self._office.wait_here(self.status(timeout), "status_sync", "ticket.status()")
 
     def cancel_sync(self) -> None:
         """cancel() for code without an event loop."""
