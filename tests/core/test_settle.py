@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from conveyor.core.message import Message
 from conveyor.core.retry import NO_RETRY, RetryPolicy
 from conveyor.core.settle import (
+    CANCELLED,
     LONGEST_ERROR,
     Dead,
     Reason,
@@ -16,7 +19,16 @@ from conveyor.core.settle import (
     verdict_on_arrival,
     verdict_on_error,
 )
-from conveyor.errors import BrokerFull, BrokerUnavailable, LedgerUnavailable, PayloadError, PublishFailed, Reject, Retry
+from conveyor.errors import (
+    BrokerFull,
+    BrokerUnavailable,
+    JobCancelled,
+    LedgerUnavailable,
+    PayloadError,
+    PublishFailed,
+    Reject,
+    Retry,
+)
 
 NOW = 1_000.0
 MESSAGE = Message("1", "order.created", b"{}")
@@ -84,6 +96,13 @@ def test_the_last_attempt_that_fails_is_the_end() -> None:
 def test_reject_ends_it_at_once() -> None:
     verdict = verdict_on_error(Reject("no such card"), attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0)
     assert verdict == Dead(Reason.REJECTED, "Reject: no such card")
+
+
+def test_a_handler_has_its_own_job_cancelled_but_fails_with_that_of_another_one() -> None:
+    for error in (JobCancelled(), JobCancelled("enough"), pickle.loads(pickle.dumps(JobCancelled("enough")))):
+        assert verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0) is CANCELLED
+    for error in (JobCancelled("it was", "other"), pickle.loads(pickle.dumps(JobCancelled("it was", "other")))):
+        assert isinstance(verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0), RetryAt)
 
 
 def test_an_error_without_retry_in_the_policy_ends_it_at_once() -> None:
