@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from examples.images.background import QueueClosed
 from examples.images.files import Processed, Refused, load_image, process_file, save_image
 from examples.images.filters import (
     BlurFilter,
@@ -20,7 +21,7 @@ from examples.images.filters import (
     parse_filters,
 )
 from examples.images.registry import WorkerBeat, WorkerRegistry, WorkerStatus
-from examples.images.tasks import CompletedTask, DeadTask, Stats, Task, TaskLost, TaskQueue
+from examples.images.tasks import CompletedTask, DeadTask, Stats, Task, TaskError, TaskLost, TaskQueue
 from examples.images.workers import AsyncWorker, SimpleWorker, WorkerStats
 
 __all__ = [  # noqa: RUF022 - by concept
@@ -52,7 +53,9 @@ __all__ = [  # noqa: RUF022 - by concept
     "CompletedTask",
     "DeadTask",
     "Stats",
+    "TaskError",
     "TaskLost",
+    "QueueClosed",
     # workers
     "SimpleWorker",
     "AsyncWorker",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from msgspec import Struct
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -39,6 +42,18 @@ DEPTH: Final = 256
 """Of 16 bits the upper 8 are kept."""
 TEMPORARY: Final = ".conveyor-"
 """Begins the name of a file that is being written."""
+KINDS: Final = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+"""What may have the name of an image, and is none."""
+NO_FILE: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+# Large images are refused here, where the limit can be chosen; Pillow's own warning comes from half of its own limit on.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Refused(Exception):
@@ -83,7 +98,7 @@ def process_file(
         OSError: another time it may; the disk is full, for example.
     """
     started = time.perf_counter()
-    format_for(target)  # before the work, not after it
+    check_target(source, target)  # before the work, not after it
     changed = _changed(source)
     image = load_image(source, largest_pixels=largest_pixels)
     load = Step("load", time.perf_counter() - started)
@@ -101,10 +116,34 @@ def process_file(
 def is_made(source: Path, target: Path, since: float) -> bool:
     """Whether target was made, after since (Unix seconds), of what source is now."""
     try:
-        made = target.stat().st_mtime
-    except FileNotFoundError:
+        made = target.stat()
+    except OSError:
         return False
-    return made >= max(since, _changed(source))
+    return stat.S_ISREG(made.st_mode) and made.st_mtime >= max(since, _changed(source))
+
+
+def check_source(path: Path) -> None:
+    """See that an image can be read, as far as that is known without opening it.
+
+    Raises:
+        Refused: it is no file, but a named pipe, for example; or a link to nothing.
+    """
+    with _refusing(path):
+        _check_kind(path, path.stat().st_mode)
+
+
+def check_target(source: Path, target: Path) -> None:
+    """See that an image can be written.
+
+    Raises:
+        Refused: its name says no known format, it is the original itself, or something in its place is no file.
+    """
+    format_for(target)
+    with suppress(OSError):
+        found = target.stat()
+        _check_kind(target, found.st_mode)
+        if os.path.samestat(found, source.stat()):
+            raise Refused(f"{target} is the original itself, which would be lost: write to another file")
 
 
 def load_image(
@@ -119,11 +158,11 @@ def load_image(
         Refused: it is missing, broken, no image, animated or too large.
         OSError: it cannot be read now.
     """
-    with _refusing(path), Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
+    with _refusing(path), _opened(path) as file, Image.open(file, formats=sorted(set(FORMATS.values()))) as image:
         if image.width * image.height > largest_pixels:
             raise Refused(
-                f"{path.name} has {image.width} × {image.height} pixels, more than {largest_pixels:,} in all: "
-                "perhaps a decompression bomb"
+                f"{path.name} has {image.width} × {image.height} pixels, more than {largest_pixels / 1e6:g} megapixels: "
+                "perhaps a decompression bomb (--largest-megapixels, or largest_pixels=, allows more)"
             )
         if (frames := getattr(image, "n_frames", 1)) > 1:
             raise Refused(f"{path.name} is animated, or has several pages ({frames}); only single images are processed")
@@ -190,19 +229,42 @@ def format_for(target: Path) -> str:
     return kind
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file to read. Nothing else is opened for long: reading a named pipe would wait for its writer, for ever."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - it is given
+    try:
+        _check_kind(path, os.fstat(file.fileno()).st_mode)
+    except Refused:
+        file.close()
+        raise
+    return file
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise Refused(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
+
+
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
     """What Pillow raises at a bad image, in words; what the disk raises stays as it is."""
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise Refused(f"there is no file {path}") from error
+    except IsADirectoryError as error:
+        raise Refused(f"{path} is a folder, no file") from error
     except UnidentifiedImageError as error:
         empty = path.exists() and path.stat().st_size == 0
         raise Refused(f"{path.name} {'is empty' if empty else 'is no image that can be read'}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(f"{path.name} is a decompression bomb: {error}") from error
+        raise Refused(
+            f"{path.name} is a decompression bomb, larger than --largest-megapixels can allow: {error}"
+        ) from error
     except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in NO_FILE:
+            link = os.path.islink(path)  # noqa: PTH114 - that of Path raises at a name that is too long
+            raise Refused(f"{path} is a link to nothing" if link else f"there is no file {path}") from error
+        if isinstance(error, OSError) and error.errno == errno.ENXIO:
+            raise Refused(f"{path} is a socket or a device, no file") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise Refused(f"{path.name} is broken: {error}") from error
@@ -212,7 +274,7 @@ def _changed(path: Path) -> float:
     """When a file was changed last, in Unix seconds; 0.0 where there is none."""
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0
 
 

@@ -151,13 +151,15 @@ def parse_filters(expression: str) -> list[Filter]:
     Such as ``blur:3,brightness:1.3`` or ``grayscale,resize:800x600``; a parameter that is left out has its default.
 
     Raises:
-        FilterError: a name is unknown, or a parameter makes no sense.
+        FilterError: there is none, a name is unknown, or a parameter makes no sense.
     """
-    return [_parse_filter(part.strip()) for part in expression.split(",") if part.strip()]
+    return [_parse_filter(part.strip(), expression) for part in expression.split(",")]
 
 
-def _parse_filter(text: str) -> Filter:
+def _parse_filter(text: str, expression: str) -> Filter:
     name, colon, parameter = (part.strip() for part in text.partition(":"))
+    if not name:
+        raise FilterError(f"{expression!r} lacks a filter; say some such as {', '.join(EXAMPLES.values())}")
     build = FILTERS.get(name.lower())
     if build is None:
         raise FilterError(f"there is no filter {name!r}; there are: {', '.join(FILTERS)}")

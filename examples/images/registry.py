@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -13,6 +14,8 @@ BEAT_SECONDS: Final = 5.0
 """Between two heartbeats of a worker."""
 DEAD_AFTER_SECONDS: Final = 3 * BEAT_SECONDS
 """A worker that has not been heard of for so long is dead: two of its heartbeats may be lost or late."""
+RATE_SECONDS: Final = 60.0
+"""A rate is that of so long a time at least, once it is known: between two heartbeats there may be no end of a task."""
 FORGET_SECONDS: Final = 3600.0
 """What has ended, or died, is shown for so long."""
 
@@ -24,6 +27,7 @@ class WorkerBeat(Struct, frozen=True):
         process: the process that it is in, unmistakably.
         running: false at the very last one.
         task_ids: what it has in hand.
+        seconds: since its first one, by its own clock: what it did in a time is not what others heard of in that time.
     """
 
     worker_id: str
@@ -32,6 +36,12 @@ class WorkerBeat(Struct, frozen=True):
     completed: int = 0
     failed: int = 0
     task_ids: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def ended(self) -> int:
+        """Tasks that it completed or gave up."""
+        return self.completed + self.failed
 
 
 class WorkerStatus(Struct, frozen=True):
@@ -39,7 +49,7 @@ class WorkerStatus(Struct, frozen=True):
 
     Parameters:
         seconds_ago: when it was heard of last.
-        rate: tasks per second that it ended since it was heard of first.
+        rate: tasks per second that it ended in the last minute, or in its life as long as it was heard of only once.
     """
 
     beat: WorkerBeat
@@ -58,8 +68,7 @@ class WorkerStatus(Struct, frozen=True):
 
 
 class _Known(Struct):
-    beat: WorkerBeat
-    first_heard: float
+    beats: deque[WorkerBeat]
     heard: float
 
 
@@ -81,8 +90,11 @@ class WorkerRegistry:
         """A worker gave a sign of life."""
         now, key = self._clock(), (beat.process, beat.worker_id)
         with self._lock:
-            first = self._known[key].first_heard if key in self._known else now
-            self._known[key] = _Known(beat, first, now)
+            known = self._known.setdefault(key, _Known(deque(), now))
+            known.beats.append(beat)
+            while len(known.beats) > 2 and beat.seconds - known.beats[1].seconds >= RATE_SECONDS:
+                known.beats.popleft()
+            known.heard = now
             for old in [key for key, known in self._known.items() if now - known.heard > FORGET_SECONDS]:
                 del self._known[old]
 
@@ -90,15 +102,22 @@ class WorkerRegistry:
         """All workers, by name."""
         now = self._clock()
         with self._lock:
-            known = list(self._known.values())
-        return sorted((self._status(each, now) for each in known), key=lambda status: status.beat.worker_id)
+            found = [self._status(each, now) for each in self._known.values()]
+        return sorted(found, key=lambda status: (status.beat.worker_id, status.beat.process))
 
     def dead(self) -> list[WorkerStatus]:
         """The workers that went silent without having stopped."""
         return [status for status in self.workers() if status.dead]
 
     def _status(self, known: _Known, now: float) -> WorkerStatus:
-        silence = now - known.heard
-        lifetime = known.heard - known.first_heard
-        rate = (known.beat.completed + known.beat.failed) / lifetime if lifetime > 0 else 0.0
-        return WorkerStatus(known.beat, silence, rate, known.beat.running and silence > self.dead_after)
+        silence, last = now - known.heard, known.beats[-1]
+        return WorkerStatus(last, silence, rate_of(known.beats), last.running and silence > self.dead_after)
+
+
+def rate_of(beats: Sequence[WorkerBeat]) -> float:
+    """Tasks per second between the first and the last of a worker's heartbeats, or until the only one."""
+    first, last = beats[0], beats[-1]
+    if len(beats) == 1:
+        return last.ended / last.seconds if last.seconds > 0 else 0.0
+    seconds = last.seconds - first.seconds
+    return (last.ended - first.ended) / seconds if seconds > 0 else 0.0

@@ -11,13 +11,15 @@ import socket
 import time
 import uuid
 from collections.abc import Coroutine, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypedDict, TypeVar
 
 from msgspec import Struct
 
-from conveyor import BrokerError, ConfigurationError, Conveyor, Pull, Pulled, Reject, RetryPolicy
+from conveyor import BrokerError, ConfigurationError, Conveyor, Message, PayloadError, Pull, Pulled, Reject, RetryPolicy
 from examples.images.background import Background
+from examples.images.files import check_source, check_target
 from examples.images.registry import DEAD_AFTER_SECONDS, WorkerBeat, WorkerRegistry
 
 T = TypeVar("T")
@@ -34,6 +36,10 @@ ANSWER_SECONDS: Final = 10.0
 """How long a broker may take to give what it has."""
 
 log = logging.getLogger("examples.images.tasks")
+
+
+class TaskError(ValueError):
+    """What is to be added is no task; says what one looks like."""
 
 
 class TaskLost(Exception):
@@ -150,6 +156,7 @@ class TaskQueue:
         self._pulls: dict[str, Pull[_Queued]] = {}
         self._opening = asyncio.Lock()
         self._held: dict[str, _Held] = {}
+        self._since: dict[str, float] = {}
         self._stack = contextlib.AsyncExitStack()
         self._listening: asyncio.Task[None] | None = None
         self._background = Background(f"{name} tasks")
@@ -165,11 +172,21 @@ class TaskQueue:
         """Add a task; returns its id when the broker has it.
 
         Parameters:
-            data: what the workers need to know, as JSON has it; SimpleWorker and AsyncWorker want image_path and output_path.
+            data: image_path, output_path, and what else the workers shall know, as JSON has it. The image may be missing yet.
             priority: 0 (ordinary) to 9 (first), where the broker knows priorities.
             delay: seconds before anybody gets it.
+
+        Raises:
+            TaskError: the data lack something, or something is of the wrong type.
+            Refused: image_path is no file here, but a named pipe, for example; or output_path cannot be written.
+            QueueClosed: so it is.
         """
-        return self._background.run(self._add(dict(data), priority, delay))
+        source, target = paths_of(data)
+        if os.path.lexists(source):  # else it may come, or be where the workers are
+            check_source(source)
+        check_target(source, target)
+        task = {**data, "image_path": str(source), "output_path": str(target)}
+        return self._background.run(self._add(task, priority, delay))
 
     def get_task(self, worker_id: str, timeout: float = 0.0) -> Task | None:
         """A task for a worker; None where there is none now, nor in the next timeout seconds."""
@@ -260,10 +277,7 @@ class TaskQueue:
 
     def close(self) -> None:
         """Give back what is in our hands, and let go of the broker. Any number of times."""
-        if self._background.closed:
-            return
-        self._background.run(self._close())
-        self._background.close()
+        self._background.close(self._close)
 
     def __enter__(self) -> Self:
         return self
@@ -411,7 +425,7 @@ class TaskQueue:
             found += [
                 DeadTask(
                     letter.message.id,
-                    self._waiting.decode(letter.message).data,
+                    self._data_of(letter.message),
                     _reason(letter.error),
                     letter.attempts + 1,
                     letter.died,
@@ -419,6 +433,12 @@ class TaskQueue:
                 for letter in letters
             ]
         return found
+
+    def _data_of(self, message: Message) -> dict[str, Any]:
+        try:
+            return self._waiting.decode(message).data
+        except PayloadError:  # something else put it there: it was given up for being no task
+            return {}
 
     async def _retry_dead(self, task_id: str | None) -> int:
         count = 0
@@ -432,7 +452,10 @@ class TaskQueue:
             if not await held.pulled.extend():
                 log.warning("[%s] [%s] its lease has ended: somebody else has it", worker_id, held.task.id)
                 self._let_go(held)
-        beat = WorkerBeat(worker_id, self.process, running, completed, failed, tuple(held.task.id for held in mine))
+        now = time.monotonic()
+        seconds = now - self._since.setdefault(worker_id, now)
+        task_ids = tuple(held.task.id for held in mine)
+        beat = WorkerBeat(worker_id, self.process, running, completed, failed, task_ids, seconds)
         self.registry.heard(beat)
         await self._app.publish(beat, topic=f"{self.name}.worker")
 
@@ -446,6 +469,24 @@ class TaskQueue:
                 if await held.pulled.failed(TaskFailed(f"{held.task.worker_id} died while it had the task")):
                     recovered.append(task_id)
         return recovered
+
+
+def paths_of(data: object) -> tuple[Path, Path]:
+    """Where the image of a task is, and where its result goes.
+
+    Raises:
+        TaskError: the data do not say so.
+    """
+    like = "a task is a dict such as {'image_path': 'in.jpg', 'output_path': 'out.jpg'}"
+    if not isinstance(data, Mapping):
+        raise TaskError(f"{like}, not {data!r:.100}")
+    source, target = (data.get(name) for name in ("image_path", "output_path"))
+    for name, path in (("image_path", source), ("output_path", target)):
+        if name not in data:
+            raise TaskError(f"{like}; there is no {name} in {data!r:.200}")
+        if not isinstance(path, str | Path) or not str(path).strip():
+            raise TaskError(f"{like}; {name} cannot be {path!r:.100}")
+    return Path(str(source)), Path(str(target))
 
 
 def _reason(error: str) -> str:

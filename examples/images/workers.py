@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Final, TypedDict, TypeVar
 
 import msgspec
 
 from conveyor import BrokerError
-from examples.images.files import Processed, Refused, process_file
+from examples.images.background import QueueClosed
+from examples.images.files import LARGEST_PIXELS, Processed, Refused, process_file
 from examples.images.filters import FilterPipeline
 from examples.images.registry import BEAT_SECONDS
-from examples.images.tasks import Stats, Task, TaskLost, TaskQueue
+from examples.images.tasks import Stats, Task, TaskError, TaskLost, TaskQueue, paths_of
 
 T = TypeVar("T")
 
@@ -117,15 +117,12 @@ class Outcome(msgspec.Struct, frozen=True):
         return dict(msgspec.to_builtins(self.processed))
 
 
-def attempt(task: Task, pipeline: FilterPipeline) -> Outcome:
+def attempt(task: Task, pipeline: FilterPipeline, largest_pixels: int = LARGEST_PIXELS) -> Outcome:
     """Do what a task says: process its image_path, and write its output_path. Never raises an Exception."""
     try:
-        source, target = (Path(task.data[name]) for name in ("image_path", "output_path"))
-    except (KeyError, TypeError):
-        return Outcome(error="the task has to say image_path and output_path", retry=False)
-    try:
-        return Outcome(process_file(source, target, pipeline))
-    except Refused as error:
+        source, target = paths_of(task.data)
+        return Outcome(process_file(source, target, pipeline, largest_pixels=largest_pixels))
+    except (Refused, TaskError) as error:
         return Outcome(error=str(error), retry=False)
     except Exception as error:  # whatever a filter of somebody's making raises: it is this task's failure
         return Outcome(error=f"{type(error).__name__}: {error}")
@@ -137,15 +134,23 @@ class _Worker:
     Parameters:
         worker_id: names it, in the log and to others.
         beat_seconds: between two signs of life; left out, often enough for the queue's lease.
+        largest_pixels: larger images are refused.
     """
 
     def __init__(
-        self, worker_id: str, pipeline: FilterPipeline, queue: TaskQueue, *, beat_seconds: float | None = None
+        self,
+        worker_id: str,
+        pipeline: FilterPipeline,
+        queue: TaskQueue,
+        *,
+        beat_seconds: float | None = None,
+        largest_pixels: int = LARGEST_PIXELS,
     ) -> None:
         self.worker_id: Final = worker_id
         self.pipeline: Final = pipeline
         self.queue: Final = queue
         self.beat_seconds: Final = beat_seconds or min(BEAT_SECONDS, queue.lease_seconds / 4)
+        self._largest_pixels = largest_pixels
         self._record = Record()
         self._stopping = threading.Event()
 
@@ -167,7 +172,7 @@ class _Worker:
         self._record.begins()
         outcome, completed, failed = None, False, False
         try:
-            outcome = attempt(task, self.pipeline)
+            outcome = attempt(task, self.pipeline, self._largest_pixels)
             if outcome.processed is not None:
                 self._patiently(functools.partial(self.queue.mark_completed, task.id, outcome.result))
                 completed = True
@@ -206,7 +211,7 @@ class _Worker:
     def _try_to_beat(self) -> None:
         try:
             self._beat()
-        except BrokerError as error:
+        except (BrokerError, QueueClosed) as error:
             TaskLog(self.worker_id).warning("no sign of life could be given: %s", error)
 
     def _say_goodbye(self) -> None:
@@ -286,10 +291,11 @@ class AsyncWorker(_Worker):
         max_concurrent: int = 3,
         *,
         beat_seconds: float | None = None,
+        largest_pixels: int = LARGEST_PIXELS,
     ) -> None:
         if max_concurrent < 1:
             raise ValueError(f"max_concurrent is at least 1, not {max_concurrent}")
-        super().__init__(worker_id, pipeline, queue, beat_seconds=beat_seconds)
+        super().__init__(worker_id, pipeline, queue, beat_seconds=beat_seconds, largest_pixels=largest_pixels)
         self.max_concurrent: Final = max_concurrent
 
     async def start(self, *, forever: bool = False) -> None:
@@ -297,20 +303,23 @@ class AsyncWorker(_Worker):
         self._record.running = True
         TaskLog(self.worker_id).info("running, %d at once", self.max_concurrent)
         ended = asyncio.Event()
+        threads = ThreadPoolExecutor(self.max_concurrent, self.worker_id)
+        beating = asyncio.create_task(self._beat_until(ended), name=f"{self.worker_id} heart")
         try:
-            with ThreadPoolExecutor(self.max_concurrent, self.worker_id) as threads:
-                beating = asyncio.create_task(self._beat_until(ended), name=f"{self.worker_id} heart")
-                try:
-                    async with asyncio.TaskGroup() as group:
-                        for _ in range(self.max_concurrent):
-                            group.create_task(self._work(threads, forever=forever))
-                except BaseException:
-                    self.stop()  # no thread waits any longer for a broker that is away
-                    raise
-                finally:
-                    self._record.running = False
-                    ended.set()
-                    await beating
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(self.max_concurrent):
+                        group.create_task(self._work(threads, forever=forever))
+            except BaseException as error:
+                self.stop()  # no thread waits any longer for a broker that is away
+                if isinstance(error, ExceptionGroup):
+                    raise error.exceptions[0] from error
+                raise
+            finally:
+                await asyncio.to_thread(threads.shutdown)  # the images in hand are finished
+                self._record.running = False
+                ended.set()
+                await beating
             await asyncio.to_thread(self._say_goodbye)
         finally:
             self._stopping.clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -76,9 +78,32 @@ REFUSED: Final[dict[str, tuple[str, Callable[[], bytes], str]]] = {
     "animated PNG": ("a.png", lambda: animated("PNG"), "a.png is animated"),
     "animated WebP": ("a.webp", lambda: animated("WEBP"), "a.webp is animated"),
     "pages": ("a.tiff", lambda: animated("TIFF"), "a.tiff is animated, or has several pages"),
-    "bomb": ("a.png", bomb, "a.png .*bomb"),
+    "bomb": ("a.png", bomb, "a.png .*bomb.*--largest-megapixels"),
     "floating point": ("a.tif", lambda: photo("TIFF", "F"), "floating-point pixels"),
 }
+
+
+def no_files(folder: Path) -> dict[str, str]:
+    """Make what has an image's name and is no file; gives what is said about each."""
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "folder.jpg").mkdir()
+    (folder / "nothing.jpg").symlink_to("nowhere.jpg")
+    (folder / "circle.jpg").symlink_to("circle.jpg")
+    (folder / "device.jpg").symlink_to("/dev/zero")
+    here = os.open(folder, os.O_RDONLY)  # the path of a socket has to be short
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{here}/socket.jpg")
+    os.close(here)
+    return {
+        "pipe.jpg": "is a named pipe, no file",
+        "folder.jpg": "is a folder, no file",
+        "nothing.jpg": "is a link to nothing",
+        "circle.jpg": "is a link to nothing",
+        "device.jpg": "is a device, no file",
+        "socket.jpg": "is a socket",
+        "missing.jpg": "there is no file",
+        "x" * 300 + ".jpg": "there is no file",
+    }
 
 
 def write(folder: Path, name: str, content: bytes) -> Path:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from examples.images import FilterPipeline, GrayscaleFilter, Refused, load_image, process_file, save_image
-from examples.images.files import is_made
+from examples.images.files import check_source, is_made
 from examples.images.pictures import make_photographs, photograph
-from tests.examples.images.odd import HANDLED, REFUSED, SIZE, encoded, photo, rotated, sixteen_bits, write
+from tests.examples.images.odd import HANDLED, REFUSED, SIZE, encoded, no_files, photo, rotated, sixteen_bits, write
 
 PIPELINE = FilterPipeline("blur:1,brightness:1.2")
 
@@ -46,17 +46,45 @@ def test_a_truncated_image_is_refused_wherever_it_ends(tmp_path: Path, kind: str
         load_image(write(tmp_path, name, content[: int(len(content) * keep)]))
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "folder.jpg").mkdir()
-    for name in ("missing.jpg", "folder.jpg"):
-        with pytest.raises(Refused, match=f"there is no file .*{name}"):
+def test_what_is_no_file_is_refused_in_words_and_never_waited_for(tmp_path: Path) -> None:
+    for name, reason in no_files(tmp_path).items():
+        with pytest.raises(Refused, match=f"{name}.*{reason}|{reason}.*{name}"):
             load_image(tmp_path / name)
+        with pytest.raises(Refused, match=reason):
+            check_source(tmp_path / name)
+
+
+def test_a_file_that_becomes_a_named_pipe_after_it_was_looked_at_holds_up_nobody(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jpg", photo())
+    check_source(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(Refused, match="a.jpg is a named pipe, no file"):
+        process_file(path, tmp_path / "b.jpg", PIPELINE)
+
+
+def test_neither_the_original_nor_what_is_no_file_is_written_over(tmp_path: Path) -> None:
+    content = photo()
+    source = write(tmp_path, "a.jpg", content)
+    (tmp_path / "link.jpg").symlink_to(source)
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, reason in {
+        "a.jpg": "is the original itself",
+        "link.jpg": "is the original itself",
+        "folder.jpg": "is a folder, no file",
+        "pipe.jpg": "is a named pipe, no file",
+    }.items():
+        with pytest.raises(Refused, match=f"{name} {reason}"):
+            process_file(source, tmp_path / name, PIPELINE)
+    assert not is_made(source, tmp_path / "folder.jpg", 0.0)
+    assert source.read_bytes() == content
 
 
 def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jpg", photo())
     assert load_image(path, largest_pixels=SIZE[0] * SIZE[1]).size == SIZE
-    with pytest.raises(Refused, match="60 × 40 pixels, more than 2,399 in all"):
+    with pytest.raises(Refused, match="60 × 40 pixels, more than 0.002399 megapixels.*--largest-megapixels"):
         load_image(path, largest_pixels=SIZE[0] * SIZE[1] - 1)
 
 
@@ -84,11 +112,11 @@ def test_cmyk_becomes_red_green_and_blue(tmp_path: Path) -> None:
 
 
 def test_the_format_of_the_output_is_what_its_name_says(tmp_path: Path) -> None:
-    process_file(write(tmp_path, "a.jpg", photo("PNG")), tmp_path / "out.webp", FilterPipeline(""))
+    process_file(write(tmp_path, "a.jpg", photo("PNG")), tmp_path / "out.webp", FilterPipeline([]))
     with Image.open(tmp_path / "out.webp") as image:
         assert image.format == "WEBP"
     with pytest.raises(Refused, match="its ending says no known format"):
-        process_file(write(tmp_path, "b.jpg", photo()), tmp_path / "out.txt", FilterPipeline(""))
+        process_file(write(tmp_path, "b.jpg", photo()), tmp_path / "out.txt", FilterPipeline([]))
 
 
 def test_transparency_becomes_white_where_a_format_has_none(tmp_path: Path) -> None:

@@ -7,15 +7,28 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor import NO_RETRY, ConfigurationError, Pull, RetryPolicy
-from examples.images import Task, TaskLost, TaskQueue
+from conveyor import NO_RETRY, ConfigurationError, PayloadError, Pull, RetryPolicy
+from examples.images import (
+    AsyncWorker,
+    FilterPipeline,
+    QueueClosed,
+    Refused,
+    SimpleWorker,
+    Task,
+    TaskError,
+    TaskLost,
+    TaskQueue,
+)
 from examples.images.tasks import _Queued
-from tests.examples.beside import wait_for
+from tests.examples.beside import PATIENCE_SECONDS, wait_for
+from tests.examples.images.odd import no_files
 
 AT_ONCE = RetryPolicy(attempts=3, initial=0.0, maximum=0.0)
 DATA = {"image_path": "in.jpg", "output_path": "out.jpg"}
@@ -294,18 +307,94 @@ def test_whatever_is_done_every_task_is_at_exactly_one_place(steps: list[str]) -
 
 def test_urgent_tasks_go_first_and_delayed_ones_later() -> None:
     with TaskQueue() as queue:
-        queue.add_task({"name": "later"}, delay=1000.0)
-        queue.add_task({"name": "ordinary"})
-        queue.add_task({"name": "urgent"}, priority=9)
+        queue.add_task({**DATA, "name": "later"}, delay=1000.0)
+        queue.add_task({**DATA, "name": "ordinary"})
+        queue.add_task({**DATA, "name": "urgent"}, priority=9)
         names = [got(queue.get_task("worker-1")).data["name"] for _ in range(2)]
         assert names == ["urgent", "ordinary"]
         assert queue.get_task("worker-1") is None
 
 
-def test_a_queue_may_be_closed_twice() -> None:
+def test_a_queue_may_be_closed_twice_and_then_says_that_it_is_closed() -> None:
     with TaskQueue() as queue:
         queue.add_task(DATA)
         queue.close()
+    calls: list[Callable[[], object]] = [
+        lambda: queue.add_task(DATA),
+        lambda: queue.get_task("worker-1"),
+        queue.get_stats,
+        queue.dead_tasks,
+        lambda: queue.heartbeat("worker-1"),
+        SimpleWorker("worker-1", FilterPipeline([]), queue).start,
+        lambda: asyncio.run(AsyncWorker("worker-1", FilterPipeline([]), queue).start()),
+    ]
+    for call in calls:
+        with pytest.raises(QueueClosed, match="the task queue is closed; open another one"):
+            call()
+
+
+async def test_whoever_waits_for_a_task_hears_that_the_queue_is_closed() -> None:
+    with TaskQueue() as queue, ThreadPoolExecutor(1) as threads:
+        in_a_thread = threads.submit(queue.get_task, "worker-1", 1000)
+        here = asyncio.create_task(queue.get_task_async("worker-2", 1000))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(queue._pulls) < 2:
+                await asyncio.sleep(0.02)
+        await asyncio.to_thread(queue.close)
+        with pytest.raises(QueueClosed, match="closed meanwhile"):
+            in_a_thread.result(PATIENCE_SECONDS)
+        with pytest.raises(QueueClosed, match="closed meanwhile"):
+            await here
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("in.jpg", "a task is a dict such as .*, not 'in.jpg'"),
+        (None, "not None"),
+        ([("image_path", "in.jpg")], r"not \[\("),
+        ({}, "there is no image_path in {}"),
+        ({"image_path": "in.jpg"}, "there is no output_path in {'image_path'"),
+        ({**DATA, "image_path": 7}, "image_path cannot be 7"),
+        ({**DATA, "output_path": None}, "output_path cannot be None"),
+        ({**DATA, "output_path": " "}, "output_path cannot be ' '"),
+    ],
+)
+def test_what_is_no_task_is_not_added_and_the_error_says_what_one_is(data: Any, said: str) -> None:
+    with TaskQueue() as queue:
+        with pytest.raises(TaskError, match=said):
+            queue.add_task(data)
+        assert queue.get_stats()["total"] == 0
+
+
+def test_what_no_json_can_say_is_not_added() -> None:
+    with TaskQueue() as queue, pytest.raises(PayloadError, match="object"):
+        queue.add_task({**DATA, "other": object()})
+
+
+def test_an_image_that_is_no_file_is_not_added_and_a_missing_one_is(tmp_path: Path) -> None:
+    with TaskQueue() as queue:
+        reasons = no_files(tmp_path)
+        for name in ("pipe.jpg", "folder.jpg", "nothing.jpg", "circle.jpg", "device.jpg", "socket.jpg"):
+            with pytest.raises(Refused, match=reasons[name]):
+                queue.add_task({"image_path": tmp_path / name, "output_path": tmp_path / "out.jpg"})
+        with pytest.raises(Refused, match="its ending says no known format"):
+            queue.add_task({"image_path": "in.jpg", "output_path": "out.txt"})
+        with pytest.raises(Refused, match="is a folder, no file"):
+            queue.add_task({"image_path": "in.jpg", "output_path": tmp_path / "folder.jpg"})
+        queue.add_task({"image_path": tmp_path / "missing.jpg", "output_path": tmp_path / "out.jpg"})
+        task = got(queue.get_task("worker-1"))
+        assert task.data == {"image_path": str(tmp_path / "missing.jpg"), "output_path": str(tmp_path / "out.jpg")}
+
+
+def test_what_another_program_put_there_and_is_no_task_does_not_hide_the_others_that_were_given_up() -> None:
+    with TaskQueue(retry=NO_RETRY) as queue:
+        stranger = queue._app.publish({"data": "no dict"}, topic=queue._topic, id="stranger")
+        queue._background.run(stranger)
+        task_id = queue.add_task(DATA)
+        assert got(queue.get_task("worker-1")).id == task_id
+        queue.mark_failed(task_id, "no light")
+        assert [(dead.id, dead.data) for dead in queue.dead_tasks()] == [("stranger", {}), (task_id, DATA)]
 
 
 def test_a_queue_in_memory_is_one_object() -> None:

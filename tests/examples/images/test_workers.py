@@ -195,7 +195,7 @@ def test_a_bad_image_is_given_up_at_once_and_the_others_are_done(photos: Sequenc
     bad.write_bytes(photos[0].read_bytes()[:500])
     with TaskQueue() as queue:
         add(queue, [*photos[:2], bad, tmp_path / "missing.jpg", *photos[2:]], tmp_path / "out")
-        queue.add_task({"image": "no path"})
+        queue._background.run(queue._add({"image": "no path"}, 0, 0.0))  # as another program might
         worker = SimpleWorker("worker-1", PIPELINE, queue)
         worker.start()
         stats = worker.get_stats()
@@ -204,8 +204,23 @@ def test_a_bad_image_is_given_up_at_once_and_the_others_are_done(photos: Sequenc
         reasons = {Path(str(dead.data.get("image_path"))).name: dead.error for dead in queue.dead_tasks()}
         assert "bad.jpg is broken" in reasons["bad.jpg"]
         assert "there is no file" in reasons["missing.jpg"]
-        assert "image_path and output_path" in reasons["None"]
+        assert "there is no image_path in {'image': 'no path'}" in reasons["None"]
         assert {dead.attempts for dead in queue.dead_tasks()} == {1}
+
+
+def test_a_file_that_becomes_a_named_pipe_while_its_task_waits_holds_up_no_worker(tmp_path: Path) -> None:
+    with TaskQueue() as queue:
+        add(queue, [tmp_path / "in.jpg"], tmp_path / "out")
+        os.mkfifo(tmp_path / "in.jpg")
+        SimpleWorker("worker-1", PIPELINE, queue).start()
+        assert ["is a named pipe, no file" in dead.error for dead in queue.dead_tasks()] == [True]
+
+
+def test_a_worker_refuses_what_is_larger_than_it_may_be(photos: Sequence[Path], tmp_path: Path) -> None:
+    with TaskQueue() as queue:
+        add(queue, photos[:1], tmp_path / "out")
+        SimpleWorker("worker-1", PIPELINE, queue, largest_pixels=120 * 90 - 1).start()
+        assert ["largest_pixels= " in dead.error.replace(",", " ") for dead in queue.dead_tasks()] == [True]
 
 
 def test_what_a_filter_raises_is_tried_again_and_then_kept(photos: Sequence[Path], tmp_path: Path) -> None:
@@ -319,7 +334,7 @@ def test_the_registry_knows_who_works_who_stopped_and_who_died() -> None:
     registry.heard(WorkerBeat("b", "host:1"))
     registry.heard(WorkerBeat("a", "host:2"))
     now += 10.0
-    registry.heard(WorkerBeat("a", "host:1", completed=20, failed=5))
+    registry.heard(WorkerBeat("a", "host:1", completed=20, failed=5, seconds=10.0))
     registry.heard(WorkerBeat("a", "host:2", running=False))
     now += 10.0
     first, second, third = registry.workers()
@@ -332,3 +347,32 @@ def test_the_registry_knows_who_works_who_stopped_and_who_died() -> None:
     now += 10_000.0
     registry.heard(WorkerBeat("c", "host:1"))
     assert [status.beat.worker_id for status in registry.workers()] == ["c"]
+
+
+def test_a_rate_is_by_the_worker_s_own_clock_and_right_for_whoever_comes_late() -> None:
+    now = 0.0
+    registry = WorkerRegistry(clock=lambda: now)
+
+    def heard(ended: int, seconds: float) -> float:
+        registry.heard(WorkerBeat("a", "host:1", completed=ended, seconds=seconds))
+        return registry.workers()[0].rate
+
+    assert heard(1000, 500.0) == 2.0  # what it did before anybody listened took its time, too
+    now += 0.1  # and what was heard late was not done late
+    assert heard(1010, 510.0) == 1.0
+    now += 30.0
+    assert heard(1010, 520.0) == 0.5
+    for second in range(530, 1000, 10):
+        heard(1010, float(second))
+    assert heard(1016, 1000.0) == pytest.approx(6 / 60)  # of the last minute
+    assert heard(1016, 1000.0) == pytest.approx(6 / 60)
+
+
+def test_the_rate_of_a_worker_at_work_is_what_it_does(photos: Sequence[Path], tmp_path: Path) -> None:
+    with TaskQueue() as queue:
+        add(queue, photos, tmp_path / "out")
+        worker = SimpleWorker("worker-1", PIPELINE, queue)
+        worker.start()
+        (status,) = queue.registry.workers()
+        assert status.beat.ended == 6
+        assert status.rate == pytest.approx(6 / status.beat.seconds)
