@@ -31,10 +31,12 @@ class Recipe(msgspec.Struct, frozen=True):
 
     Parameters:
         since: Unix seconds; an older image was made with another recipe.
+        source: the folder of the originals.
     """
 
     filters: str
     since: float
+    source: str = ""
 
 
 class Outdated(Exception):

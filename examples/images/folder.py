@@ -14,11 +14,12 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from conveyor import JobError, JobFailed, PayloadError
+from conveyor.errors import HandlerTimeout
 from examples.images.app import Images, Recipe, make_app, recipe_by_now
 from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made
 from examples.images.filters import parse_filters
@@ -105,11 +106,13 @@ def process_folder(
         raise FolderError(f"there is no folder {source}")
     if source == target:
         raise FolderError("the output has to go into another folder than the input")
+    if source.is_relative_to(target):
+        raise FolderError(f"the input {source} is within the output {target}: results could be written over originals")
     with locked(target) as state:
-        recipe = begin(state, filters, again=again)
+        recipe = begin(state, source, filters, again=again)
         clean(target)
         images = make_app(settings, broker or own_queue(state), state / JOURNAL)
-        run = Run(sum(1 for path in walk(source, target) if is_image(path)))
+        run = Run(sum(not found.left_out for found in walk(source, target)))
         on_start(run)
         started = time.monotonic()
         conductor = Conductor(run, source, target, recipe, settings, images)
@@ -159,10 +162,10 @@ class Conductor:
                 self._run.report.add_unseen(path)
 
     async def _send_all(self, following: asyncio.TaskGroup) -> None:
-        for path in walk(self._source, self._target):
+        for path, left_out in walk(self._source, self._target):
             relative = path.relative_to(self._source)
-            if not is_image(path):
-                self._run.report.other_files += 1
+            if left_out:
+                self._run.report.add_left_out(relative, left_out)
             elif self._is_made(relative):
                 self._run.report.add_before(relative)
                 await asyncio.sleep(0)  # there may be many, and the application shall go on meanwhile
@@ -184,7 +187,10 @@ class Conductor:
             else:
                 self._run.note(path, processed)
         except JobFailed as error:
-            report.add_failure(path, _reason(error), error.id)
+            if self._is_made(path):  # its process died, or was too late, just after that
+                report.add_unseen(path)
+            else:
+                report.add_failure(path, _reason(error), error.id)
         except (JobError, PayloadError) as error:  # somebody else cancelled it; or its name cannot be written
             report.add_failure(path, str(error), getattr(error, "id", ""))
         self._open.remove(path)
@@ -196,29 +202,44 @@ class Conductor:
 
 def _reason(error: JobFailed) -> str:
     """What it was refused for, or the error of its last attempt."""
-    return error.error.removeprefix(f"{Refused.__name__}: ")
+    longer = " (--timeout allows more)" if error.error.startswith(HandlerTimeout.__name__) else ""
+    return error.error.removeprefix(f"{Refused.__name__}: ") + longer
 
 
 # --- the folders --------------------------------------------------------------------------------------------------------
 
 
-def walk(source: Path, target: Path) -> Iterator[Path]:
-    """The files below source, without those in target, however many there are; folders are not followed through links."""
+class Found(NamedTuple):
+    """What is in a folder: an image by its name (whether that is true is found out when it is opened), or why it is left out."""
+
+    path: Path
+    left_out: str = ""
+
+
+def walk(source: Path, target: Path) -> Iterator[Found]:
+    """What is below source, and not in target, however much it is."""
     folders = [source]
     while folders:
         folder = folders.pop()
-        with os.scandir(folder) as entries:
+        try:
+            entries = os.scandir(folder)
+        except OSError as error:
+            yield Found(folder, f"cannot be read: {error.strerror}")
+            continue
+        with entries:
             for entry in entries:
+                path = Path(entry.path)
                 if entry.is_dir(follow_symlinks=False):
-                    if Path(entry.path) != target:
-                        folders.append(Path(entry.path))
-                elif entry.is_file():
-                    yield Path(entry.path)
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file's name says that it is one; whether that is true is found out when it is opened."""
-    return path.suffix.lower() in FORMATS and not path.name.startswith(TEMPORARY)
+                    if (path / STATE / RECIPE).exists() and path != target:
+                        yield Found(path, "holds the results of another run")
+                    elif path != target and entry.name != STATE:
+                        folders.append(path)
+                elif entry.is_symlink() and path.is_dir():
+                    yield Found(path, "links to a folder, which is not followed")
+                elif path.suffix.lower() in FORMATS and not entry.name.startswith(TEMPORARY):
+                    yield Found(path)
+                else:
+                    yield Found(path, "no image by its ending")
 
 
 @contextlib.contextmanager
@@ -238,21 +259,23 @@ def locked(target: Path) -> Iterator[Path]:
         yield state
 
 
-def begin(state: Path, filters: str, *, again: bool) -> Recipe:
+def begin(state: Path, source: Path, filters: str, *, again: bool) -> Recipe:
     """The recipe: that of an earlier run, or a new one from now on.
 
     Raises:
-        FolderError: the folder holds images that were made with other filters.
+        FolderError: the folder holds images that were made with other filters, of other originals, or by somebody else.
     """
-    file = state / RECIPE
-    if known := recipe_by_now(file):
-        if known.filters == filters and not again:
+    file, instead = state / RECIPE, "use another folder, or --again to write over those of the same names"
+    if not again:
+        if known := recipe_by_now(file):
+            if known.filters != filters:
+                raise FolderError(f"{state.parent} holds images made with {known.filters!r}; {instead}")
+            if known.source != str(source):
+                raise FolderError(f"{state.parent} holds images made of those in {known.source}; {instead}")
             return known
-        if not again:
-            raise FolderError(
-                f"{state.parent} holds images made with {known.filters!r}; use another folder, or --again to make them anew"
-            )
-    recipe = Recipe(filters, time.time())
+        if any(not found.left_out for found in walk(state.parent, source)):
+            raise FolderError(f"{state.parent} holds images that were not made here; {instead}")
+    recipe = Recipe(filters, time.time(), str(source))
     temporary = file.with_suffix(".new")
     temporary.write_bytes(msgspec.json.encode(recipe))
     temporary.replace(file)
@@ -269,6 +292,6 @@ def own_queue(state: Path) -> str:
 
 def clean(target: Path) -> None:
     """Remove what killed processes left half-written."""
-    for path in walk(target, target / STATE):
+    for path, _ in walk(target, target):
         if path.name.startswith(TEMPORARY):
             path.unlink(missing_ok=True)

@@ -65,6 +65,13 @@ class Failure(Struct, frozen=True):
     id: str
 
 
+class LeftOut(Struct):
+    """What was left out for one reason: how much, and some of it."""
+
+    count: int
+    paths: list[str]
+
+
 class Report:
     """What was done in one run of the command."""
 
@@ -75,7 +82,8 @@ class Report:
         self.failed = 0
         self.repeated = 0
         """Images whose first attempt failed, and a later one succeeded."""
-        self.other_files = 0
+        self.left_out: dict[str, LeftOut] = {}
+        """By reason."""
         self.pixels = 0
         self.seconds = 0.0
         self.interrupted = False
@@ -110,6 +118,13 @@ class Report:
         if len(self.failures) < FAILURES:
             self.failures.append(Failure(_writable(str(path)), _writable(reason), id))
 
+    def add_left_out(self, path: Path, reason: str) -> None:
+        """Something in the folder is nothing to process."""
+        left_out = self.left_out.setdefault(reason, LeftOut(0, []))
+        left_out.count += 1
+        if len(left_out.paths) < SHOWN:
+            left_out.paths.append(_writable(str(path)))
+
     def _note_example(self, path: Path) -> None:
         if len(self.examples) < EXAMPLES:
             self.examples.append(path)
@@ -123,7 +138,7 @@ class Report:
             "before": self.before,
             "failed": self.failed,
             "repeated": self.repeated,
-            "other_files": self.other_files,
+            "left_out": {reason: {"count": it.count, "paths": it.paths} for reason, it in self.left_out.items()},
             "interrupted": self.interrupted,
             "seconds": self.seconds,
             "megapixels": self.pixels / 1e6,
@@ -159,17 +174,21 @@ class Report:
             console.print(table)
         rate = self.processed / self.seconds if self.seconds else 0.0
         console.print(
-            f"{self.processed} processed in {self.seconds:.1f} s ({rate:.1f} images/s, {self.pixels / 1e6:.0f} megapixels), "
-            f"{self.before} done before, {self.failed} failed, {self.repeated} not at the first attempt, "
-            f"{self.other_files} other files left out",
-            soft_wrap=True,
+            f"{self.processed} processed in {self.seconds:.1f} s ({rate:.1f} images/s, {self.pixels / 1e6:.0f} megapixels)\n"
+            f"{self.before} done before, {self.failed} failed, {self.repeated} not at the first attempt"
         )
+        for reason, left_out in self.left_out.items():
+            more = f" and {left_out.count - len(left_out.paths)} more" if left_out.count > len(left_out.paths) else ""
+            console.print(f"  left out: {escape(', '.join(left_out.paths))}{more}: {escape(reason)}", soft_wrap=True)
         for failure in self.failures[:SHOWN]:
             console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}", soft_wrap=True)
+            if failure.id:
+                console.print(f"    id {failure.id}", soft_wrap=True)
         if self.failed > SHOWN:
-            console.print(f"  … and {self.failed - SHOWN} more")
+            console.print(f"  … and {self.failed - SHOWN} more failed (--json has the first {FAILURES:,})")
 
 
 def _writable(text: str) -> str:
-    """A file's name may be no text at all; what cannot be written becomes question marks."""
-    return text.encode("utf-8", "replace").decode()
+    """A file's name may be no text at all: what no text has becomes question marks, what steers terminals is spelled out."""
+    plain = text.encode("utf-8", "replace").decode()
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in plain)

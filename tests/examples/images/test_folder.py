@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from examples.images import __main__
 from examples.images.app import make_app, recipe_by_now
 from examples.images.files import LARGEST_PIXELS, TEMPORARY
-from examples.images.folder import JOURNAL, RECIPE, STATE, FolderError, process_folder
+from examples.images.folder import JOURNAL, RECIPE, STATE, FolderError, Found, process_folder, walk
 from examples.images.pictures import make_photographs
 from examples.images.settings import Settings
 from tests.examples.beside import Program, wait_for
-from tests.examples.images.odd import HANDLED, REFUSED, write
+from tests.examples.images.odd import HANDLED, REFUSED, no_files, write
 
 ONE = Settings(processes=1)
 SLOW = "blur:60,sharpen:3"
@@ -97,10 +98,9 @@ def pool(program: Program) -> list[int]:
 
 
 def test_every_image_is_processed_and_reported_and_looked_at(folder: Folder) -> None:
-    (folder.source / "notes.txt").write_text("no image")
     code, report = folder.run(filters="blur:2,brightness:1.2")
     assert code == 0
-    assert (report["processed"], report["failed"], report["other_files"]) == (12, 0, 1)
+    assert (report["processed"], report["failed"], report["left_out"]) == (12, 0, {})
     assert list(report["steps"]) == ["load", "blur", "brightness", "save"]
     for step in report["steps"].values():
         assert step["count"] == 12
@@ -239,7 +239,99 @@ def test_the_output_may_be_a_folder_within_the_input(tmp_path: Path) -> None:
     make_photographs(folder.source, 3, (90, 60))
     for _ in range(2):
         code, report = folder.run(filters="blur:1")
-        assert (code, report["processed"] + report["before"], report["other_files"]) == (0, 3, 0)
+        assert (code, report["processed"] + report["before"], report["left_out"]) == (0, 3, {})
+
+
+def test_what_is_no_image_is_named_and_what_only_seems_to_be_one_fails(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    make_photographs(folder.source, 2, (90, 60))
+    (folder.source / "notes.txt").write_text("no image")
+    (folder.source / "album").symlink_to(tmp_path)
+    reasons = no_files(folder.source)
+    code, report = folder.run(filters="blur:1")
+    assert (code, report["processed"]) == (1, 2)
+    assert report["left_out"] == {
+        "no image by its ending": {"count": 1, "paths": ["notes.txt"]},
+        "links to a folder, which is not followed": {"count": 1, "paths": ["album"]},
+    }
+    failed = {failure["path"]: failure["reason"] for failure in report["failures"]}
+    assert sorted(failed) == ["circle.jpg", "device.jpg", "nothing.jpg", "pipe.jpg", "socket.jpg"]
+    assert all(reasons[path] in reason for path, reason in failed.items())
+
+
+def test_results_are_not_processed_again_wherever_they_are(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    make_photographs(source, 2, (90, 60))
+    for name in ("first", "second", "deeper/third"):
+        report = process_folder(source, source / name, "blur:1", ONE)
+        assert (report.processed, report.failed) == (2, 0)
+    (left_out,) = report.left_out.values()
+    assert sorted(left_out.paths) == ["first", "second"]
+    # The results of one run may be the originals of another one, of course.
+    assert process_folder(source / "first", tmp_path / "out", "edges", ONE).processed == 2
+
+
+def test_originals_and_other_people_s_images_are_not_written_over(tmp_path: Path) -> None:
+    source, out = tmp_path / "out" / "in", tmp_path / "out"
+    make_photographs(source, 1, (90, 60))
+    with pytest.raises(FolderError, match="is within the output .* could be written over originals"):
+        process_folder(source, out, "blur:1", ONE)
+    (theirs,) = make_photographs(tmp_path / "theirs", 1, (60, 40))
+    before = theirs.read_bytes()
+    with pytest.raises(
+        FolderError, match="theirs holds images that were not made here; use another folder, or --again"
+    ):
+        process_folder(source, tmp_path / "theirs", "blur:1", ONE)
+    assert theirs.read_bytes() == before
+    assert process_folder(source, tmp_path / "theirs", "blur:1", ONE, again=True).processed == 1
+
+
+def test_the_results_of_two_folders_are_not_taken_for_each_other_s(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_photographs(tmp_path / name, 1, (90, 60))
+    assert process_folder(tmp_path / "one", tmp_path / "out", "blur:1", ONE).processed == 1
+    with pytest.raises(FolderError, match="out holds images made of those in .*one; use another folder, or --again"):
+        process_folder(tmp_path / "two", tmp_path / "out", "blur:1", ONE)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_photographs(tmp_path / "in" / "open", 1, (90, 60))
+    (tmp_path / "in" / "shut").mkdir()
+    scandir = os.scandir
+
+    def look(path: Path) -> Any:
+        if path.name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    assert sorted(walk(tmp_path / "in", tmp_path / "out")) == [
+        Found(tmp_path / "in" / "open" / "photo-0001.jpg"),
+        Found(tmp_path / "in" / "shut", "cannot be read: Permission denied"),
+    ]
+
+
+def test_what_took_too_long_and_what_was_too_large_name_the_option_that_allows_more(tmp_path: Path) -> None:
+    folder, slow = Folder(tmp_path), ",".join(["blur:60"] * 40)
+    make_photographs(folder.source, 1, (1200, 900))
+    for flag, few in (("--timeout", "0.1"), ("--largest-megapixels", "1")):
+        code, report = folder.run(flag, few, filters=slow)
+        assert code == 1
+        assert flag in report["failures"][0]["reason"]
+
+
+def test_an_interruption_while_the_contact_sheet_is_made_ends_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photographs(tmp_path / "in", 1, (90, 60))
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "contact_sheet", interrupted)
+    code = __main__.main(["process", str(tmp_path / "in"), str(tmp_path / "out"), "--filters", "blur:1"])
+    assert code == 130
+    assert "interrupted; the images are done, and the contact sheet is not" in capsys.readouterr().out
 
 
 def test_files_from_the_future_and_files_whose_names_are_no_text_disturb_nobody(tmp_path: Path) -> None:
@@ -278,7 +370,7 @@ def test_the_journal_tells_every_attempt_at_a_failed_image(tmp_path: Path) -> No
         timeout=60,
     )
     assert "Refused: bad.jpg is no image that can be read" in trace.stdout
-    assert f"--file {folder.out / STATE / JOURNAL}" in folder.programs[0].said()
+    assert f"conveyor trace ID --file {folder.out / STATE / JOURNAL}" in folder.programs[0].said()
 
 
 def test_the_queue_may_be_on_any_broker(tmp_path: Path, shared_url: str) -> None:

@@ -57,13 +57,21 @@ def test_a_report_tells_people_what_they_want_to_know() -> None:
     report = Report()
     report.add(Path("a.jpg"), processed(0.1))
     report.add_before(Path("b.jpg"))
-    report.add_failure(Path("[c].jpg"), "c.jpg is [broken]", "1")
+    report.add_failure(Path("[c].jpg"), "c.jpg is [broken]", "id-1")
+    report.add_failure(Path("d.jpg"), "d.jpg is broken", "id-2")
+    for number in range(30):
+        report.add_left_out(Path(f"{number}.txt"), "no image by its ending")
+    report.add_left_out(Path("a\x1b[31m\n"), "holds the results of another run")
     report.seconds = 2.0
     out = io.StringIO()
     report.show(Console(file=out, width=200))
     said = out.getvalue()
     assert "blur" in said
     assert "100 ms" in said
-    assert "1 processed in 2.0 s (0.5 images/s, 12 megapixels), 1 done before, 1 failed" in said
-    assert "failed [c].jpg: c.jpg is [broken]" in said
+    assert "1 processed in 2.0 s (0.5 images/s, 12 megapixels)\n1 done before, 2 failed" in said
+    assert "failed [c].jpg: c.jpg is [broken]\n    id id-1\n" in said
+    assert "failed d.jpg: d.jpg is broken\n    id id-2\n" in said
+    assert "left out: 0.txt, 1.txt" in said
+    assert "19.txt and 10 more: no image by its ending" in said
+    assert r"left out: a\x1b[31m\n: holds the results of another run" in said
     assert report.summary()["steps"]["blur"]["p95"] == 0.1
