@@ -22,8 +22,9 @@ from conveyor import ConveyorError
 from examples.images.bench import compare, make_pictures, measure
 from examples.images.demo import Demonstrations, images_in
 from examples.images.display import RunDisplay, workers_table
+from examples.images.files import LARGEST_PIXELS, Refused
 from examples.images.filters import EXAMPLES, FilterError, FilterPipeline
-from examples.images.folder import JOURNAL, STATE, FolderError, process_folder
+from examples.images.folder import JOURNAL, MEGAPIXEL, STATE, FolderError, process_folder, walk
 from examples.images.report import Report
 from examples.images.settings import Settings
 from examples.images.sheet import contact_sheet
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -78,14 +80,18 @@ def process(given: argparse.Namespace) -> int:
         print(json.dumps(report.summary(), indent=2))
     else:
         report.show(console)
-    if report.failures and report.failures[0].id:
+    if any(failure.id for failure in report.failures):
         journal = target / STATE / JOURNAL
-        console.print(f"more about a failure: conveyor trace {report.failures[0].id} --file {journal}", soft_wrap=True)
+        console.print(f"more about a failure: conveyor trace ID --file {journal}", soft_wrap=True, highlight=False)
     if report.interrupted:
         console.print("interrupted; the same command again does the rest")
         return INTERRUPTED
-    if sheet := make_sheet(report, source, target, given.filters, given.sheet):
-        console.print(f"before and after: {sheet}", soft_wrap=True)
+    try:
+        if sheet := make_sheet(report, source, target, given.filters, given.sheet):
+            console.print(f"before and after: {sheet}", soft_wrap=True, highlight=False)
+    except KeyboardInterrupt:
+        console.print("interrupted; the images are done, and the contact sheet is not")
+        return INTERRUPTED
     return 1 if report.failed else 0
 
 
@@ -101,18 +107,30 @@ def make_sheet(report: Report, source: Path, target: Path, filters: str, asked: 
 
 
 def add(given: argparse.Namespace) -> int:
-    """Add the images of a folder to a task queue."""
+    """Add the images of a folder, and of the folders within, to a task queue."""
+    source, target = Path(given.source).resolve(), Path(given.target).resolve()
+    if not source.is_dir():
+        raise FolderError(f"there is no folder {source}")
+    refused = 0
     with TaskQueue(given.broker) as queue:
-        for image in images_in(Path(given.source)):
-            target = Path(given.target).absolute() / image.name
-            print(queue.add_task({"image_path": str(image.absolute()), "output_path": str(target)}), image)
-    return 0
+        for path, left_out in walk(source, target):
+            try:
+                if left_out:
+                    print(f"left out: {path}: {left_out}", file=sys.stderr)
+                else:
+                    result = target / path.relative_to(source)
+                    print(queue.add_task({"image_path": path, "output_path": result}), path)
+            except (Refused, ConveyorError) as error:
+                refused += 1
+                print(f"not added: {error}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 def work(given: argparse.Namespace) -> int:
     """Run one worker on a task queue, until told to stop."""
+    pipeline, largest_pixels = FilterPipeline(given.filters), round(given.largest_megapixels * MEGAPIXEL)
     with TaskQueue(given.broker, lease=given.lease) as queue:
-        worker = SimpleWorker(given.worker, FilterPipeline(given.filters), queue)
+        worker = SimpleWorker(given.worker, pipeline, queue, largest_pixels=largest_pixels)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: worker.stop())
         worker.start(forever=not given.until_empty)
@@ -121,8 +139,8 @@ def work(given: argparse.Namespace) -> int:
 
 
 def monitor(given: argparse.Namespace) -> int:
-    """Show the workers of a task queue, live."""
-    with TaskQueue(given.broker) as queue, Live(refresh_per_second=4) as live:
+    """Show the workers of a task queue, live, until Ctrl-C."""
+    with TaskQueue(given.broker) as queue, contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
         until = time.monotonic() + given.seconds if given.seconds else float("inf")
         while time.monotonic() < until:
             table = workers_table(queue.registry)
@@ -237,7 +255,14 @@ def parser() -> argparse.ArgumentParser:
         "--lease",
         type=float,
         default=LEASE_SECONDS,
-        help="seconds after which the task of a worker that died goes to another one",
+        help=f"seconds after which the task of a worker that died goes to another one; default {LEASE_SECONDS:g}",
+    )
+    one.add_argument(
+        "--largest-megapixels",
+        metavar="MEGAPIXELS",
+        type=float,
+        default=LARGEST_PIXELS / MEGAPIXEL,
+        help=f"larger images are refused: they could be decompression bombs; default {LARGEST_PIXELS / MEGAPIXEL:g}",
     )
     one.add_argument("--until-empty", action="store_true", help="end when the queue is worked off")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from examples.images.files import FORMATS
 from examples.images.filters import FilterPipeline
@@ -22,6 +25,25 @@ SIZE: Final = (2400, 1800)
 """Large enough that the filters are what takes the time."""
 AT_ONCE: Final = 3
 WORKERS: Final = 3
+FASTER: Final = 1.2
+"""Times as fast; less is within what two runs of the same differ by."""
+
+
+class Timed(Struct, frozen=True):
+    """How long something took.
+
+    Parameters:
+        seconds: on the clock.
+        busy: seconds that this process' threads computed in meanwhile, all together.
+    """
+
+    seconds: float
+    busy: float
+
+    @property
+    def cores(self) -> float:
+        """How many cores it kept busy."""
+        return self.busy / self.seconds
 
 
 class Demonstrations:
@@ -39,32 +61,30 @@ class Demonstrations:
 
     def sequence(self) -> None:
         """3 images, one worker, one after the other."""
-        print("3 images in sequence: one SimpleWorker")
         with TaskQueue() as queue:
-            self._add(queue, 3, "sequence")
+            print(f"{self._add(queue, 3, 'sequence')} images in sequence: one SimpleWorker")
             worker = SimpleWorker("worker-1", self._pipeline, queue)
-            seconds = timed(worker.start)
-            print(f"  {queue.get_stats()}\n  {worker.get_stats()}\n  {seconds:.2f} s\n")
+            took = timed(worker.start)
+            print(f"  {queue.get_stats()}\n  {worker.get_stats()}\n  {took.seconds:.2f} s\n")
 
     def concurrent(self) -> None:
         """6 images, one worker in an event loop, at most 3 at once."""
-        print(f"6 images in an event loop: one AsyncWorker, at most {AT_ONCE} at once")
         with TaskQueue() as queue:
-            self._add(queue, 6, "async")
+            count = self._add(queue, 6, "async")
+            print(f"{count} images in an event loop: one AsyncWorker, at most {AT_ONCE} at once")
             worker = AsyncWorker("worker-1", self._pipeline, queue, max_concurrent=AT_ONCE)
-            seconds = timed(lambda: asyncio.run(worker.start()))
+            took = timed(lambda: asyncio.run(worker.start()))
             print(f"  {queue.get_stats()}\n  {worker.get_stats()}")
-            print(f"  {seconds:.2f} s, {worker.most_at_once} at once\n")
+            print(f"  {took.seconds:.2f} s, {worker.most_at_once} at once\n")
 
     def workers(self) -> None:
         """12 images on 3 workers in threads, and how much faster that is than one."""
-        print(f"12 images on {WORKERS} workers, after the same on one")
         alone, together = self._work_off("one", 1), self._work_off("three", WORKERS)
-        print(f"  one worker {alone:.2f} s, {WORKERS} workers {together:.2f} s: {alone / together:.2f} times as fast\n")
+        print(f"  {compared(alone, together, len(os.sched_getaffinity(0)))}\n")
 
-    def _work_off(self, name: str, count: int) -> float:
+    def _work_off(self, name: str, count: int) -> Timed:
         with TaskQueue() as queue:
-            self._add(queue, 12, name)
+            print(f"{self._add(queue, 12, name)} images on {count} worker{'s' if count > 1 else ''} in threads")
             workers = [SimpleWorker(f"worker-{number}", self._pipeline, queue) for number in range(1, count + 1)]
             threads = [threading.Thread(target=worker.start) for worker in workers]
 
@@ -74,11 +94,11 @@ class Demonstrations:
                 for thread in threads:
                     thread.join()
 
-            seconds = timed(work)
+            took = timed(work)
             for worker in workers:
                 print(f"  {worker.worker_id}: {worker.get_stats()}")
             print(f"  {queue.get_stats()}")
-        return seconds
+        return took
 
     def sheet(self) -> Path | None:
         """Every picture that was processed, before and after."""
@@ -88,9 +108,12 @@ class Demonstrations:
         sheet = self._folder / "contact-sheet.png"
         return sheet if contact_sheet(list(pairs.values()), list(pairs), sheet, f"before and after {FILTERS}") else None
 
-    def _add(self, queue: TaskQueue, count: int, name: str) -> None:
-        for picture in self._pictures(count):
+    def _add(self, queue: TaskQueue, count: int, name: str) -> int:
+        """Add so many tasks, or as many as there are images; gives how many."""
+        pictures = self._pictures(count)
+        for picture in pictures:
             queue.add_task({"image_path": str(picture), "output_path": str(self._folder / name / picture.name)})
+        return len(pictures)
 
     def _pictures(self, count: int) -> Sequence[Path]:
         return self._images[:count] if self._images else make_photographs(self._folder / "pictures", count, SIZE)
@@ -102,14 +125,38 @@ def images_in(folder: Path) -> list[Path]:
     Raises:
         FolderError: it has none.
     """
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in FORMATS)
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in FORMATS and path.is_file())
     if not found:
         raise FolderError(f"there are no images in {folder}")
     return found
 
 
-def timed(work: Callable[[], object]) -> float:
-    """The seconds that it takes."""
-    started = time.perf_counter()
+def timed(work: Callable[[], object]) -> Timed:
+    """How long it takes."""
+    started, computed = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return Timed(time.perf_counter() - started, time.process_time() - computed)
+
+
+def compared(alone: Timed, together: Timed, cores: int) -> str:
+    """How much faster several workers were than one, and, as far as it was measured, why.
+
+    Parameters:
+        cores: that this process may use.
+    """
+    faster = alone.seconds / together.seconds
+    at_once = together.cores >= FASTER  # threads of one Python do that only where they have let go of its lock
+    if faster >= FASTER and at_once:
+        why = "they computed at the same time, because Pillow lets go of Python's lock in its filters"
+    elif faster >= FASTER:
+        why = "yet hardly at the same time; something else held up the one"
+    elif cores == 1:
+        why = "there is one core, so they took turns"
+    elif not at_once:
+        why = "hardly at the same time: the cores were not theirs, or the images too small"
+    else:
+        why = f"at the same time, but it took {together.busy:.1f} s of computing instead of {alone.busy:.1f}: they were held up"
+    return (
+        f"one worker {alone.seconds:.2f} s, {WORKERS} workers {together.seconds:.2f} s: {faster:.2f} times as fast\n"
+        f"  one kept {alone.cores:.1f} of {cores} cores busy, {WORKERS} kept {together.cores:.1f}: {why}"
+    )

@@ -9,6 +9,7 @@ from typing import Final
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from examples.images.folder import Run
 from examples.images.registry import WorkerRegistry
@@ -23,11 +24,12 @@ class RunDisplay:
     def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),  # what the others leave
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            expand=True,
         )
         self._line = self._bar.add_task("images", total=None, rate="")
         self._run: Run | None = None
@@ -74,24 +76,29 @@ def _health(process: int, silence: float) -> str:
 
 def workers_table(registry: WorkerRegistry) -> Table:
     """The workers of a task queue, as their heartbeats tell."""
-    table = Table("worker", "process", "health")
-    for column in ("completed", "failed", "rate", "heard"):
-        table.add_column(column, justify="right")
+    table = Table("worker", "process", "health", box=None, padding=(0, 2, 0, 0), pad_edge=False, caption_justify="left")
+    for column in ("done", "failed", "rate", "heard"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("at work on")
     colours = {"running": "green", "stopped": "dim", "failing": "yellow", "dead": "red"}
     for status in registry.workers():
-        beat, colour = status.beat, colours[status.health]
+        beat = status.beat
         table.add_row(
-            beat.worker_id,
-            beat.process,
-            f"[{colour}]{status.health}[/]",
+            _cut(beat.worker_id),
+            _cut(beat.process.rpartition(":")[0]),
+            Text(status.health, colours[status.health], no_wrap=True),
             str(beat.completed),
             str(beat.failed),
-            f"{status.rate:.1f}/s",
+            f"{status.rate:.2f}/s" if beat.running and not status.dead else "",
             _ago(status.seconds_ago),
-            " ".join(beat.task_ids),
+            _cut(" ".join(beat.task_ids)),
         )
     return table
+
+
+def _cut(text: str) -> Text:
+    """A cell that is cut off, and not wrapped, where the terminal is too narrow for all."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _ago(seconds: float) -> str:

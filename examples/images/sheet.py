@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +19,9 @@ PAIRS_ACROSS: Final = 2
 GROUND: Final = (250, 250, 250)
 INK: Final = (40, 40, 40)
 NAME_LENGTH: Final = 60
+FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
+"""The first of these that the machine has; the one in Pillow knows only ASCII."""
+NOT_A_CHARACTER: Final = "\uffff"
 
 
 def contact_sheet(pairs: Sequence[tuple[Path, Path]], names: Sequence[str], sheet: Path, title: str) -> bool:
@@ -39,16 +44,50 @@ def contact_sheet(pairs: Sequence[tuple[Path, Path]], names: Sequence[str], shee
     pair_width, pair_height = 2 * CELL[0] + GAP // 2, CELL[1] + LINE
     size = (GAP + across * (pair_width + GAP), GAP + LINE + down * (pair_height + GAP))
     page = Image.new("RGB", size, GROUND)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
-    draw.text((GAP, GAP // 2), title, INK, ImageFont.load_default(18))
+    draw, font, title_font = ImageDraw.Draw(page), font_of(14), font_of(17)
+    draw.text((GAP, GAP // 2), legible(title, title_font), INK, title_font)
     for place, (before, after, name) in enumerate(shown):
         x = GAP + place % across * (pair_width + GAP)
         y = GAP + LINE + place // across * (pair_height + GAP)
         _centred(page, before, x, y)
         _centred(page, after, x + CELL[0] + GAP // 2, y)
-        draw.text((x, y + CELL[1] + 4), _short(name), INK, font)
+        draw.text((x, y + CELL[1] + 4), _short(legible(name, font)), INK, font)
     save_image(page, sheet)
     return True
+
+
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """A font for names.
+
+    Parameters:
+        size: pixels.
+    """
+    for name in FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow is built without FreeType"
+    return font
+
+
+def legible(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """A text in the characters that a font has: else without its accents, else as Python would spell it."""
+
+    def shape(letter: str) -> bytes:
+        return bytes(font.getmask(letter))
+
+    unknown = shape(NOT_A_CHARACTER)
+
+    def known(letter: str) -> bool:
+        return letter.isprintable() and shape(letter) != unknown
+
+    def spelled(letter: str) -> str:
+        if known(letter):
+            return letter
+        plain = "".join(each for each in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(each))
+        return plain if plain and all(map(known, plain)) else letter.encode("unicode_escape").decode()
+
+    return "".join(spelled(letter) for letter in unicodedata.normalize("NFC", text))
 
 
 def _preview(path: Path) -> Image.Image:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console, RenderableType
 
+from examples.images.demo import Timed, compared
+from examples.images.display import RunDisplay, workers_table
+from examples.images.files import Processed
+from examples.images.folder import Run
 from examples.images.pictures import make_photographs
+from examples.images.registry import WorkerBeat, WorkerRegistry
 from tests.examples.beside import ROOT
+from tests.examples.images.odd import no_files
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,12 +45,16 @@ def test_help_names_every_command_and_its_flags() -> None:
         (["process", "in", "out", "--filters", "blurr"], "there is no filter 'blurr'"),
         (["process", "in", "out", "--processes", "0"], "--processes cannot be '0'"),
         (["process", "in", "out", "--broker", "pigeon://loft"], "unknown broker scheme 'pigeon'"),
+        (["process", "in", "out", "--filters", ""], "'' lacks a filter; say some such as blur:3"),
+        (["process", "in/within", "in"], "is within the output"),
+        (["add", "nowhere", "out", "--broker", "sqlite:///images.queue"], "there is no folder"),
+        (["work", "--broker", "sqlite:///images.queue", "--filters", ","], "',' lacks a filter"),
         (["demo", "--images", "in"], "there are no images in in"),
         (["work", "--broker", "pigeon://loft"], "unknown broker scheme 'pigeon'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_words(tmp_path: Path, arguments: list[str], said: str) -> None:
-    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "within").mkdir(parents=True)
     done = subprocess.run(
         [sys.executable, "-m", "examples.images", *arguments],
         cwd=tmp_path,
@@ -69,10 +82,26 @@ def test_the_demonstrations_take_pictures_of_ones_own(tmp_path: Path) -> None:
     make_photographs(tmp_path / "mine", 12, (90, 60))
     done = run("demo", "--images", str(tmp_path / "mine"), "--folder", str(tmp_path / "demo"))
     assert done.returncode == 0, done.stderr
-    for said in ("3 images in sequence", "3 at once", "12 images on 3 workers", "times as fast", "'completed': 12"):
+    for said in ("3 images in sequence", "3 at once", "12 images on 3 workers", "times as fast", "cores busy"):
         assert said in done.stdout
+    assert "'completed': 12" in done.stdout
     assert len(list((tmp_path / "demo" / "async").iterdir())) == 6
     assert not (tmp_path / "demo" / "pictures").exists()
+
+
+@pytest.mark.parametrize(
+    ("alone", "together", "cores", "said"),
+    [
+        (Timed(4.0, 4.0), Timed(2.0, 4.0), 2, "2.00 times as fast\n  one kept 1.0 of 2 cores busy, 3 kept 2.0: they"),
+        (Timed(4.0, 4.0), Timed(2.0, 4.0), 2, "computed at the same time, because Pillow lets go of Python's lock"),
+        (Timed(4.0, 2.0), Timed(2.0, 2.0), 2, "yet hardly at the same time; something else held up the one"),
+        (Timed(4.0, 4.0), Timed(4.0, 4.0), 1, "there is one core, so they took turns"),
+        (Timed(4.0, 4.0), Timed(3.9, 4.0), 2, "hardly at the same time: the cores were not theirs"),
+        (Timed(4.0, 4.0), Timed(3.9, 7.6), 2, "it took 7.6 s of computing instead of 4.0: they were held up"),
+    ],
+)
+def test_the_speed_up_is_explained_by_what_was_measured(alone: Timed, together: Timed, cores: int, said: str) -> None:
+    assert said in compared(alone, together, cores)
 
 
 def test_the_benchmark_compares_numbers_of_processes() -> None:
@@ -99,3 +128,54 @@ def test_the_monitor_shows_who_works_and_how_well(tmp_path: Path) -> None:
         said = monitor.communicate(timeout=60)[0]
     assert "3 completed" in said
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def lines_of(what: RenderableType, width: int = 80) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=width).print(what)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_the_monitor_gives_a_worker_one_line_of_eighty_columns() -> None:
+    registry = WorkerRegistry()
+    tasks = tuple(f"task-{number:04d}-3f9ac2" for number in range(3))
+    process = "a-machine-with-a-long-name.example:123456:3f9ac2"
+    registry.heard(WorkerBeat("a-worker-with-a-long-name", process, True, 123_456, 1_234, tasks, 1000.0))
+    registry.heard(WorkerBeat("ann", "host:7:3f9ac2", True, 3, 0, ("task-0001",), 2.0))
+    registry.heard(WorkerBeat("bob", "host:8:3f9ac2", running=False))
+    title, *rows = lines_of(workers_table(registry))
+    assert title.split() == ["worker", "process", "health", "done", "failed", "rate", "heard", "at", "work", "on"]
+    assert len(rows) == 3
+    assert all(len(row) <= 80 for row in rows)
+    for said in ("running", "123456", "1234", "124.69/s", "0 s ago"):
+        assert said in rows[0]
+    for said in ("ann", "host:7", "running", "1.50/s"):
+        assert said in rows[1]
+    wide = lines_of(workers_table(registry), 200)
+    assert all(task in wide[1] for task in tasks)
+
+
+def test_the_progress_of_a_folder_fits_into_eighty_columns() -> None:
+    run, display = Run(20_000), RunDisplay()
+    display.watch(run)
+    for number in range(2):
+        run.note(Path("a.jpg"), Processed("a.jpg", "b.jpg", 10, 10, (), 0.1, os.getpid() + number))
+    for _ in range(1_234):
+        run.report.add_failure(Path("b.jpg"), "broken", "")
+    bar, head, *processes = lines_of(display)
+    assert "1236/20000" in bar
+    assert "1234 failed" in bar
+    assert head.split()[:2] == ["process", "health"]
+    assert len(processes) == 2
+
+
+def test_adding_a_folder_names_what_is_not_added(tmp_path: Path) -> None:
+    make_photographs(tmp_path / "in" / "within", 2, (90, 60))
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    reasons = no_files(tmp_path / "in")
+    done = run("add", str(tmp_path / "in"), str(tmp_path / "out"), "--broker", f"sqlite:///{tmp_path / 'images.queue'}")
+    assert done.returncode == 1
+    assert done.stdout.count("task-000") == 2
+    assert "notes.txt: no image by its ending" in done.stderr
+    for name in ("pipe.jpg", "nothing.jpg", "socket.jpg"):
+        assert f"{name} {reasons[name]}" in done.stderr
