@@ -71,6 +71,12 @@ def plain(body: dict[str, Any]) -> None: ...
 def page(visit: Visit) -> None: ...
 
 
+def inside() -> Callable[[], None]:
+    def hidden() -> None: ...
+
+    return hidden
+
+
 def silent(order: OrderCreated):  # type: ignore[no-untyped-def]  # noqa: ANN201 - people write this
     return None
 
@@ -225,6 +231,11 @@ def test_options_that_do_not_fit_the_signature_are_refused() -> None:
         plan_worker(charge, cpu=True)
     with pytest.raises(HandlerError, match="'client' cannot be handed in"):
         plan_worker(ship, cpu=True)
+    for out_of_reach in (inside(), lambda: None):
+        with pytest.raises(
+            HandlerError, match="could not find it by this name; define it with def at the top of its module"
+        ):
+            plan_task(out_of_reach, injectable=(), cpu=True)
     with pytest.raises(HandlerError, match="several types, so topic='x' cannot stand for all"):
         plan_worker(watch, topic="x")
     with pytest.raises(HandlerError, match="is a task and yields"):

@@ -74,6 +74,15 @@ def eat() -> int:
         time.sleep(0.1)
 
 
+def grow_in_an_instant() -> int:
+    """Grow between two looks, and stay large."""
+    grown.extend(bytearray(os.urandom(1024) * 1024) for _ in range(300))
+    return os.getpid()
+
+
+grown: list[bytearray] = []
+
+
 def fail(text: str) -> NoReturn:
     raise ValueError(text)
 

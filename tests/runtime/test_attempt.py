@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from conveyor import Call, Conveyor, HandlerError, Message, Next, RetryPolicy
 from conveyor.core.settle import Reason
 from conveyor.runtime import attempt
-from conveyor.runtime.attempt import Form
+from conveyor.runtime.attempt import Form, target_of
 from conveyor.testing.harness import Harness
 from tests.runtime import jobs
 from tests.runtime.jobs import Picture, Seen
@@ -120,6 +123,70 @@ async def test_a_handler_in_a_process_is_told_that_its_runner_stops(meeting: Mee
         assert runner.was_cut is False
         assert app.metrics.worker("await_the_drain").succeeded == 1
         assert ticket.id
+
+
+def shadowed() -> str:
+    return "the first one of this name"
+
+
+first_of_this_name = shadowed
+
+
+def shadowed() -> str:  # type: ignore[no-redef]  # people do this
+    return "the second one"
+
+
+async def test_a_handler_that_its_processes_would_not_find_is_refused_before_anything_runs() -> None:
+    app = Conveyor("t")
+    app.task(cpu=True)(first_of_this_name)
+    with pytest.raises(HandlerError, match=r"test_attempt:shadowed .* what has it is another function; give it a name"):
+        async with Harness(app):
+            raise AssertionError("nothing may run")
+    assert target_of(jobs.look) == "tests.runtime.jobs:look"
+    assert target_of(app.task(jobs.scale).function) == "tests.runtime.jobs:scale"
+
+
+PROGRAM = """
+import asyncio
+from conveyor import Conveyor, NO_RETRY
+
+app = Conveyor("t", broker="memory://", journal=True)
+
+@app.task(cpu=True, retry=NO_RETRY)
+def double(number: int) -> int:
+    return 2 * number
+
+async def main():
+    async with app.running():
+        print(await (await double.send(4)).result(60))
+
+"""
+GUARDED = PROGRAM + 'if __name__ == "__main__":\n    asyncio.run(main())\n'
+UNGUARDED = PROGRAM + "asyncio.run(main())\n"
+
+
+def ran(*command: str, text: str = "", cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], input=text, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_a_program_without_a_file_cannot_have_handlers_in_processes_and_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(GUARDED)
+    for done in (ran("program.py", cwd=tmp_path), ran("-m", "program", cwd=tmp_path)):
+        assert (done.stdout, done.stderr, done.returncode) == ("8\n", "", 0)
+    for done in (ran("-c", GUARDED, cwd=tmp_path), ran("-", text=GUARDED, cwd=tmp_path)):
+        assert "handler __main__:double has cpu=True, but the program that defines it is no file" in done.stderr
+        assert done.returncode == 1
+
+
+def test_a_program_that_its_own_processes_would_run_again_is_told_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(UNGUARDED)
+    done = ran("program.py", cwd=tmp_path)
+    assert 'put what runs it below: if __name__ == "__main__":' in done.stderr
+    assert "JobFailed" in done.stderr
+    assert "a process died before it could run __main__:double: exit code 1" in done.stderr
+    assert done.returncode == 1
 
 
 async def test_what_cannot_be_handed_into_a_process_is_refused() -> None:

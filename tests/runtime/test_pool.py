@@ -249,6 +249,16 @@ async def test_a_function_that_cannot_be_found_is_a_clear_error(pool: CpuPool, t
         await pool.run(target)
 
 
+async def test_a_process_that_dies_as_it_starts_says_so_and_where_to_look(
+    pool: CpuPool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deadly.py").write_text("import os; print('I am going', flush=True); os._exit(3)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(HandlerCrashed, match=r"died before it could run deadly:work: exit code 3; .* stderr"):
+        await pool.run("deadly:work")
+    assert "I am going" in capfd.readouterr().out
+
+
 async def test_a_job_that_eats_memory_is_killed() -> None:
     pool = CpuPool(1, max_rss_bytes=200_000_000)
     with pytest.raises(HandlerCrashed, match=r"used \d+ MB, over 200 MB"):
@@ -257,10 +267,11 @@ async def test_a_job_that_eats_memory_is_killed() -> None:
     await pool.close()
 
 
-async def test_a_process_is_replaced_after_its_share_of_jobs() -> None:
-    pool = CpuPool(1, max_jobs=2)
-    pids = [await pool.run("jobs:where") for _ in range(4)]
-    assert pids[0] == pids[1] != pids[2] == pids[3]
+async def test_a_process_that_has_grown_too_large_is_replaced_after_its_job() -> None:
+    pool = CpuPool(1, max_rss_bytes=200_000_000)
+    small = await pool.run("jobs:where")
+    assert await pool.run("jobs:grow_in_an_instant") == small
+    assert await pool.run("jobs:where") != small
     await pool.close()
 
 

@@ -114,7 +114,8 @@ def plan_worker(
             raise HandlerError(f"{who} has batch=…, so its first parameter must be a list: {first.name}: list[…]")
     receives = _received(payload, who, first.name, topic)
     mode, yields = _mode(function, who, cpu=cpu)
-    _check_injected(injected, who, mode, portable)
+    if mode is Mode.PROCESS:
+        _check_process(function, injected, who, portable)
     emits = _emitted(returns, who, yields=yields)
     silent = yields or not emits or type(None) in _members(_bare(returns))
     return Plan(function, mode, yields, receives, payload, batch, None, tuple(injected), emits, silent)
@@ -142,7 +143,8 @@ def plan_task(
     mode, yields = _mode(function, who, cpu=cpu)
     if yields:
         raise HandlerError(f"{who} is a task and yields; a task returns its result (a worker may yield events)")
-    _check_injected(injected, who, mode, portable)
+    if mode is Mode.PROCESS:
+        _check_process(function, injected, who, portable)
     if "return" not in function.__annotations__:
         returns = Any
     return Plan(function, mode, False, (), None, False, fields, tuple(injected), (), returns=returns)
@@ -233,15 +235,19 @@ def _emitted(returns: Any, who: str, *, yields: bool) -> tuple[EventType, ...]:
     return tuple(dict.fromkeys(emits))
 
 
-def _check_injected(injected: abc.Sequence[Parameter], who: str, mode: Mode, portable: abc.Container[Any]) -> None:
-    if mode is not Mode.PROCESS:
-        return
+def _check_process(
+    function: Callable[..., Any], injected: abc.Sequence[Parameter], who: str, portable: abc.Container[Any]
+) -> None:
     for parameter in injected:
         if not _is_in(parameter.type, portable):
             raise HandlerError(
                 f"{who} has cpu=True and runs in another process, so {parameter.name!r} cannot be handed in; "
                 "take the payload, the Message and the Context only"
             )
+    if "<" in function.__qualname__:  # <locals>, <lambda>
+        raise HandlerError(
+            f"{who} has cpu=True, and its processes could not find it by this name; define it with def at the top of its module"
+        )
 
 
 def _bare(kind: Any) -> Any:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -14,7 +17,7 @@ import msgspec
 from conveyor.core.codec import Codec, codec_for, struct_for
 from conveyor.core.handler import Parameter
 from conveyor.core.message import Message
-from conveyor.errors import PayloadError
+from conveyor.errors import HandlerError, PayloadError
 from conveyor.runtime import frames
 from conveyor.runtime.context import Context
 from conveyor.runtime.outgoing import Emitter, Outgoing
@@ -50,6 +53,38 @@ class Form(msgspec.Struct, frozen=True):
         except Exception:  # whatever a user's type raises: it is decoded here, then
             return None
         return data
+
+
+def target_of(function: Callable[..., Any]) -> str:
+    """Where a process of the pool finds a handler: "module:qualified name".
+
+    Raises:
+        HandlerError: it could not be found there; says what to change.
+    """
+    target = f"{function.__module__}:{function.__qualname__}"
+    found: Any = sys.modules.get(function.__module__)
+    for part in function.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if function.__module__ == "__main__" and not _has_file(sys.modules["__main__"]):
+        raise HandlerError(
+            f"handler {target} has cpu=True, but the program that defines it is no file that its processes could import; "
+            "put it into a module"
+        )
+    if getattr(found, "function", found) is not function:  # a task has its function there
+        raise HandlerError(
+            f"handler {target} has cpu=True, and its processes find it by this name, but what has it is {_in_short(found)}; "
+            "give it a name of its own in its module, and put @app.worker or @app.task above all other decorators"
+        )
+    return target
+
+
+def _has_file(main: ModuleType) -> bool:
+    """Whether a new process can import the main program: not where it was typed in, or came by ``-c`` or standard input."""
+    return main.__spec__ is not None or Path(getattr(main, "__file__", None) or "").is_file()
+
+
+def _in_short(found: object) -> str:
+    return "nothing" if found is None else f"another {type(found).__name__}"
 
 
 def portable(message: Message, **changes: Any) -> Message:

@@ -16,7 +16,7 @@ from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Done
 from conveyor.errors import AlreadyHandled, HandlerError, JobCancelled, PayloadError
-from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable
+from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable, target_of
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.context import Context, Noted, Tell, cancel, from_thread
 from conveyor.runtime.frames import lent
@@ -95,6 +95,9 @@ class Caller:
         worker: whose handler.
         around: what it shares with the others.
         metrics: counts duplicates.
+
+    Raises:
+        HandlerError: its handler has cpu=True, and the processes of the pool could not find it.
     """
 
     def __init__(self, worker: Worker, around: Surroundings, metrics: WorkerMetrics) -> None:
@@ -267,7 +270,7 @@ class Caller:
             bound = functools.partial(function, *positional, **named, **arguments)
             return await threads.run((lambda: list(bound())) if plan.yields else bound)
 
-        target = f"{function.__module__}:{function.__qualname__}"
+        target = target_of(function) if plan.mode is Mode.PROCESS else ""
 
         async def in_process(arguments: dict[str, Any], emitter: Emitter, call: Call) -> Any:
             pool = self._around.pool

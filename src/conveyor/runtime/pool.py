@@ -106,16 +106,22 @@ class CpuPool:
 
     Parameters:
         size: processes at most.
-        max_jobs: jobs after which a process is replaced.
         max_rss_bytes: memory over which a process is killed at its job, or replaced after it.
+
+    Raises:
+        HandlerError: this is a process of a pool itself, which imports the program that began to run workers.
     """
 
-    def __init__(self, size: int, *, max_jobs: int | None = None, max_rss_bytes: int | None = None) -> None:
+    def __init__(self, size: int, *, max_rss_bytes: int | None = None) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself knows it
+            raise HandlerError(
+                "workers with cpu=True are run while one of their processes imports the program; "
+                'put what runs it below: if __name__ == "__main__":'
+            )
         self._free = asyncio.Semaphore(size)
         self._idle: list[_Process] = []
         self._all: set[_Process] = set()
         self._reaping: set[asyncio.Task[None]] = set()
-        self._max_jobs = max_jobs
         self._max_rss_bytes = max_rss_bytes
 
     async def run(
@@ -199,8 +205,7 @@ class CpuPool:
         return process
 
     def _put_back(self, process: _Process) -> None:
-        worn = self._max_jobs is not None and process.jobs >= self._max_jobs
-        if worn or (self._max_rss_bytes is not None and process.resident_bytes > self._max_rss_bytes):
+        if self._max_rss_bytes is not None and process.resident_bytes > self._max_rss_bytes:
             self._discard(process, "it was replaced")
         elif process in self._all:  # else the pool was closed meanwhile
             self._idle.append(process)
@@ -223,7 +228,6 @@ class _Process:
     """One process, seen from the pool."""
 
     def __init__(self, process: SpawnProcess, line: socket.socket) -> None:
-        self.jobs = 0
         self._process = process
         self._line = line
         self._busy = False
@@ -272,8 +276,8 @@ class _Process:
         tell: Tell | None,
     ) -> Returned | Raised:
         """Run one job; after an error the process is of no more use."""
-        self.jobs += 1
         self._busy = True
+        began = False
         watch = asyncio.create_task(self._watch_memory(max_rss_bytes)) if max_rss_bytes is not None else None
         try:
             async with _within(START_SECONDS, f"{target} did not start"):
@@ -283,6 +287,7 @@ class _Process:
                     pass  # by a thread that an earlier job has left behind
             if not isinstance(first, Started):
                 return first
+            began = True
             async with _within(timeout_seconds, f"{target} ran too long"):
                 while isinstance(reply := await self._receive(), Progressed):
                     if tell is not None:
@@ -291,7 +296,11 @@ class _Process:
             return reply
         except OSError:
             why = await self._why_it_ended()
-            raise HandlerCrashed(f"the process that ran {target} died: {why}") from None
+            if began:
+                raise HandlerCrashed(f"the process that ran {target} died: {why}") from None
+            raise HandlerCrashed(
+                f"a process died before it could run {target}: {why}; if that was its own doing, it said more on stderr"
+            ) from None
         finally:
             if watch is not None:
                 watch.cancel()
@@ -480,8 +489,6 @@ def _do(frame: frames.Frame, send: Callable[[Started | Returned | Raised], None]
 @functools.cache
 def _find(target: str) -> Callable[..., Any]:
     module, _, name = target.partition(":")
-    if "<locals>" in name:
-        raise HandlerError("it is defined inside a function; move it to the top of its module")
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
