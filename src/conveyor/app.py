@@ -119,6 +119,8 @@ class Conveyor:
         """How large a process of the pool for cpu=True may grow before its attempt is ended; `conveyor run --max-rss` sets it."""
         self.switches: Switches | None = None
         """What is known of paused queues: given (if only empty) its runners listen to orders; `conveyor run` sets it."""
+        self.number: str | None = None
+        """The number of this process below its supervisor; `conveyor run` sets it."""
         self.metrics: Metrics = Metrics(name, clock=clock)
         self._given_broker: Broker | None = None
         if isinstance(broker, str):
@@ -687,6 +689,7 @@ class Conveyor:
                     metrics=self.metrics,
                     clock=self._clock,
                     journal=self.journal_place(broker) is not None,
+                    number=self.number,
                 )
         return self._connections[loop]
 
@@ -833,7 +836,7 @@ class Conveyor:
         """Let go of what cannot be used any more: connections of event loops that have ended, and of the process before a fork."""
         if self._process != os.getpid():
             self._process, self._background = os.getpid(), None
-            self._connections, self._connecting, self.owner = {}, {}, None
+            self._connections, self._connecting, self.owner, self.number = {}, {}, None, None
         for loop in [loop for loop in self._connections if loop.is_closed()]:
             del self._connections[loop]
             self._connecting.pop(loop, None)
@@ -879,7 +882,7 @@ class Conveyor:
         )
         control = None
         if self.switches is not None or connection.journal is not None:
-            control = Control(connection.broker, self.name, switches=self.switches)
+            control = Control(connection.broker, self.name, self.number, switches=self.switches)
         return Runner(workers, connection.broker, around, self.metrics, self._clock, control)
 
     @property

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -92,10 +93,11 @@ async def test_a_pause_outlives_the_only_process_that_works_because_its_supervis
         await ready(conveyor)
         told = conveyor.json("queues", "pause", "shop.charge", *HERE)
         [process] = told["working"]["shop.charge"]
+        assert process["process"] == f"{socket.gethostname()}/1"
         note = "worker charge: its queue shop.charge is paused"
         await until(lambda: note in get(free_port, "/readyz"))
         assert json.loads(get(free_port, "/readyz"))["ready"] is True
-        os.kill(int(process.split(":")[1]), signal.SIGKILL)
+        os.kill(process["pid"], signal.SIGKILL)
         order(conveyor, "A-1")
         await ready(conveyor, 2)
         told = conveyor.json("queues", "pause", "shop.ship", *HERE)

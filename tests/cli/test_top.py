@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -27,8 +28,22 @@ from hypothesis import strategies as st
 from conveyor import brokers
 from conveyor.broker import Queue, QueueInfo
 from conveyor.brokers.memory import MemoryBroker
-from conveyor.cli.screen import QUEUES, RUNNERS, Column, brief, brief_bytes, brief_rate, brief_span, in_middle, widths
+from conveyor.cli.screen import (
+    ERRORS,
+    QUEUES,
+    RUNNERS,
+    SHARES,
+    Column,
+    brief,
+    brief_bytes,
+    brief_rate,
+    brief_span,
+    heights,
+    in_middle,
+    widths,
+)
 from conveyor.cli.top import Rates, RunnerRow, Watcher, queue_rows
+from conveyor.core.message import Message
 from conveyor.runtime.control import Operator, Status, WorkerStatus
 from conveyor.runtime.health import Health
 
@@ -37,7 +52,7 @@ if TYPE_CHECKING:
     from tests.cli.conftest import Program
 
 PATIENCE_SECONDS: Final = 60.0
-ENTER, TAB, ESCAPE, CTRL_C = "\r", "\t", "\x1b", "\x03"
+ENTER, TAB, DOWN, ESCAPE, CTRL_C = "\r", "\t", "\x1b[B", "\x1b", "\x03"
 
 BANK: Final = """
 import asyncio
@@ -58,6 +73,18 @@ async def charge(card: str) -> None:
 
 @app.task
 async def write_a_letter_to_the_holder_of_the_card(card: str) -> None: ...
+"""
+
+
+GUARD: Final = """
+from conveyor import Conveyor, RetryPolicy
+
+app = Conveyor("guard")
+
+
+@app.task(retry=RetryPolicy(attempts=1))
+async def check(card: str) -> None:
+    raise ValueError(card)
 """
 
 
@@ -136,6 +163,12 @@ class Terminal:
         """The line that begins so."""
         return next(line for line in self.display.display if line.startswith(start))
 
+    def errors(self) -> list[str]:
+        """What stands below the head of the errors, the first one first."""
+        lines = [line.rstrip() for line in self.display.display]
+        head = next(place for place, line in enumerate(lines) if line.startswith("LATEST"))
+        return [line.rpartition("ValueError: ")[2] for line in lines[head + 1 :] if "ValueError: " in line]
+
 
 @pytest.fixture
 def bank(conveyor: Program) -> Program:
@@ -152,10 +185,10 @@ def bank(conveyor: Program) -> Program:
 
 
 @contextlib.contextmanager
-def running(conveyor: Program, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(conveyor: Program, *arguments: str, app: str = "bank:app") -> Iterator[subprocess.Popen[bytes]]:
     """The bank's workers at work."""
     log = (conveyor.folder / "log").open("ab")
-    command = conveyor.command("run", "bank:app", *arguments)
+    command = conveyor.command("run", app, *arguments)
     with log, subprocess.Popen(command, cwd=conveyor.folder, env=conveyor.environment, stderr=log) as program:
         try:
             yield program
@@ -270,8 +303,8 @@ def test_dead_letters_are_put_back_after_a_question(bank: Program) -> None:
 def test_a_runner_that_stands_still_is_said_to_be_silent(bank: Program) -> None:
     with running(bank, "--hang-limit", "1000"), top(bank, "bank:app", columns=120) as terminal:
         text = terminal.until(lambda text: ready_runners(text) == 1, "the runner")
-        row = next(line for line in text.split("\n") if "(1)" in line)
-        runner = int(row.split(":")[1].split()[0])
+        row = next(line for line in text.split("\n") if line.startswith(f"{socket.gethostname()}/1 "))
+        runner = int(row.split()[1])
         stop(runner, bank.folder / "bank.queue")
         try:
             terminal.shows("silent ")
@@ -308,6 +341,46 @@ def test_a_wide_terminal_is_used_and_a_change_of_its_size_is_followed(bank: Prog
         assert "workers" not in text
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(60, 15), (80, 24)])
+def test_the_newest_errors_are_in_sight_until_somebody_moves_the_cursor(bank: Program, columns: int, rows: int) -> None:
+    (bank.folder / "guard.py").write_text(GUARD)
+
+    def check(*cards: str) -> None:
+        async def go() -> None:
+            broker = brokers.from_url(f"sqlite:///{bank.folder / 'guard.queue'}")
+            await broker.open()
+            await broker.declare([Queue(name="guard.check", topics=("guard.check",))])
+            bodies = [f'{{"card": "{card}"}}'.encode() for card in cards]
+            await broker.publish([Message(card, "guard.check", body) for card, body in zip(cards, bodies, strict=True)])
+            await broker.close()
+
+        asyncio.run(go())
+
+    def dead_letters(terminal: Terminal) -> str:
+        labels = terminal.row("QUEUE").replace("in flight", "in_flight").split()
+        return terminal.row("guard.check").split()[labels.index("dead")]
+
+    check()
+    with running(bank, app="guard:app"), top(bank, "guard:app", columns=columns, rows=rows) as terminal:
+        terminal.until(lambda text: re.search(r"^\S+/1 .* ready", text, re.MULTILINE), "the runner")
+        terminal.shows("p Pause/resume", "q Quit")
+        check(*(f"early-{number}" for number in range(30)))
+        terminal.until(lambda _: dead_letters(terminal) == "30", "the dead letters")
+        terminal.until(lambda _: len(terminal.errors()) > 2, "the errors")
+        check("late-1")
+        terminal.until(lambda _: terminal.errors()[0] == "late-1", "the newest error")
+        check("late-2")
+        terminal.until(lambda _: terminal.errors()[:2] == ["late-2", "late-1"], "the next one")
+        terminal.press(TAB, TAB, DOWN, ENTER)
+        terminal.shows("message     late-1")
+        terminal.press(ESCAPE)
+        terminal.until(lambda text: "message     late-1" not in text)
+        check("late-3")
+        terminal.until(lambda _: dead_letters(terminal) == "33", "the dead letters")
+        terminal.press(ENTER)
+        terminal.shows("message     late-1")
+
+
 def test_without_a_terminal_it_says_what_there_is_for_programs(bank: Program) -> None:
     assert "conveyor queues --watch --json" in bank.refused("top", "bank:app")
 
@@ -341,15 +414,25 @@ def test_what_does_not_fit_is_cut_with_a_sign(text: str, columns: int) -> None:
 
 
 @given(
-    st.sampled_from([QUEUES, RUNNERS]),
+    st.sampled_from([QUEUES, RUNNERS, ERRORS]),
     st.lists(st.text(max_size=100), min_size=1, max_size=5),
-    st.integers(78, 300),
+    st.integers(40, 300),
 )
 def test_the_columns_fill_the_room_and_never_more(columns: Sequence[Column], names: list[str], room: int) -> None:
-    shown = [column for column in columns if not column.wide or room >= 110]
+    shown = [column for column in columns if column.least <= room]
     found = widths(shown, [[name] * len(shown) for name in names], room)
     assert sum(found) + len(found) <= room
     assert all(width >= len(column.label) or not column.width for width, column in zip(found, shown, strict=True))
+
+
+@given(st.integers(0, 60), st.tuples(st.integers(2, 99), st.integers(2, 99), st.integers(2, 99)))
+def test_the_tables_share_all_lines_and_none_has_less_than_its_share_unless_it_wants_less(
+    room: int, wanted: tuple[int, int, int]
+) -> None:
+    found = heights(room, wanted)
+    assert sum(found) == room
+    assert all(lines >= min(want, room * share // 10) for lines, want, share in zip(found, wanted, SHARES, strict=True))
+    assert all(lines <= want for lines, want in zip(found[:-1], wanted[:-1], strict=True))
 
 
 def status(at: float, *, handled: int = 0, failed: int = 0, unready: tuple[str, ...] = ()) -> Status:

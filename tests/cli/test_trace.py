@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -131,6 +132,8 @@ async def test_the_journey_over_all_hops_is_told_while_runners_run_and_when_they
         document = shop.json("trace", id, "--app", "shop")
         assert [message["caused_by"] for message in document["messages"]] == [None, id]
         assert [entry["kind"] for entry in document["messages"][1]["entries"]] == ["published", "succeeded"]
+        processes = {entry["process"] for entry in document["messages"][1]["entries"]}
+        assert processes <= {f"{socket.gethostname()}/{number}" for number in (1, 2)}  # as logs and conveyor top say
         text = shop.run("trace", id[:30], "--app", "shop")
         assert text.returncode == 0
         assert text.stderr == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -273,6 +275,7 @@ async def test_the_status_tells_counts_health_and_failures_and_each_failure_once
             [status] = await operator.hear_all()
             [worker] = status.workers
             assert (status.app, status.health.ready, worker.name, worker.queue) == ("t", True, "charge", "t.charge")
+            assert status.process == f"{socket.gethostname()}/{os.getpid()}"  # no supervisor has given it a number
             assert (worker.handled, worker.failed, worker.retried, worker.dead) == (1, 2, 1, 1)
             first, second = status.failures
             assert (first.message_id, first.attempt, first.dead) == (message.id, 1, False)

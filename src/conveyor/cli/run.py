@@ -154,7 +154,7 @@ def run(
         environment = os.environ | {variable: value for variable, value in given.items() if value is not None}
         return asyncio.run(_supervise(loaded, chosen, settings, child, keeper, environment))
     loaded.owner, loaded.switches = link.owner, link.switches
-    loaded.metrics = Metrics(link.process)
+    loaded.number, loaded.metrics = link.process, Metrics(link.process)
     return _work(loaded, chosen, settings, link)
 
 

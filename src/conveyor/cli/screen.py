@@ -23,25 +23,43 @@ from conveyor.runtime.control import Failure
 SCROLLBAR: Final = 1
 SIZES: Final = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"))
 WIDE: Final = 110
-"""Columns from which on there is room for more than the most important."""
+"""Columns of a terminal from which on there is room for all that there is to see."""
+SHARES: Final = (4, 3, 3)
+"""How the lines are shared where the tables want more than there are: queues, runners, errors."""
+
+TABLES: Final = ("queues", "runners", "errors")
 
 HELP: Final = """\
-conveyor top shows a broker's queues, the runners that are connected
-to it, and their latest errors.
+conveyor top shows a broker's queues, the runners
+that are connected to it, and their latest errors.
 
 Tab, ↑ ↓   select a table, and a row in it
 Enter      the whole of what is selected
-p          pause the selected queue, or let it go on: from a paused
-           queue nothing is fetched, what was not begun goes back,
+p          pause the selected queue, or let it go
+           on: from a paused queue nothing is
+           fetched, what was not begun goes back,
            what runs is finished
-r          put the dead letters of the selected queue back (asks first)
+r          put the dead letters of the selected
+           queue back (asks first)
 q          quit
 
-oldest     how long the oldest ready message has been waiting
-rate/s     attempts that ended, well or not, in the last ten seconds
-in flight  messages that runners have and have not settled
-failed     attempts that ended with an error since the runners started
+oldest     how long the oldest ready message has
+           been waiting
+rate/s     attempts that ended, well or not, in
+           the last ten seconds
+in flight  messages that runners have and have
+           not settled
+failed     attempts that ended with an error
+           since the runners started
 retried    those of them that are tried again
+memory     of the process itself
+
+A runner is called HOST/NUMBER, as its supervisor
+counts: logs say the same number. One without a
+supervisor is called HOST/PID.
+
+The newest error stays in sight until you move the
+cursor. A wide terminal shows more columns.
 """
 
 
@@ -92,14 +110,14 @@ class Column:
         width: characters, without the gap behind; 0 shares what is left.
         right: it holds numbers.
         cut: makes a text fit.
-        wide: there only where the terminal is wide.
+        least: columns of the terminal from which on it is there: in a small one, what matters less gives way.
     """
 
     label: str
     width: int = 0
     right: bool = False
     cut: Callable[[str, int], str] = shortened
-    wide: bool = False
+    least: int = 0
 
 
 def widths(columns: Sequence[Column], texts: Sequence[Sequence[str]], room: int) -> list[int]:
@@ -121,6 +139,32 @@ def widths(columns: Sequence[Column], texts: Sequence[Sequence[str]], room: int)
     return found
 
 
+def heights(room: int, wanted: Sequence[int]) -> list[int]:
+    """How many lines each table gets: as many as it wants, or else its share; what is left goes to the last one.
+
+    Parameters:
+        room: lines that there are.
+        wanted: by each.
+    """
+    found = [0] * len(wanted)
+    short = dict(enumerate(SHARES[: len(wanted)]))
+    while short:
+        left, parts = room - sum(found), sum(short.values())
+        content = [place for place, share in short.items() if wanted[place] * parts <= left * share]
+        for place in content:
+            found[place] = wanted[place]
+            del short[place]
+        if not content:  # whole lines first, then those with the largest rest
+            rests = sorted(short, key=lambda place: -(left * short[place] % parts))
+            for place, share in short.items():
+                found[place] = left * share // parts
+            for place in rests[: room - sum(found)]:
+                found[place] += 1
+            return found
+    found[-1] += room - sum(found)
+    return found
+
+
 Row = tuple[str, Sequence[str | Text]]
 """Its key, and its cells."""
 
@@ -130,10 +174,12 @@ class Table(DataTable[Text]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Whole")]
 
-    def __init__(self, columns: Sequence[Column], *, id: str, nothing: str) -> None:
+    def __init__(self, columns: Sequence[Column], *, id: str, nothing: str, newest_first: bool = False) -> None:
         super().__init__(id=id, cursor_type="row", cell_padding=0, header_height=1)
         self._all = columns
         self._nothing = nothing
+        self._newest_first = newest_first
+        """While the cursor is on the first row it stays there, whatever comes: who looks on sees what is new."""
         self._shown: list[Row] = []
         self.keys: list[str] = []
 
@@ -143,20 +189,26 @@ class Table(DataTable[Text]):
         return self.keys[self.cursor_row] if 0 <= self.cursor_row < len(self.keys) else None
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Draw these rows; the selected one stays selected wherever it is now."""
+        """Draw these rows; the one that somebody has selected stays selected, and in its place, wherever it is now."""
         self._shown = list(rows)
         self._draw()
 
     def on_resize(self) -> None:
-        """Draw anew."""
+        """Draw anew, with the cursor in sight."""
         self._draw()
+        self.move_cursor(row=self.cursor_row)
+
+    @property
+    def lines_wanted(self) -> int:
+        """Lines with which all rows are seen, and at least one."""
+        return 1 + max(1, len(self._shown))
 
     def _draw(self) -> None:
         room = self.size.width - SCROLLBAR
         if room < len(self._all) * 2:
             return
         selected, before, top = self.selected, self.cursor_row, self.scroll_offset.y
-        places = [place for place, column in enumerate(self._all) if not column.wide or self.app.size.width >= WIDE]
+        places = [place for place, column in enumerate(self._all) if column.least <= self.app.size.width]
         columns = [self._all[place] for place in places]
         rows = [(key, [cells[place] for place in places]) for key, cells in self._shown]
         self.clear(columns=True)
@@ -175,6 +227,8 @@ class Table(DataTable[Text]):
             self.add_row(*(_cell(cell, column, width) for cell, column, width in fitted))
         self.keys = [key for key, _ in rows]
         row = self.keys.index(selected) if selected in self.keys else min(max(before, 0), len(rows) - 1)
+        if self._newest_first and before <= 0 and top <= 0:
+            row = before = 0
         self.move_cursor(row=row, scroll=False)
         self.scroll_to(y=top if row == before else top + row - before, animate=False)
 
@@ -188,30 +242,31 @@ def _cell(cell: str | Text, column: Column, width: int, style: str = "") -> Text
 QUEUES: Final = (
     Column("QUEUE", cut=in_middle),
     Column("ready", 6, right=True),
-    Column("in flight", 9, right=True),
-    Column("delayed", 7, right=True),
+    Column("in flight", 9, right=True, least=50),
+    Column("delayed", 7, right=True, least=70),
     Column("dead", 6, right=True),
-    Column("oldest", 6, right=True),
+    Column("oldest", 6, right=True, least=60),
     Column("rate/s", 6, right=True),
-    Column("failed", 6, right=True),
-    Column("retried", 7, right=True),
-    Column("workers", wide=True),
+    Column("failed", 6, right=True, least=70),
+    Column("retried", 7, right=True, least=80),
+    Column("workers", least=WIDE),
 )
 RUNNERS: Final = (
     Column("RUNNER", cut=in_middle),
-    Column("app", 12, cut=in_middle, wide=True),
+    Column("pid", 7, right=True, least=WIDE),
+    Column("app", 12, cut=in_middle, least=WIDE),
     Column("rate/s", 6, right=True),
-    Column("in flight", 9, right=True),
-    Column("failed", 6, right=True),
-    Column("retried", 7, right=True, wide=True),
-    Column("memory", 7, right=True),
+    Column("in flight", 9, right=True, least=60),
+    Column("failed", 6, right=True, least=50),
+    Column("retried", 7, right=True, least=WIDE),
+    Column("memory", 7, right=True, least=70),
     Column("health"),
 )
 ERRORS: Final = (
     Column("LATEST", 8),
     Column("worker", 14, cut=in_middle),
-    Column("attempt", 7, right=True),
-    Column("queue", 24, cut=in_middle, wide=True),
+    Column("attempt", 7, right=True, least=60),
+    Column("queue", 24, cut=in_middle, least=WIDE),
     Column("error"),
 )
 
@@ -236,7 +291,8 @@ def runner_cells(row: RunnerRow) -> Sequence[str | Text]:
     """A runner's row."""
     status = row.status
     return (
-        f"{status.host}:{status.pid} ({status.process})",
+        status.process,
+        str(status.pid),
         status.app,
         brief_rate(row.rate),
         brief(sum(worker.in_flight for worker in status.workers)),
@@ -291,7 +347,8 @@ def queue_text(row: QueueRow) -> Texts:
         (
             f"queue       {row.name}{' (paused)' if row.paused else ''}",
             f"workers     {', '.join(row.workers) or 'none is running'}",
-            f"ready       {row.ready:,}, the oldest for {span(row.oldest_seconds)}",
+            f"ready       {row.ready:,}"
+            + ("" if row.oldest_seconds is None else f", the oldest for {span(row.oldest_seconds)}"),
             f"in flight   {row.in_flight:,}",
             f"delayed     {row.delayed:,}",
             f"dead        {row.dead:,}",
@@ -329,8 +386,10 @@ class Whole(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with ScrollableContainer(id="whole"):
-            yield Static(safe(self._text), id="text")
-            yield Static(safe(self._listing), id="listing")
+            if self._text:
+                yield Static(safe(self._text), id="text")
+            if self._listing:
+                yield Static(safe(self._listing), id="listing")
         yield Footer()
 
 
@@ -375,9 +434,6 @@ class Top(App[None]):
     #title { height: 1; background: $primary-darken-2; color: $text; }
     #title.away { background: $error; }
     DataTable { scrollbar-size-vertical: 1; scrollbar-size-horizontal: 0; background: $surface; overflow-x: hidden; }
-    #queues { height: 4fr; }
-    #runners { height: 3fr; }
-    #errors { height: 3fr; }
     DataTable.old { opacity: 60%; }
     Whole, Question { align: center middle; }
     #text { width: 100%; }
@@ -396,7 +452,7 @@ class Top(App[None]):
         yield Static(id="title")
         yield Table(QUEUES, id="queues", nothing="no queue yet; conveyor run APP declares them")
         yield Table(RUNNERS, id="runners", nothing="no runner answers; conveyor run APP starts them")
-        yield Table(ERRORS, id="errors", nothing="no error since the runners started")
+        yield Table(ERRORS, id="errors", nothing="no error since the runners started", newest_first=True)
         yield Footer()
 
     def on_mount(self) -> None:
@@ -406,8 +462,9 @@ class Top(App[None]):
         self._draw()
 
     def on_resize(self) -> None:
-        """The title is as wide as the terminal."""
+        """The title is as wide as the terminal, and the tables share its lines."""
         self._draw_title()
+        self._share_lines()
 
     def show(self, picture: Picture) -> None:
         """Draw what there is to see now."""
@@ -483,8 +540,15 @@ class Top(App[None]):
         self._table("queues").show([(row.name, queue_cells(row)) for row in picture.queues])
         self._table("runners").show([(row.status.runner, runner_cells(row)) for row in picture.runners])
         self._table("errors").show([(_key(*each), failure_cells(each[1])) for each in picture.failures])
-        for name in ("queues", "runners", "errors"):
+        for name in TABLES:
             self._table(name).set_class(picture.outage is not None, "old")
+        self._share_lines()
+
+    def _share_lines(self) -> None:
+        tables = [self._table(name) for name in TABLES]
+        room = self.size.height - 2  # the title, and the keys
+        for table, lines in zip(tables, heights(room, [table.lines_wanted for table in tables]), strict=True):
+            table.styles.height = lines
 
     def _draw_title(self) -> None:
         picture, title = self._picture, self.screen_stack[0].query_one("#title", Static)

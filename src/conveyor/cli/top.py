@@ -355,7 +355,7 @@ class Watcher:
             elif self._app in (None, status.app):
                 rate = 0.0 if silent else sum(self._rates.of(runner, worker.name) for worker in status.workers)
                 runners.append(RunnerRow(status, rate, silent))
-        runners.sort(key=lambda row: (row.status.app, row.status.host, row.status.process, row.status.pid))
+        runners.sort(key=lambda row: (row.status.app, len(row.status.process), row.status.process, row.status.pid))
         answering = [row.status for row in runners if not row.silent_seconds]
         return Picture(
             queue_rows(infos, answering, self._rates, operator.paused, list(itertools.chain(*self._gone.values()))),

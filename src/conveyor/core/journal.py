@@ -48,7 +48,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Parameters:
         at: Unix seconds.
         worker: the identity (``<application>.<name>``) of the worker that did it; "" is a program that published.
-        process: where: ``<host>/<pid>``.
+        process: where: ``<host>/<number>``, as its supervisor counts; ``<host>/<pid>`` where it has none.
         queue: where the message waited; "" where that does not matter.
         attempt: 1 is the first; 0 where none was made.
         crashes: earlier hand-overs that ended without a word, because their process died.

@@ -55,6 +55,7 @@ class Connection:
         metrics: Metrics,
         clock: Clock,
         journal: bool,
+        number: str | None,
     ) -> Self:
         """Open everything, and declare the queues.
 
@@ -63,6 +64,7 @@ class Connection:
             owns_broker: open the broker here, and close it at the end; else it is open, and stays so.
             migrate: bring the ledger's tables up to date; None does it on SQLite only.
             journal: note what happens to messages.
+            number: of this process below its supervisor; None where there is none.
         """
         async with contextlib.AsyncExitStack() as stack:
             if owns_broker:
@@ -73,7 +75,7 @@ class Connection:
             stack.push_async_callback(asker.close)
             noting = None
             if journal:
-                noting = Journal(name, broker, metrics, clock)
+                noting = Journal(name, broker, metrics, clock, number)
                 noting.start()
                 stack.push_async_callback(noting.close)
             relay = None

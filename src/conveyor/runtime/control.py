@@ -26,6 +26,7 @@ from conveyor.errors import BrokerError, BrokerUnavailable
 from conveyor.runtime.health import Health
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.mailbox import Mailbox
+from conveyor.runtime.metrics import process_name
 
 log = logging.getLogger("conveyor.control")
 
@@ -144,7 +145,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
     Parameters:
         runner: names it among all runners.
         app: its application.
-        process: its name among its siblings.
+        process: ``<host>/<number>``, as its supervisor counts; ``<host>/<pid>`` where it has none.
         started: Unix seconds.
         at: seconds on the runner's own clock, which only goes forward: two of them tell how much time lies between two answers.
         resident_bytes: memory held now.
@@ -217,11 +218,15 @@ class Control:
     Parameters:
         broker: open.
         app: the application whose workers run here.
+        number: of this process below its supervisor; None where there is none.
         switches: what is known of paused queues from before.
     """
 
-    def __init__(self, broker: Broker, app: str = "", *, switches: Switches | None = None) -> None:
+    def __init__(
+        self, broker: Broker, app: str = "", number: str | None = None, *, switches: Switches | None = None
+    ) -> None:
         self.app: Final = app
+        self.process: Final = process_name(number)
         self.runner: Final = uuid.uuid4().hex[:12]
         """Names it among all runners."""
         self.switches: Switches = dict(switches or {})

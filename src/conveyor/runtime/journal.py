@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -24,7 +23,7 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Reason, Release, RetryAt, Verdict, describe
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable
 from conveyor.runtime.loop import Loops
-from conveyor.runtime.metrics import Metrics
+from conveyor.runtime.metrics import Metrics, process_name
 
 log = logging.getLogger("conveyor.journal")
 
@@ -95,10 +94,11 @@ class Journal:
         broker: open; the journal's queue is declared.
         metrics: counts what is dropped.
         clock: gives Unix seconds.
+        number: of this process below its supervisor; None where there is none.
     """
 
-    def __init__(self, app: str, broker: Broker, metrics: Metrics, clock: Clock) -> None:
-        self.process: Final = f"{socket.gethostname()}/{os.getpid()}"
+    def __init__(self, app: str, broker: Broker, metrics: Metrics, clock: Clock, number: str | None = None) -> None:
+        self.process: Final = process_name(number)
         self.at_work: list[Callable[[], Iterable[Running]]] = []
         """Each gives what runs now; runners add themselves."""
         self._clock = clock

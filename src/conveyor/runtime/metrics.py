@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import resource
+import socket
 import sys
 import time
 from bisect import bisect_left
@@ -123,6 +124,15 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def received(self) -> int:
         """Deliveries fetched, over all workers."""
         return sum(worker.received for worker in self.workers.values())
+
+
+def process_name(number: str | None = None) -> str:
+    """What this process is called where several machines may take part: its host, and its number or, without one, its pid.
+
+    Parameters:
+        number: its number below its supervisor.
+    """
+    return f"{socket.gethostname()}/{number or os.getpid()}"
 
 
 class Metrics:

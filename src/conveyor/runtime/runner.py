@@ -276,7 +276,7 @@ class Runner:
         return Status(
             runner="" if self.control is None else self.control.runner,
             app="" if self.control is None else self.control.app,
-            process=self._metrics.process,
+            process="" if self.control is None else self.control.process,
             host=socket.gethostname(),
             pid=os.getpid(),
             started=self._metrics.started,
