@@ -48,7 +48,12 @@ class RunDisplay:
         rate = report.processed / elapsed if elapsed else 0.0
         failed = f", [red]{report.failed} failed[/]" if report.failed else ""
         self._bar.update(self._line, total=run.total, completed=run.ended, rate=f"{rate:.1f}/s{failed}")
-        return Group(self._bar, _processes(run)) if run.workers else self._bar
+        parts: list[RenderableType] = [self._bar]
+        if run.workers:
+            parts.append(_processes(run))
+        if run.stopping:
+            parts.append("finishing the images in hand; Ctrl-C again leaves them to the next run")
+        return Group(*parts)
 
 
 def _processes(run: Run) -> Table:

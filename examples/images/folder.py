@@ -61,6 +61,8 @@ class Run:
         self.report: Final = Report()
         self.workers: dict[int, Seen] = {}
         """By process id."""
+        self.stopping = False
+        """It was interrupted, and finishes what is in hand."""
 
     @property
     def ended(self) -> int:
@@ -88,7 +90,7 @@ def process_folder(
 ) -> Report:
     """Process every image below source into the same place below target; those that are there already are left alone.
 
-    Ctrl-C (or SIGTERM) finishes the images in hand; calling it again does the rest.
+    Ctrl-C (or SIGTERM) finishes the images in hand, and once more gives them up; calling it again does the rest.
 
     Parameters:
         filters: an expression such as ``blur:3,brightness:1.3``.
@@ -116,22 +118,26 @@ def process_folder(
         on_start(run)
         started = time.monotonic()
         conductor = Conductor(run, source, target, recipe, settings, images)
-        run.report.interrupted = not asyncio.run(_to_the_end(conductor.work()))
+        asyncio.run(_to_the_end(conductor.work(), run))
         run.report.seconds = time.monotonic() - started
         clean(target)
     return run.report
 
 
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> bool:
-    """Do the work; false where a signal ended it before."""
+async def _to_the_end(work: Coroutine[Any, Any, None], run: Run) -> None:
+    """Do the work, or as much of it as signals leave time for."""
     task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+
+    def stop() -> None:
+        run.stopping = True
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, stop)
     try:
         await task
     except asyncio.CancelledError:
-        return False
-    return True
+        run.report.interrupted = True
 
 
 class Conductor:

@@ -192,6 +192,23 @@ def test_the_same_command_again_does_what_an_interruption_left_and_nothing_twice
     assert len(folder.made()) == 12
 
 
+def test_a_second_interruption_waits_no_longer_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder, endless = Folder(tmp_path), ",".join(["blur:900"] * 10_000)
+    make_photographs(folder.source, 3, (900, 675))
+    program = folder.start(filters=endless)
+    try:
+        wait_for(lambda: pool(program) and (folder.out / STATE / RECIPE).exists(), program.said)
+        while program.process.poll() is None:
+            program.process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert program.process.returncode == 130, program.said()
+        assert folder.report(program)["interrupted"]
+        assert "Traceback" not in program.said()
+        assert (folder.made(), folder.half_written()) == ({}, [])
+    finally:
+        program.close()
+
+
 def test_processes_that_are_killed_again_and_again_cost_no_image(folder: Folder) -> None:
     program = folder.start()
     killed: set[int] = set()

@@ -167,6 +167,8 @@ def test_the_progress_of_a_folder_fits_into_eighty_columns() -> None:
     assert "1234 failed" in bar
     assert head.split()[:2] == ["process", "health"]
     assert len(processes) == 2
+    run.stopping = True
+    assert lines_of(display)[-1] == "finishing the images in hand; Ctrl-C again leaves them to the next run"
 
 
 def test_adding_a_folder_names_what_is_not_added(tmp_path: Path) -> None:
