@@ -242,7 +242,7 @@ def _opened(path: Path) -> BinaryIO:
 
 def _check_kind(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise Refused(f"{path} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
+        raise Refused(f"{path.name} is {KINDS.get(stat.S_IFMT(mode), 'something else')}, no file")
 
 
 @contextmanager
@@ -251,7 +251,7 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise Refused(f"{path} is a folder, no file") from error
+        raise Refused(f"{path.name} is a folder, no file") from error
     except UnidentifiedImageError as error:
         empty = path.exists() and path.stat().st_size == 0
         raise Refused(f"{path.name} {'is empty' if empty else 'is no image that can be read'}") from error
@@ -262,9 +262,9 @@ def _refusing(path: Path) -> Iterator[None]:
     except (SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OSError) as error:
         if isinstance(error, OSError) and error.errno in NO_FILE:
             link = os.path.islink(path)  # noqa: PTH114 - that of Path raises at a name that is too long
-            raise Refused(f"{path} is a link to nothing" if link else f"there is no file {path}") from error
+            raise Refused(f"{path.name} is a link to nothing" if link else f"there is no file {path}") from error
         if isinstance(error, OSError) and error.errno == errno.ENXIO:
-            raise Refused(f"{path} is a socket or a device, no file") from error
+            raise Refused(f"{path.name} is a socket or a device, no file") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise Refused(f"{path.name} is broken: {error}") from error

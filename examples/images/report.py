@@ -173,17 +173,18 @@ class Report:
                 )
             console.print(table)
         rate = self.processed / self.seconds if self.seconds else 0.0
+        whole = not console.is_terminal  # lines for programs are not broken
         console.print(
             f"{self.processed} processed in {self.seconds:.1f} s ({rate:.1f} images/s, {self.pixels / 1e6:.0f} megapixels)\n"
             f"{self.before} done before, {self.failed} failed, {self.repeated} not at the first attempt"
         )
         for reason, left_out in self.left_out.items():
             more = f" and {left_out.count - len(left_out.paths)} more" if left_out.count > len(left_out.paths) else ""
-            console.print(f"  left out: {escape(', '.join(left_out.paths))}{more}: {escape(reason)}", soft_wrap=True)
+            console.print(f"  left out: {escape(', '.join(left_out.paths))}{more}: {escape(reason)}", soft_wrap=whole)
         for failure in self.failures[:SHOWN]:
-            console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}", soft_wrap=True)
+            console.print(f"  [red]failed[/] {escape(failure.path)}: {escape(failure.reason)}", soft_wrap=whole)
             if failure.id:
-                console.print(f"    id {failure.id}", soft_wrap=True)
+                console.print(f"    id {failure.id}", soft_wrap=whole)
         if self.failed > SHOWN:
             console.print(f"  … and {self.failed - SHOWN} more failed (--json has the first {FAILURES:,})")
 
