@@ -139,11 +139,14 @@ def check_target(source: Path, target: Path) -> None:
         Refused: its name says no known format, it is the original itself, or something in its place is no file.
     """
     format_for(target)
+    itself = Refused(f"{target.name} is the original itself, which would be lost: write to another file")
+    if target == source:
+        raise itself
     with suppress(OSError):
         found = target.stat()
         _check_kind(target, found.st_mode)
         if os.path.samestat(found, source.stat()):
-            raise Refused(f"{target} is the original itself, which would be lost: write to another file")
+            raise itself
 
 
 def load_image(

@@ -197,7 +197,10 @@ class TaskQueue:
 
         Raises:
             TaskLost: it is not in our hands any more.
+            TaskError: the result is no dict.
         """
+        if not isinstance(result, Mapping | None):
+            raise TaskError(f"the result of a task is a dict, not {result!r:.100}")
         self._background.run(self._complete(task_id, dict(result or {})))
 
     def mark_failed(self, task_id: str, error: str, *, retry: bool = True) -> bool:
@@ -484,7 +487,7 @@ def paths_of(data: object) -> tuple[Path, Path]:
     for name, path in (("image_path", source), ("output_path", target)):
         if name not in data:
             raise TaskError(f"{like}; there is no {name} in {data!r:.200}")
-        if not isinstance(path, str | Path) or not str(path).strip():
+        if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
             raise TaskError(f"{like}; {name} cannot be {path!r:.100}")
     return Path(str(source)), Path(str(target))
 

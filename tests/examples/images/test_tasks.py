@@ -113,6 +113,8 @@ def test_what_is_not_in_our_hands_cannot_be_marked() -> None:
         with pytest.raises(TaskLost, match=task_id):
             queue.mark_completed(task_id)
         got(queue.get_task("worker-1"))
+        with pytest.raises(TaskError, match="the result of a task is a dict, not 'done'"):
+            queue.mark_completed(task_id, "done")  # type: ignore[arg-type]
         queue.mark_completed(task_id)
         with pytest.raises(TaskLost):
             queue.mark_failed(task_id, "too late")
@@ -358,6 +360,7 @@ async def test_whoever_waits_for_a_task_hears_that_the_queue_is_closed() -> None
         ({**DATA, "image_path": 7}, "image_path cannot be 7"),
         ({**DATA, "output_path": None}, "output_path cannot be None"),
         ({**DATA, "output_path": " "}, "output_path cannot be ' '"),
+        ({**DATA, "output_path": "a\0.jpg"}, "output_path cannot be 'a"),
     ],
 )
 def test_what_is_no_task_is_not_added_and_the_error_says_what_one_is(data: Any, said: str) -> None:
@@ -380,6 +383,8 @@ def test_an_image_that_is_no_file_is_not_added_and_a_missing_one_is(tmp_path: Pa
                 queue.add_task({"image_path": tmp_path / name, "output_path": tmp_path / "out.jpg"})
         with pytest.raises(Refused, match="its ending says no known format"):
             queue.add_task({"image_path": "in.jpg", "output_path": "out.txt"})
+        with pytest.raises(Refused, match="is the original itself"):
+            queue.add_task({"image_path": "in.jpg", "output_path": "in.jpg"})
         with pytest.raises(Refused, match="is a folder, no file"):
             queue.add_task({"image_path": "in.jpg", "output_path": tmp_path / "folder.jpg"})
         queue.add_task({"image_path": tmp_path / "missing.jpg", "output_path": tmp_path / "out.jpg"})
