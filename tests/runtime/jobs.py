@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import logging
 import os
 import socket
@@ -48,6 +49,15 @@ def hang(path: str) -> NoReturn:
         line.sendall(str(os.getpid()).encode())
     while True:
         time.sleep(60)
+
+
+def hang_on(path: str) -> NoReturn:
+    """The same in one instruction that no other thread of the process comes between."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(path)
+        line.sendall(str(os.getpid()).encode())
+    max(itertools.repeat(1))
+    raise AssertionError("there is no end to that")
 
 
 def leave(code: int) -> NoReturn:

@@ -52,10 +52,13 @@ async def main(link: ChildLink) -> int:
     beats = asyncio.create_task(link.run(lambda: health, metrics.snapshot, asked))
     extra = None
     if "pool" in MANNERS:
+        from conveyor.runtime.attempt import Attempt
         from conveyor.runtime.pool import CpuPool
 
         pool = CpuPool(2)
-        extra = [asyncio.create_task(pool.run("__main__:forever", (str(FOLDER),))) for _ in range(2)]
+        extra = [
+            asyncio.create_task(pool.call("__main__:forever", Attempt(None, args=(str(FOLDER),)))) for _ in range(2)
+        ]
     if "spawns" in MANNERS:
         helper = subprocess.Popen(["sleep", "3600"])
         note(f"helper {helper.pid}")

@@ -10,13 +10,16 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout, Retry
 from conveyor.runtime import logs
+from conveyor.runtime.attempt import Attempt
+from conveyor.runtime.frames import lent
 from conveyor.runtime.logs import Current
 from conveyor.runtime.pool import CpuPool
 from tests.runtime import jobs
@@ -30,6 +33,20 @@ def _importable_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(HERE))
 
 
+async def run(
+    pool: CpuPool,
+    target: str,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    timeout_seconds: float | None = None,
+) -> Any:
+    """Call a function with its arguments."""
+    named = {name: lent(value) for name, value in (kwargs or {}).items()}
+    attempt = Attempt(None, args=tuple(lent(value) for value in args), kwargs=named)
+    return await pool.call(target, attempt, timeout_seconds=timeout_seconds)
+
+
 @pytest.fixture
 async def pool() -> AsyncIterator[CpuPool]:
     pool = CpuPool(2)
@@ -38,12 +55,12 @@ async def pool() -> AsyncIterator[CpuPool]:
 
 
 async def test_a_job_runs_in_another_process_and_gives_its_result(pool: CpuPool) -> None:
-    assert await pool.run("jobs:add", (1,), {"other": 2}) == 3
-    assert await pool.run("jobs:where") != os.getpid()
+    assert await run(pool, "jobs:add", (1,), {"other": 2}) == 3
+    assert await run(pool, "jobs:where") != os.getpid()
 
 
 async def test_a_process_is_kept_for_the_next_job(pool: CpuPool) -> None:
-    assert await pool.run("jobs:where") == await pool.run("jobs:where")
+    assert await run(pool, "jobs:where") == await run(pool, "jobs:where")
 
 
 async def test_no_process_is_started_before_it_is_needed() -> None:
@@ -54,7 +71,7 @@ async def test_no_process_is_started_before_it_is_needed() -> None:
 
 async def test_two_jobs_run_at_the_same_time(pool: CpuPool, meeting: Meeting) -> None:
     async with asyncio.TaskGroup() as group:
-        jobs = [group.create_task(pool.run("jobs:meet", (meeting.path,))) for _ in range(2)]
+        jobs = [group.create_task(run(pool, "jobs:meet", (meeting.path,))) for _ in range(2)]
         with await meeting.arrival() as one, await meeting.arrival() as other:  # both are there before either may go on
             one.send(b"one")
             other.send(b"other")
@@ -62,35 +79,35 @@ async def test_two_jobs_run_at_the_same_time(pool: CpuPool, meeting: Meeting) ->
 
 
 async def test_more_jobs_than_processes_take_turns(pool: CpuPool) -> None:
-    pids = await asyncio.gather(*(pool.run("jobs:where") for _ in range(10)))
+    pids = await asyncio.gather(*(run(pool, "jobs:where") for _ in range(10)))
     assert 1 <= len(set(pids)) <= 2
 
 
 async def test_a_generator_gives_a_list(pool: CpuPool) -> None:
-    assert await pool.run("jobs:count", (3,)) == [0, 1, 2]
+    assert await run(pool, "jobs:count", (3,)) == [0, 1, 2]
 
 
 async def test_a_task_is_unwrapped(pool: CpuPool) -> None:
-    assert await pool.run("jobs:wrapped") == "unwrapped"
+    assert await run(pool, "jobs:wrapped") == "unwrapped"
 
 
 async def test_a_large_result_arrives(pool: CpuPool) -> None:
-    assert len(await pool.run("jobs:give_much", (20_000_000,))) == 20_000_000
+    assert len(await run(pool, "jobs:give_much", (20_000_000,))) == 20_000_000
 
 
 @pytest.mark.parametrize("size", [10, 3_000_000])
 async def test_bytes_arrive_as_what_they_are_in_both_directions(pool: CpuPool, size: int) -> None:
     sent = os.urandom(size)
-    assert await pool.run("jobs:kinds", (sent, bytearray(sent)), {}) == [("bytes", size), ("bytearray", size)]
-    assert await pool.run("jobs:give_back", (), {"value": sent}) == sent
-    assert await pool.run("jobs:give_back", (bytearray(sent),)) == bytearray(sent)
+    assert await run(pool, "jobs:kinds", (sent, bytearray(sent)), {}) == [("bytes", size), ("bytearray", size)]
+    assert await run(pool, "jobs:give_back", (), {"value": sent}) == sent
+    assert await run(pool, "jobs:give_back", (bytearray(sent),)) == bytearray(sent)
 
 
 async def test_a_process_that_dies_while_it_is_sent_much_fails_alone(pool: CpuPool) -> None:
-    await asyncio.gather(*(pool.run("jobs:add", (1, 1)) for _ in range(2)))
+    await asyncio.gather(*(run(pool, "jobs:add", (1, 1)) for _ in range(2)))
     stopped = next(iter(pool._all))._process.pid or 0
     os.kill(stopped, signal.SIGSTOP)
-    both = [asyncio.create_task(pool.run("jobs:kinds", (bytes(30_000_000),))) for _ in range(2)]
+    both = [asyncio.create_task(run(pool, "jobs:kinds", (bytes(30_000_000),))) for _ in range(2)]
     done, pending = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED, timeout=60)
     os.kill(stopped, signal.SIGKILL)
     assert [job.result() for job in done] == [[("bytes", 30_000_000)]]
@@ -120,26 +137,48 @@ async def test_much_progress_is_told_in_few_words_and_the_last_one_always(pool: 
 
 async def test_a_thread_that_a_job_left_behind_harms_no_later_job() -> None:
     pool = CpuPool(1)
-    await pool.run("jobs:leave_a_thread_that_reports")
+    await run(pool, "jobs:leave_a_thread_that_reports")
     for number in range(20):
-        assert await pool.run("jobs:add", (number, 1)) == number + 1
+        assert await run(pool, "jobs:add", (number, 1)) == number + 1
     await pool.close()
 
 
 async def test_a_job_is_told_that_the_runner_stops(pool: CpuPool, meeting: Meeting) -> None:
-    job = asyncio.create_task(pool.run("jobs:await_the_nod", (meeting.path,)))
+    job = asyncio.create_task(run(pool, "jobs:await_the_nod", (meeting.path,)))
     with await meeting.arrival() as line:
         pool.drain()
         line.send(b"goodbye")
     assert await job == "goodbye"
 
 
+async def test_a_job_that_waits_for_a_process_while_the_runner_stops_is_told_as_it_starts(meeting: Meeting) -> None:
+    pool = CpuPool(1)
+    first = asyncio.create_task(run(pool, "jobs:meet", (meeting.path,)))
+    second = asyncio.create_task(run(pool, "jobs:await_the_nod", (meeting.path,)))
+    with await meeting.arrival() as line:
+        pool.drain()
+        line.send(b"free")
+    assert await first == "free"
+    with await meeting.arrival() as line:
+        line.send(b"goodbye")
+    assert await second == "goodbye"
+    await pool.close()
+
+
+async def test_a_process_that_starts_while_the_runner_stops_is_told(pool: CpuPool, meeting: Meeting) -> None:
+    pool.drain()
+    job = asyncio.create_task(run(pool, "jobs:await_the_nod", (meeting.path,)))
+    with await meeting.arrival() as line:
+        line.send(b"goodbye")
+    assert await job == "goodbye"
+
+
 async def test_an_error_arrives_with_its_type_and_its_traceback(pool: CpuPool) -> None:
     with pytest.raises(ValueError, match="bad input") as caught:
-        await pool.run("jobs:fail", ("bad input",))
+        await run(pool, "jobs:fail", ("bad input",))
     assert "jobs.py" in "".join(traceback.format_exception(caught.value))
     with pytest.raises(Retry) as outcome:
-        await pool.run("jobs:ask_for_a_retry")
+        await run(pool, "jobs:ask_for_a_retry")
     assert outcome.value.after_seconds == 5.0
 
 
@@ -155,40 +194,40 @@ async def test_an_error_arrives_with_its_type_and_its_traceback(pool: CpuPool) -
 async def test_a_job_that_ends_its_process_fails_alone(
     pool: CpuPool, meeting: Meeting, target: str, args: tuple[object, ...], why: str
 ) -> None:
-    neighbour = asyncio.create_task(pool.run("jobs:meet", (meeting.path,)))
+    neighbour = asyncio.create_task(run(pool, "jobs:meet", (meeting.path,)))
     with await meeting.arrival() as line:
         with pytest.raises(HandlerCrashed, match=why):
-            await pool.run(target, args)
-        assert await pool.run("jobs:add", (1, 1)) == 2
+            await run(pool, target, args)
+        assert await run(pool, "jobs:add", (1, 1)) == 2
         line.send(b"unharmed")
         assert await neighbour == "unharmed"
 
 
 async def test_a_killed_process_is_replaced(pool: CpuPool, meeting: Meeting) -> None:
-    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    job = asyncio.create_task(run(pool, "jobs:hang", (meeting.path,)))
     os.kill(await meeting.pid(), signal.SIGKILL)
     with pytest.raises(HandlerCrashed, match="killed by SIGKILL"):
         await job
-    assert await pool.run("jobs:add", (1, 1)) == 2
+    assert await run(pool, "jobs:add", (1, 1)) == 2
 
 
 async def test_a_process_that_died_between_two_jobs_is_replaced(pool: CpuPool) -> None:
-    pid = await pool.run("jobs:where")
+    pid = await run(pool, "jobs:where")
     os.kill(pid, signal.SIGKILL)
     async with asyncio.timeout(60):
         while next(iter(pool._all)).alive:
             await asyncio.sleep(0.01)
-    assert await pool.run("jobs:where") != pid
+    assert await run(pool, "jobs:where") != pid
 
 
 async def test_a_job_that_closes_its_line_fails(pool: CpuPool) -> None:
     with pytest.raises(HandlerCrashed):
-        await pool.run("jobs:close_everything")
-    assert await pool.run("jobs:add", (1, 1)) == 2
+        await run(pool, "jobs:close_everything")
+    assert await run(pool, "jobs:add", (1, 1)) == 2
 
 
 async def test_a_job_that_runs_too_long_is_killed(pool: CpuPool, meeting: Meeting) -> None:
-    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,), timeout_seconds=0.2))
+    job = asyncio.create_task(run(pool, "jobs:hang", (meeting.path,), timeout_seconds=0.2))
     pid = await meeting.pid()
     with pytest.raises(HandlerTimeout, match=r"jobs:hang ran too long.*0\.2 s"):
         await job
@@ -196,17 +235,17 @@ async def test_a_job_that_runs_too_long_is_killed(pool: CpuPool, meeting: Meetin
 
 
 async def test_a_cancelled_job_is_killed(pool: CpuPool, meeting: Meeting) -> None:
-    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    job = asyncio.create_task(run(pool, "jobs:hang", (meeting.path,)))
     pid = await meeting.pid()
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
     await gone(pid)
-    assert await pool.run("jobs:add", (1, 1)) == 2
+    assert await run(pool, "jobs:add", (1, 1)) == 2
 
 
 async def test_a_stopped_process_can_be_cancelled(pool: CpuPool, meeting: Meeting) -> None:
-    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    job = asyncio.create_task(run(pool, "jobs:hang", (meeting.path,)))
     pid = await meeting.pid()
     os.kill(pid, signal.SIGSTOP)
     job.cancel()
@@ -217,7 +256,7 @@ async def test_a_stopped_process_can_be_cancelled(pool: CpuPool, meeting: Meetin
 
 async def test_closing_the_pool_ends_its_jobs_and_processes(meeting: Meeting) -> None:
     pool = CpuPool(1)
-    job = asyncio.create_task(pool.run("jobs:hang", (meeting.path,)))
+    job = asyncio.create_task(run(pool, "jobs:hang", (meeting.path,)))
     pid = await meeting.pid()
     await pool.close()
     assert not os.path.exists(f"/proc/{pid}")  # noqa: PTH110, ASYNC240 - /proc does not block
@@ -227,7 +266,7 @@ async def test_closing_the_pool_ends_its_jobs_and_processes(meeting: Meeting) ->
 
 async def test_a_result_that_cannot_travel_is_a_clear_error(pool: CpuPool) -> None:
     with pytest.raises(HandlerError, match=r"what jobs:give_a_lock returned cannot be sent .*pickle"):
-        await pool.run("jobs:give_a_lock")
+        await run(pool, "jobs:give_a_lock")
 
 
 @pytest.mark.parametrize(
@@ -235,18 +274,18 @@ async def test_a_result_that_cannot_travel_is_a_clear_error(pool: CpuPool) -> No
 )
 async def test_an_error_that_cannot_travel_arrives_as_text(pool: CpuPool, target: str, text: str) -> None:
     with pytest.raises(HandlerError, match=text):
-        await pool.run(target)
+        await run(pool, target)
 
 
 async def test_arguments_that_cannot_travel_are_a_clear_error(pool: CpuPool) -> None:
     with pytest.raises(HandlerError, match="the arguments of jobs:add cannot be sent"):
-        await pool.run("jobs:add", (threading.Lock(),))
+        await run(pool, "jobs:add", (threading.Lock(),))
 
 
 @pytest.mark.parametrize("target", ["jobs:nothing", "no_such_module:add", "jobs:test.<locals>.inner", "jobs:HERE"])
 async def test_a_function_that_cannot_be_found_is_a_clear_error(pool: CpuPool, target: str) -> None:
     with pytest.raises(HandlerError, match=f"{target} cannot be run in another process"):
-        await pool.run(target)
+        await run(pool, target)
 
 
 async def test_a_process_that_dies_as_it_starts_says_so_and_where_to_look(
@@ -255,28 +294,28 @@ async def test_a_process_that_dies_as_it_starts_says_so_and_where_to_look(
     (tmp_path / "deadly.py").write_text("import os; print('I am going', flush=True); os._exit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(HandlerCrashed, match=r"died before it could run deadly:work: exit code 3; .* stderr"):
-        await pool.run("deadly:work")
+        await run(pool, "deadly:work")
     assert "I am going" in capfd.readouterr().out
 
 
 async def test_a_job_that_eats_memory_is_killed() -> None:
     pool = CpuPool(1, max_rss_bytes=200_000_000)
     with pytest.raises(HandlerCrashed, match=r"used \d+ MB, over 200 MB"):
-        await pool.run("jobs:eat")
-    assert await pool.run("jobs:add", (1, 1)) == 2
+        await run(pool, "jobs:eat")
+    assert await run(pool, "jobs:add", (1, 1)) == 2
     await pool.close()
 
 
 async def test_a_process_that_has_grown_too_large_is_replaced_after_its_job() -> None:
     pool = CpuPool(1, max_rss_bytes=200_000_000)
-    small = await pool.run("jobs:where")
-    assert await pool.run("jobs:grow_in_an_instant") == small
-    assert await pool.run("jobs:where") != small
+    small = await run(pool, "jobs:where")
+    assert await run(pool, "jobs:grow_in_an_instant") == small
+    assert await run(pool, "jobs:where") != small
     await pool.close()
 
 
 async def test_signals_from_the_terminal_are_left_to_the_owner_of_the_pool(pool: CpuPool, meeting: Meeting) -> None:
-    job = asyncio.create_task(pool.run("jobs:meet", (meeting.path,)))
+    job = asyncio.create_task(run(pool, "jobs:meet", (meeting.path,)))
     with await meeting.arrival() as line:
         process = next(iter(pool._all))._process
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -286,7 +325,7 @@ async def test_signals_from_the_terminal_are_left_to_the_owner_of_the_pool(pool:
 
 
 async def test_a_program_started_by_a_job_can_be_terminated(pool: CpuPool) -> None:
-    assert await pool.run("jobs:terminate_a_program") == -signal.SIGTERM
+    assert await run(pool, "jobs:terminate_a_program") == -signal.SIGTERM
 
 
 async def test_a_job_logs_like_its_runner(
@@ -294,7 +333,7 @@ async def test_a_job_logs_like_its_runner(
 ) -> None:
     monkeypatch.setattr(logs, "settings", logs.Settings(20, True, "2"))
     token = logs.current.set(Current("m-1", None, "resize", 2))
-    await pool.run("jobs:log_a_line", ("hello",))
+    await run(pool, "jobs:log_a_line", ("hello",))
     logs.current.reset(token)
     line = json.loads(capfd.readouterr().err)
     assert (line["message"], line["message_id"], line["worker"], line["process"]) == ("hello", "m-1", "resize", "2")
@@ -302,6 +341,7 @@ async def test_a_job_logs_like_its_runner(
 
 SCRIPT = """
 import asyncio, sys
+from conveyor.runtime.attempt import Attempt
 from conveyor.runtime.pool import CpuPool
 
 def double(number):
@@ -317,8 +357,8 @@ def move(point):
 
 async def main():
     pool = CpuPool(1)
-    print(await pool.run(f"{double.__module__}:{double.__qualname__}", (21,)))
-    print((await pool.run("__main__:move", (Point(6),))).x)
+    print(await pool.call(f"{double.__module__}:{double.__qualname__}", Attempt(None, args=(21,))))
+    print((await pool.call("__main__:move", Attempt(None, args=(Point(6),)))).x)
     if "close" in sys.argv:
         await pool.close()
 
@@ -333,3 +373,40 @@ def test_an_application_that_is_the_main_program_can_use_it_and_ends(tmp_path: P
     script.write_text(SCRIPT)
     done = subprocess.run([sys.executable, script, ending], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["42", "7"], "")
+
+
+OWNER = """
+import asyncio, sys
+from conveyor.runtime.attempt import Attempt
+from conveyor.runtime.pool import CpuPool
+
+async def main():
+    pool = CpuPool(2)
+    await asyncio.gather(*(pool.call(f"jobs:{name}", Attempt(None, args=(sys.argv[1],))) for name in ("hang", "hang_on")))
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+async def test_no_process_outlives_an_owner_that_is_killed_whatever_it_does(tmp_path: Path, meeting: Meeting) -> None:
+    (tmp_path / "owner.py").write_text(OWNER)
+    places = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    owner = await asyncio.create_subprocess_exec(
+        sys.executable, tmp_path / "owner.py", meeting.path, env=os.environ | {"PYTHONPATH": places}
+    )
+    pids = [await meeting.pid(), await meeting.pid()]
+    owner.kill()
+    await owner.wait()
+    async with asyncio.timeout(60):
+        while any(runs(pid) for pid in pids):
+            await asyncio.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended; one that only waits to be reaped has."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -110,7 +110,6 @@ class Wanted(msgspec.Struct, frozen=True):
         attempt: 1 on the first run.
         ahead_seconds: the runner's clock, against that of the machine.
         body_limit: bytes that no payload of an event may exceed.
-        shutting_down: the runner drains already.
     """
 
     context: tuple[str, ...]
@@ -120,7 +119,6 @@ class Wanted(msgspec.Struct, frozen=True):
     attempt: int
     ahead_seconds: float
     body_limit: int
-    shutting_down: bool
 
 
 class Ran(msgspec.Struct, frozen=True):
@@ -148,23 +146,25 @@ class Attempt(msgspec.Struct, frozen=True):
     wanted: Wanted | None = None
 
     def __call__(self, function: Callable[..., Any]) -> Any:
-        """What the function returns, or a Ran where it has a Context."""
+        """What the function returns or yields; a Ran where it is also given a Context or a Message."""
         args, kwargs = self.args, dict(self.kwargs)
         if self.form is not None:
             args, kwargs = _decoded(self.form, self.body)
         if self.wanted is None or self.message is None:
-            return function(*args, **kwargs)
+            return _outcome(function(*args, **kwargs))
         message, wanted = msgspec.structs.replace(self.message, body=self.body), self.wanted
         emitter = Emitter(
             Outgoing(lambda: time.time() + wanted.ahead_seconds, wanted.body_limit), message, wanted.identity
         )
         context = _context(message, wanted, emitter)
-        result = function(
-            *args, **kwargs, **dict.fromkeys(wanted.context, context), **dict.fromkeys(wanted.message, message)
-        )
-        if inspect.isgenerator(result):
-            result = list(result)
+        injected = dict.fromkeys(wanted.context, context) | dict.fromkeys(wanted.message, message)
+        result = _outcome(function(*args, **kwargs, **injected))
         return Ran(frames.lent(result), [portable(emitted) for emitted in emitter.messages])
+
+
+def _outcome(result: Any) -> Any:
+    """What a generator yields is a list on its way to the other process."""
+    return list(result) if inspect.isgenerator(result) else result
 
 
 def _decoded(form: bytes, body: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -180,8 +180,6 @@ def _context(message: Message, wanted: Wanted, emitter: Emitter) -> Context:
     from conveyor.runtime.pool import inside
 
     assert inside is not None
-    if wanted.shutting_down:
-        inside.shutting_down.set()
     return Context(
         message,
         wanted.attempt,

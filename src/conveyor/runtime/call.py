@@ -304,7 +304,6 @@ class Caller:
                 call.deliveries[0].attempts + 1,
                 outgoing.clock() - time.time(),
                 outgoing.body_limit,
-                self._around.shutting_down.is_set(),
             )
         if self.takes_body or arguments:
             body = lent(call.message.body)

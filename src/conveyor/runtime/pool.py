@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import functools
 import importlib
-import inspect
 import multiprocessing
 import os
 import pickle
@@ -18,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.resource_tracker import ensure_running
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -61,17 +60,6 @@ class Job(msgspec.Struct, frozen=True):
     target: str
     call: Call
     about: logs.Current | None
-
-
-class Arguments(msgspec.Struct, frozen=True):
-    """Calls a function with these."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def __call__(self, function: Callable[..., Any]) -> Any:
-        """What the function returns."""
-        return function(*self.args, **self.kwargs)
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -123,41 +111,24 @@ class CpuPool:
         self._all: set[_Process] = set()
         self._reaping: set[asyncio.Task[None]] = set()
         self._max_rss_bytes = max_rss_bytes
+        self._draining = False
 
-    async def run(
-        self,
-        target: str,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        timeout_seconds: float | None = None,
+    async def call(
+        self, target: str, call: Call, *, timeout_seconds: float | None = None, tell: Tell | None = None
     ) -> Any:
-        """Run a function in a process and give its result; a generator's results come as a list.
-
-        Cancelling kills the process.
+        """Run a function in a process and give its result. Cancelling kills the process.
 
         Parameters:
             target: "module:qualified name" of the function, or of what keeps it as its ``function`` (a task).
+            call: called with the function in the process; what it returns is the result.
             timeout_seconds: for the run itself: not for the wait for a free process, nor for its start.
+            tell: called with the progress that the function reports by ``inside.progress``.
 
         Raises:
             HandlerTimeout: it ran too long, and was killed.
             HandlerCrashed: its process died, or used too much memory.
             HandlerError: the function cannot be found, or its arguments, result or error cannot be sent between processes.
             Exception: what the function raised.
-        """
-        lent = {name: frames.lent(value) for name, value in (kwargs or {}).items()}
-        call = Arguments(tuple(frames.lent(value) for value in args), lent)
-        return await self.call(target, call, timeout_seconds=timeout_seconds)
-
-    async def call(
-        self, target: str, call: Call, *, timeout_seconds: float | None = None, tell: Tell | None = None
-    ) -> Any:
-        """run() for a call that is more than its arguments.
-
-        Parameters:
-            call: called with the function in the process; what it returns is the result.
-            tell: called with the progress that the function reports by ``inside.progress``.
         """
         async with self._free:
             try:
@@ -167,7 +138,7 @@ class CpuPool:
                     f"the arguments of {target} cannot be sent to another process: {describe(error)}"
                 ) from error
             del call
-            process = await self._take()
+            process = self._take()
             try:
                 reply = await process.run(job, target, timeout_seconds, self._max_rss_bytes, tell)
             except BaseException:
@@ -179,7 +150,8 @@ class CpuPool:
         return reply.value
 
     def drain(self) -> None:
-        """Tell what runs that the runner stops: ``inside.shutting_down``."""
+        """Tell what runs, and what is yet to run, that the runner stops: ``inside.shutting_down``."""
+        self._draining = True
         for process in self._all:
             process.nod()
 
@@ -191,7 +163,7 @@ class CpuPool:
         self._idle.clear()
         await asyncio.gather(*self._reaping)
 
-    async def _take(self) -> _Process:
+    def _take(self) -> _Process:
         while self._idle:
             process = self._idle.pop()
             if process.alive:
@@ -200,7 +172,9 @@ class CpuPool:
         # multiprocessing's own clean-up at exit would wait for processes that ignore SIGTERM; this one runs before it.
         atexit.unregister(self._kill_all)
         atexit.register(self._kill_all)
-        process = await _Process.start()
+        process = _Process.start()
+        if self._draining:
+            process.nod()
         self._all.add(process)
         return process
 
@@ -232,10 +206,11 @@ class _Process:
         self._line = line
         self._busy = False
         self._listens = False
+        self._nod_due = False
         self._killed_for = ""
 
     @classmethod
-    async def start(cls) -> _Process:
+    def start(cls) -> _Process:
         ours, theirs = socket.socketpair()
         with theirs:
             ensure_running()  # first, because it changes the signal mask that is set below
@@ -283,6 +258,8 @@ class _Process:
             async with _within(START_SECONDS, f"{target} did not start"):
                 await frames.send_soon(self._line, job)
                 self._listens = True
+                if self._nod_due:
+                    self.nod()
                 while isinstance(first := await self._receive(), Progressed):
                     pass  # by a thread that an earlier job has left behind
             if not isinstance(first, Started):
@@ -309,8 +286,9 @@ class _Process:
                 self._line.close()
 
     def nod(self) -> None:
-        """Tell the job that runs here that the runner stops."""
-        if self._listens:  # else a job is on its way, and no place for anything between its parts
+        """Tell the job that runs here, or the next one, that the runner stops."""
+        self._nod_due = not self._listens
+        if self._listens:  # else a job may be on its way, and no place for anything between its parts
             with contextlib.suppress(OSError):
                 self._line.send(frames.SIGNAL)
 
@@ -471,8 +449,6 @@ def _do(frame: frames.Frame, send: Callable[[Started | Returned | Raised], None]
     logs.current.set(job.about)
     try:
         result = job.call(function)
-        if inspect.isgenerator(result):
-            result = list(result)
     except Exception as error:
         send(Raised(_portable(error), _told(error)))
         return
