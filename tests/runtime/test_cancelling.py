@@ -82,6 +82,31 @@ async def test_a_thread_sees_that_its_job_is_cancelled_and_ends_by_itself(caplog
     assert told in caplog.text
 
 
+@pytest.mark.parametrize("threaded", [False, True], ids=["async", "thread"])
+async def test_a_handler_that_fails_as_it_is_stopped_ends_as_cancelled_and_is_told_of(
+    threaded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make()
+
+    @app.task
+    def in_thread(context: Context = INJECTED) -> None:
+        while not context.cancelled:
+            time.sleep(0.001)
+        raise OSError("cannot clean up")
+
+    @app.task
+    async def in_loop() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OSError("cannot clean up")
+
+    async with app.running():
+        job = await cancel_running(await (in_thread if threaded else in_loop).send())
+        assert (job.status, job.attempts) == ("cancelled", 1)
+    assert "was stopped (cancelled), and failed at that: OSError: cannot clean up" in caplog.text
+
+
 async def test_a_thread_that_does_not_look_is_interrupted_when_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

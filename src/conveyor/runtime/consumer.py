@@ -35,6 +35,7 @@ from conveyor.errors import (
     BrokerFull,
     BrokerUnavailable,
     HandlerTimeout,
+    JobCancelled,
     LedgerUnavailable,
     PayloadError,
     PayloadTooLarge,
@@ -521,7 +522,13 @@ class Consumer:
         except Undecodable as error:
             return Dead(Reason.INVALID, keepable(str(error)))
         except BaseException as error:
-            return self._on_cancel(lane, delivery) if lane.why is not None else self._on_error(delivery, error)
+            if lane.why is None:
+                return self._on_error(delivery, error)
+            if not isinstance(error, JobCancelled):
+                failed = "worker %s: the handler of message %s was stopped (%s), and failed at that: %s"
+                extra = {"traceback": trace_of(error)}
+                log.warning(failed, self.worker.name, message.id, lane.why, describe(error), extra=extra)
+            return self._on_cancel(lane, delivery)
         if lane.why is not None:  # it swallowed the cancellation
             return self._on_cancel(lane, delivery)
         return done
