@@ -186,7 +186,7 @@ def _context(message: Message, wanted: Wanted, emitter: Emitter) -> Context:
         wanted.worker,
         wanted.identity,
         emitter,
-        None,
         inside.shutting_down.is_set,
         inside.progress,
+        None,
     )

@@ -18,7 +18,7 @@ from conveyor.core.settle import DONE, Done
 from conveyor.errors import AlreadyHandled, HandlerError, JobCancelled, PayloadError
 from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable, target_of
 from conveyor.runtime.carry import Carry
-from conveyor.runtime.context import Context, Noted, Tell, cancel, from_thread
+from conveyor.runtime.context import Context, Tell, cancel, from_thread
 from conveyor.runtime.frames import lent
 from conveyor.runtime.metrics import WorkerMetrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Emitter, Outgoing, collected
@@ -232,9 +232,7 @@ class Caller:
 
     def _context(self, delivery: Delivery, emitter: Emitter) -> Context:
         tell: Tell | None = None
-        noted: Noted | None = None
         if self._around.journal is not None:
-            noted = functools.partial(self._around.journal.published, worker=self._worker.identity)
             tell = functools.partial(self._progressed, self._around.journal, delivery)
             if self._plan.mode is Mode.THREAD:
                 tell = from_thread(tell)
@@ -244,11 +242,16 @@ class Caller:
             self._worker.name,
             self._worker.identity,
             emitter,
-            self._around.broker,
             self._around.shutting_down.is_set,
             tell,
-            noted,
+            self._publish_now,
         )
+
+    async def _publish_now(self, message: Message) -> bool:
+        unrouted = await self._around.broker.publish((message,))
+        if self._around.journal is not None:
+            self._around.journal.published(message, self._worker.identity)
+        return not unrouted
 
     def _progressed(self, journal: Journal, delivery: Delivery, done: float, total: float | None, note: str) -> None:
         if delivery.receipt in self._contexts:  # else it was left behind: it runs for itself, and is nobody's attempt

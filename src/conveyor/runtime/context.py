@@ -9,18 +9,17 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Unpack
 
-from conveyor.broker import Broker
 from conveyor.core.message import Message
 from conveyor.errors import ConveyorError, NoSubscriber
 from conveyor.runtime.outgoing import Emitter, Options, Publishing
 
 Tell = Callable[[float, float | None, str], object]
 """Takes progress: done, total, note."""
-Noted = Callable[[Message], object]
-"""Takes what was published, for the journal."""
+PublishNow = Callable[[Message], Awaitable[bool]]
+"""Publishes a message at once; gives whether a queue receives it."""
 
 
 class Context:
@@ -33,11 +32,10 @@ class Context:
     """
 
     __slots__ = (
-        "_broker",
         "_cancelled",
         "_emitter",
         "_identity",
-        "_noted",
+        "_publish_now",
         "_stops",
         "_tell",
         "attempt",
@@ -53,10 +51,9 @@ class Context:
         worker: str,
         identity: str,
         emitter: Emitter,
-        broker: Broker | None,
         stops: Callable[[], bool],
         tell: Tell | None,
-        noted: Noted | None = None,
+        publish_now: PublishNow | None,
     ) -> None:
         self.message: Final[Message] = message
         self.attempt: Final[int] = attempt
@@ -66,9 +63,8 @@ class Context:
         self._cancelled = False
         self._identity = identity
         self._emitter = emitter
-        self._broker = broker
         self._tell = tell
-        self._noted = noted
+        self._publish_now = publish_now
 
     @property
     def cancelled(self) -> bool:
@@ -133,15 +129,12 @@ class Context:
             NoSubscriber: no queue receives it, and require_subscriber.
             BrokerError: the broker does not have it.
         """
-        if self._broker is None:
+        if self._publish_now is None:
             raise ConveyorError(
                 "a process of the pool has no broker, so nothing can be published now; use context.publish"
             )
         message = self._emitter.make(event, Options(**options))
-        unrouted = await self._broker.publish((message,))
-        if self._noted is not None:
-            self._noted(message)
-        if unrouted and require_subscriber:
+        if not await self._publish_now(message) and require_subscriber:
             raise NoSubscriber(
                 f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists"
             )

@@ -44,8 +44,8 @@ NEWS_SECONDS: Final = 0.05
 MB: Final = 1_000_000
 
 
-Call = Callable[[Callable[..., Any]], Any]
-"""Calls a function in a process of the pool; it travels there by pickle."""
+Invocation = Callable[[Callable[..., Any]], Any]
+"""Calls a function in a process of the pool, with what it takes; it travels there by pickle."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -58,7 +58,7 @@ class Job(msgspec.Struct, frozen=True):
     """
 
     target: str
-    call: Call
+    call: Invocation
     about: logs.Current | None
 
 
@@ -114,7 +114,7 @@ class CpuPool:
         self._draining = False
 
     async def call(
-        self, target: str, call: Call, *, timeout_seconds: float | None = None, tell: Tell | None = None
+        self, target: str, call: Invocation, *, timeout_seconds: float | None = None, tell: Tell | None = None
     ) -> Any:
         """Run a function in a process and give its result. Cancelling kills the process.
 
@@ -443,23 +443,23 @@ def _do(frame: frames.Frame, send: Callable[[Started | Returned | Raised], None]
         target = job.target
         function = _find(target)
     except BaseException as error:  # an import may do anything, sys.exit() too
-        send(Raised(HandlerError(f"{target} cannot be run in another process: {describe(error)}"), _told(error)))
+        send(Raised(HandlerError(f"{target} cannot be run in another process: {describe(error)}"), _trace_of(error)))
         return
     send(Started())
     logs.current.set(job.about)
     try:
         result = job.call(function)
     except Exception as error:
-        send(Raised(_portable(error), _told(error)))
+        send(Raised(_portable(error), _trace_of(error)))
         return
     except BaseException as error:  # sys.exit() ends the job, not the process, and not the runner either
-        send(Raised(HandlerCrashed(f"{target} raised {describe(error)}"), _told(error)))
+        send(Raised(HandlerCrashed(f"{target} raised {describe(error)}"), _trace_of(error)))
         return
     try:
         send(Returned(frames.lent(result)))
     except Exception as error:
         text = f"what {target} returned cannot be sent to another process: {describe(error)}"
-        send(Raised(HandlerError(text), _told(error)))
+        send(Raised(HandlerError(text), _trace_of(error)))
 
 
 @functools.cache
@@ -483,7 +483,7 @@ def _portable(error: Exception) -> Exception:
     return error if type(again) is type(error) else HandlerError(describe(error))
 
 
-def _told(error: BaseException) -> str:
+def _trace_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
     except Exception as broken:
