@@ -149,6 +149,20 @@ async def test_the_journey_over_all_hops_is_told_while_runners_run_and_when_they
     assert [(queue["ready"], queue["dead"]) for queue in listed if queue["name"] == "conveyor.journal.shop"] == [(0, 0)]
 
 
+async def test_without_a_broker_said_the_keepers_of_the_journals_here_are_asked_and_that_is_said(shop: Program) -> None:
+    with running(shop, "run", "shop"):
+        id = order(shop, "A-1")
+        await until(shop, {"succeeded"}, id, messages=2)
+        done = shop.run("trace", id)
+        assert (done.returncode, done.stdout.count("succeeded in")) == (0, 2)
+        assert "asked whoever keeps shop.queue.journal" in done.stderr
+        aside = shop.run("jobs", "--file", "shop.queue.journal")
+        assert "somebody may be writing: the newest entries may not be in it yet" in aside.stderr
+    after = shop.run("jobs")
+    assert (after.returncode, after.stdout.count("done")) == (0, 2)
+    assert "read from shop.queue.journal, as it was left" in after.stderr
+
+
 async def test_a_killed_runner_and_a_killed_keeper_leave_a_journey_that_tells_of_it(shop: Program) -> None:
     with running(shop, "run", "slow:app", "--grace", "1") as program:
         id = publish(shop, "slow:app", "Job", "--data", '{"name": "a"}')

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conveyor.broker import Queue
+
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
 
@@ -92,6 +94,55 @@ def test_a_job_that_was_given_up_or_has_not_ended_is_told_and_is_no_success(serv
     assert late.returncode == 1
     assert f"{hanging} has not ended after 2 s: " in late.stderr
     assert "0 of 2 jobs done" in late.stderr
+
+
+def test_the_beginning_of_an_id_is_enough_where_only_one_job_begins_so(served: Program) -> None:
+    one, other = send(served, "4", "6")
+    assert served.ok("wait", one, other, "--app", "jobs:app", "--timeout", "90s")
+    both = one[: next(place for place in range(len(one)) if one[place] != other[place])]
+    assert served.ok("wait", one[: len(both) + 1], "--app", "jobs:app") == f'{one} done {{"half":2}}\n'
+    unclear = served.run("wait", both, one, "--app", "jobs:app")
+    assert (unclear.returncode, unclear.stdout) == (1, "")
+    assert f"{both} may mean several" in unclear.stderr
+    assert one in unclear.stderr
+    assert other in unclear.stderr
+
+
+def test_a_job_that_nobody_knows_yet_is_said_at_once_and_waited_for(served: Program) -> None:
+    command = served.command("wait", "later", "--app", "jobs:app")
+    with subprocess.Popen(
+        command, cwd=served.folder, env=served.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stderr is not None
+        said = waiting.stderr.readline()
+        while "no job later is known yet" not in said:  # the keeper may be about to start
+            assert "waiting" in said or "nobody keeps" in said
+            said = waiting.stderr.readline()
+        served.ok("publish", "jobs:app", "halve", "--data", '{"number": 8}', "--id", "later")
+        told, _ = waiting.communicate(timeout=120)
+    assert (waiting.returncode, told) == (0, 'later done {"half":4}\n')
+    late = served.run("wait", "never", "--app", "jobs:app", "--timeout", "1s")
+    assert late.returncode == 1
+    assert "no job never is known yet" in late.stderr
+    assert "never has not ended after 1 s: the journal knows nothing about it" in late.stderr
+
+
+def test_where_no_journal_is_kept_it_refuses_with_what_to_do(served: Program) -> None:
+    served.declare(Queue(name="shop.resize"))
+    assert "shop keeps no journal" in served.refused("wait", "x", "--app", "shop", CONVEYOR_BROKER=served.queue_url)
+    said = served.refused("wait", "x", "--broker", served.queue_url)
+    assert "no journal was ever kept on this broker" in said
+    assert "CONVEYOR_JOURNAL=1" in said
+
+
+def test_while_nobody_keeps_the_journal_that_is_said_and_somebody_is_waited_for(conveyor: Program) -> None:
+    (conveyor.folder / "jobs.py").write_text(JOBS)
+    (conveyor.folder / "send.py").write_text(SEND)
+    [id] = send(conveyor, "4")
+    done = conveyor.run("wait", id, "--app", "jobs:app", "--timeout", "1s")
+    assert done.returncode == 1
+    assert "nobody keeps a journal on this broker now" in done.stderr
+    assert "waiting for somebody who does" in done.stderr
 
 
 def test_without_ids_it_says_what_is_missing(conveyor: Program) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from cyclopts import Parameter
 
+from conveyor.broker import Broker
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import Output
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.core.words import counted
-from conveyor.errors import BrokerError, ConfigurationError, JournalError, NoKeeper
+from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import Asker, together
-from conveyor.runtime.journal import ASK, TOPIC
+from conveyor.runtime.journal import TOPIC
 
 
 @Parameter(name="*")
@@ -42,66 +43,107 @@ class Kept:
             ConfigurationError: nothing says where to ask, and there is no file.
         """
         if self.file is not None:
-            return _read([self.file], request)
+            return together([_read(self.file, request, output, asked=False)], request)
         try:
             url = Where(self.broker, self.app).url()
-        except ConfigurationError as error:
-            if self.broker is not None or self.app is not None:
+        except ConfigurationError:
+            if self.broker is not None or self.app is not None or not (files := _files_here()):
                 raise
-            return self._from_files(None, request, output, error)
+            return together([await _beside(file, request, output) for file in files], request)
         try:
-            async with connected(url) as broker:
-                asker = Asker(broker, time.time)
-                try:
-                    return await asker.ask(request)
-                except NoKeeper:
-                    waiting = [queue for queue in await broker.queues() if queue.name.startswith(f"{TOPIC}.")]
-                    left = sum(queue.ready + queue.in_flight for queue in waiting if not queue.name.startswith(ASK))
-                    if left:
-                        batches = counted(left, "batch", "batches")
-                        output.note(f"{batches} of entries still wait for a keeper: they are not in this", "yellow")
-                    raise
-                finally:
-                    await asker.close()
+            return await _ask(url, request, output)
         except (BrokerError, NoKeeper) as error:
-            return self._from_files(url, request, output, error)
+            if not (files := self._files(url)):
+                raise
+            output.note(str(error))
+            return together([_read(file, request, output, asked=True) for file in files], request)
 
-    def _from_files(
-        self,
-        url: str | None,
-        request: JourneyOf | JobsOf,
-        output: Output,
-        error: BrokerError | JournalError | ConfigurationError,
-    ) -> Answer:
-        files = self._files(url)
-        if not files:
-            raise error
-        answer = _read(files, request)
-        reason = "" if url is None else f"{error}\n"
-        output.note(f"{reason}read from {', '.join(map(str, files))}, as it was left")
-        return answer
-
-    def _files(self, url: str | None) -> list[Path]:
-        """The files that a keeper may have left."""
+    def _files(self, url: str) -> list[Path]:
+        """The files that the keepers on a broker may have left."""
         if self.app is not None:
             from conveyor.cli.application import load_app
 
             app = load_app(self.app, broker=self.broker)
             place = app.journal_place(app.new_broker())
             return [place] if isinstance(place, Path) and place.exists() else []
-        parts = urlsplit(url or "")
+        parts = urlsplit(url)
         beside = Path(f"{unquote(parts.path.removeprefix('/'))}.journal")
         if parts.scheme == "sqlite":
             return [beside] if beside.exists() else []
-        return sorted(Path.cwd().glob("*.journal"))
+        return _files_here()
 
 
-def _read(files: list[Path], request: JourneyOf | JobsOf) -> Answer:
-    answers = []
-    for file in files:
-        archive = Archive(file).open(create=False)
+async def journal_queues(broker: Broker) -> dict[str, int]:
+    """The names of the applications that keep, or kept, a journal on a broker → batches that wait for its keeper."""
+    return {
+        info.name.removeprefix(f"{TOPIC}."): info.ready + info.in_flight
+        for info in await broker.queues()
+        if info.name.startswith(f"{TOPIC}.") and not info.temporary
+    }
+
+
+def _files_here() -> list[Path]:
+    return sorted(Path.cwd().glob("*.journal"))
+
+
+async def _ask(url: str, request: JourneyOf | JobsOf, output: Output) -> Answer:
+    """What the keepers on a broker know.
+
+    Raises:
+        NoKeeper: nobody keeps a journal there, or nobody answers.
+        BrokerError: the broker is away, or not there.
+    """
+    async with connected(url) as broker:
+        asker = Asker(broker, time.time)
         try:
-            answers.append(archive.answer("", request))
+            return await asker.ask(request)
+        except NoKeeper:
+            if left := sum((await journal_queues(broker)).values()):
+                batches = counted(left, "batch", "batches")
+                output.note(f"{batches} of entries still wait for a keeper: they are not in this", "yellow")
+            raise
         finally:
-            archive.close()
-    return together(answers, request)
+            await asker.close()
+
+
+async def _beside(file: Path, request: JourneyOf | JobsOf, output: Output) -> Answer:
+    """What is known to the keeper whose file this is, where its name says which broker is meant; else what is in the file."""
+    queue = file.with_suffix("")
+    if queue.is_file():
+        try:
+            answer = await _ask(f"sqlite:///{quote(str(queue))}", request, output)
+        except (BrokerError, NoKeeper):
+            return _read(file, request, output, asked=True)
+        output.note(f"asked whoever keeps {_shown(file)}")
+        return answer
+    return _read(file, request, output, asked=False)
+
+
+def _read(file: Path, request: JourneyOf | JobsOf, output: Output, *, asked: bool) -> Answer:
+    """What is in a file.
+
+    Parameters:
+        asked: its keeper was, in vain.
+
+    Raises:
+        JournalError: it is no journal, or cannot be read.
+    """
+    is_open = not asked and file.with_name(f"{file.name}-wal").exists()
+    archive = Archive(file).open(create=False)
+    try:
+        answer = archive.answer("", request)
+    finally:
+        archive.close()
+    if is_open:
+        output.note(
+            f"read from {_shown(file)}, which somebody may be writing: the newest entries may not be in it yet; --broker URL"
+            " or --app APP asks its keeper",
+            "yellow",
+        )
+    else:
+        output.note(f"read from {_shown(file)}, as it was left")
+    return answer
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)

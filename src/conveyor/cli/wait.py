@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 from cyclopts import App, Parameter
 
+from conveyor.broker import Broker
 from conveyor.cli import EXIT_CODES
+from conveyor.cli.asking import journal_queues
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.publish import duration
 from conveyor.cli.terminal import FAILED, OK, Output, safe, shortened
-from conveyor.core.journal import Job, Status
+from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.words import counted
-from conveyor.errors import ConfigurationError, NoKeeper
-from conveyor.runtime.ask import Asker
+from conveyor.errors import BrokerUnavailable, ConfigurationError, NoKeeper
+from conveyor.runtime.ask import MOST_IDS, Asker
 from conveyor.runtime.ticket import in_words
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ HERE = Where()
 PLAIN = Output()
 LOOK_SECONDS: Final = 1.0
 """Between two looks at how far jobs are; an end is seen at once."""
+WHOLE_ID: Final = 36
+"""Characters of an id that Conveyor gives; a shorter one may be the beginning of one."""
+ASKED_AT_ONCE: Final = 200
+"""Jobs that are looked for in one question."""
+MOST_NAMED: Final = 5
+"""Unknown jobs that are named."""
 MOST_BARS: Final = 8
 """Jobs whose own progress is shown at once."""
 
@@ -37,12 +45,15 @@ command = App(
     name="wait",
     help_epilogue=f"""Examples:
   conveyor wait 01a201f4-633d-75ae-9a38-cd4e0d74b3a0
+  conveyor wait 01a201f4-633d --app shop:app
   conveyor wait --timeout 10m --app shop:app ID ID ID
   conveyor jobs --status running --json | jq -r '.jobs[].id' | conveyor wait -
 
 Prints one line for each job, in the order of their ends: its id, how it ended,
-and what it returned, as JSON, or its error. 1 is the exit code as soon as one
-was not done, or has not ended in time.
+and what it returned, as JSON, or its error. The beginning of an id is enough
+where only one job begins so. A job that nobody knows yet is waited for, and that
+is said. 1 is the exit code where one was not done, has not ended in time, or may
+mean several; 2 where no journal is kept, without which there is nothing to hear.
 
 {EXIT_CODES}""",
 )
@@ -58,23 +69,28 @@ def wait(
     """Wait until jobs have ended.
 
     Parameters:
-        ids: Of the jobs: what ticket.id is; - reads them from stdin, one a line.
+        ids: Of the jobs: what ticket.id is, or its beginning; - reads them from stdin, one a line.
         timeout: Wait no longer than 90s, 10m, 2h. Default: as long as it takes.
     """
     wanted = tuple(dict.fromkeys(sys.stdin.read().split() if ids == ("-",) else ids))
     if not wanted:
         raise ConfigurationError("wait for which jobs? Give their ids, or - to read them from stdin")
-    return asyncio.run(_wait(wanted, math.inf if timeout is None else timeout, where.url(), output))
+    return asyncio.run(_wait(wanted, math.inf if timeout is None else timeout, where, output))
 
 
-async def _wait(ids: Sequence[str], seconds: float, url: str, output: Output) -> int:
+async def _wait(ids: Sequence[str], seconds: float, where: Where, output: Output) -> int:
+    deadline = asyncio.get_running_loop().time() + seconds
     last: dict[str, Job] = {}
     good = 0
-    async with connected(url) as broker, contextlib.AsyncExitStack() as stack:
+    async with connected(where.url()) as broker, contextlib.AsyncExitStack() as stack:
         asker = Asker(broker, time.time)
         stack.push_async_callback(asker.close)
+        found = await _found(asker, broker, ids, deadline, where, output)
+        if found is None:
+            return FAILED
+        ids = found
         bars = _Bars(stack.enter_context(output.progress()), len(ids))
-        async for known, ended in _looks(asker, ids, seconds, output):
+        async for known, ended in _looks(asker, ids, deadline, output):
             last |= known
             bars.show(known, ended)
             for job in ended:
@@ -88,24 +104,114 @@ async def _wait(ids: Sequence[str], seconds: float, url: str, output: Output) ->
     return OK if good == len(ids) else FAILED
 
 
+async def _found(
+    asker: Asker, broker: Broker, ids: Sequence[str], deadline: float, where: Where, output: Output
+) -> list[str] | None:
+    """The whole ids of these jobs; None where the beginning of one may mean several. Says which of them nobody knows.
+
+    Raises:
+        ConfigurationError: what is to end here is in nobody's journal.
+    """
+    loop = asyncio.get_running_loop()
+    warned = False
+    while True:
+        try:
+            unknown = await _unknown(asker, ids)
+            meant = {id: await _beginning_so(asker, id) for id in unknown if len(id) < WHOLE_ID}
+            break
+        except NoKeeper as error:
+            await _refuse_without_journal(broker, where)
+            if deadline <= loop.time():
+                return list(ids)
+            if not warned:
+                output.note(f"{error}\nwaiting for somebody who does; conveyor trace ID reads what was kept", "yellow")
+            warned = True
+        await asyncio.sleep(min(LOOK_SECONDS, max(0.0, deadline - loop.time())))
+    if unclear := {id: found for id, found in meant.items() if len(found) > 1}:
+        for id, found in unclear.items():
+            output.note(f"{id} may mean several jobs; write more of it:", "yellow")
+            for other in found:
+                output.note(f"  {other}")
+        return None
+    if missing := [id for id in unknown if not meant.get(id)]:
+        await _refuse_without_journal(broker, where)
+        if loop.time() < deadline:
+            _tell_unknown(missing, output)
+    return list(dict.fromkeys(next(iter(meant.get(id, ())), id) for id in ids))
+
+
+async def _unknown(asker: Asker, ids: Sequence[str]) -> list[str]:
+    """Those of which nothing is known."""
+    known: set[str] = set()
+    for first in range(0, len(ids), ASKED_AT_ONCE):
+        some = tuple(ids[first : first + ASKED_AT_ONCE])
+        known.update(job.id for job in await asker.jobs(JobFilter(ids=some), limit=10 * ASKED_AT_ONCE))
+    return [id for id in ids if id not in known]
+
+
+async def _beginning_so(asker: Asker, beginning: str) -> list[str]:
+    """The messages whose ids begin so; where there are many, some."""
+    answer = await asker.journey(beginning)
+    found = {entry.message_id for entry in answer.entries if entry.message_id.startswith(beginning)}
+    return sorted(found) or list(answer.others)
+
+
+async def _refuse_without_journal(broker: Broker, where: Where) -> None:
+    """Fail where nothing can come.
+
+    Raises:
+        ConfigurationError: no journal was ever kept there.
+    """
+    apps = await journal_queues(broker)
+    if where.app is not None:
+        from conveyor.cli.application import load_app
+
+        app = load_app(where.app)
+        if app.name not in apps and app.journal_place(broker) is None:
+            raise ConfigurationError(
+                f"{app.name} keeps no journal, and without it nobody can tell how a job ends; say"
+                f" Conveyor({app.name!r}, journal=True) or set CONVEYOR_JOURNAL=1 where it runs"
+            )
+    elif not apps:
+        raise ConfigurationError(
+            "no journal was ever kept on this broker, and without it nobody can tell how a job ends; say"
+            " Conveyor(…, journal=True) or set CONVEYOR_JOURNAL=1 where its workers run"
+        )
+
+
+def _tell_unknown(ids: Sequence[str], output: Output) -> None:
+    for id in ids[:MOST_NAMED]:
+        beginning = "; the beginning of an id is enough only where the job is known" if len(id) < WHOLE_ID else ""
+        output.note(
+            f"no job {id} is known yet: it is not sent, its news has not come, or it is too old; waiting for it{beginning}",
+            "yellow",
+        )
+    if len(ids) > MOST_NAMED:
+        output.note(f"and so for {len(ids) - MOST_NAMED:,} more", "yellow")
+
+
 async def _looks(
-    asker: Asker, ids: Sequence[str], seconds: float, output: Output
+    asker: Asker, ids: Sequence[str], deadline: float, output: Output
 ) -> AsyncIterator[tuple[dict[str, Job], list[Job]]]:
     """What is known, from time to time, and which have ended since the last time; until all have, or the time is over."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + seconds
     waiting, warned = dict.fromkeys(ids), False
     while waiting:
         left = max(0.0, deadline - loop.time())
         try:
-            known = await asker.wait(waiting, timeout_seconds=min(left, LOOK_SECONDS))
-        except NoKeeper as error:
+            known = await asker.wait(list(waiting)[:MOST_IDS], timeout_seconds=min(left, LOOK_SECONDS))
+        except (NoKeeper, BrokerUnavailable) as error:
             if not warned:
-                output.note(str(error), "yellow")
+                output.note(f"{error}; waiting on", "yellow")
             known, warned = {}, True
+            if isinstance(error, BrokerUnavailable):
+                await asyncio.sleep(min(left, LOOK_SECONDS))
         ended = [job for job in known.values() if job.id in waiting and job.status.ended]
         for job in ended:
             del waiting[job.id]
+        if len(waiting) > MOST_IDS:  # the others come next
+            for id in list(waiting)[:MOST_IDS]:
+                waiting[id] = waiting.pop(id)
         yield known, ended
         if not ended and deadline <= loop.time():
             return
