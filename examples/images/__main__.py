@@ -18,12 +18,12 @@ from typing import Final
 from rich.console import Console
 from rich.live import Live
 
-from conveyor import ConveyorError
-from examples.images.bench import compare, make_pictures, measure
+from conveyor import BrokerError, ConveyorError
+from examples.images.bench import compare, make_large_photographs, measure
 from examples.images.demo import Demonstrations, images_in
 from examples.images.display import RunDisplay, workers_table
-from examples.images.files import LARGEST_PIXELS, Refused
-from examples.images.filters import EXAMPLES, FilterError, FilterPipeline
+from examples.images.files import LARGEST_PIXELS, Refused, format_for
+from examples.images.filters import EXAMPLES, FilterError, FilterPipeline, parse_filters
 from examples.images.folder import JOURNAL, MEGAPIXEL, STATE, FolderError, process_folder, walk
 from examples.images.report import Report
 from examples.images.settings import Settings
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = given.command
     try:
         return command(given)
-    except (FolderError, FilterError, SettingError, ConveyorError, OSError) as error:
+    except (FolderError, FilterError, Refused, SettingError, ConveyorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -63,6 +63,8 @@ def process(given: argparse.Namespace) -> int:
     settings = from_parsed(Settings, given)
     if not logging.getLogger().isEnabledFor(logging.INFO):  # what becomes of each image is in the report
         logging.getLogger("conveyor.consumer").setLevel(logging.CRITICAL)
+    if given.sheet:
+        format_for(Path(given.sheet))  # before the work, not after it
     source, target = Path(given.source), Path(given.target)
     console = Console(stderr=given.json)
     display = RunDisplay()
@@ -80,6 +82,8 @@ def process(given: argparse.Namespace) -> int:
         print(json.dumps(report.summary(), indent=2))
     else:
         report.show(console)
+    if not (report.processed or report.before or report.failed or report.interrupted):
+        console.print(f"there are no images in {source}", soft_wrap=True, highlight=False)
     if any(failure.id for failure in report.failures):
         journal = target / STATE / JOURNAL
         console.print(f"more about a failure: conveyor trace ID --file {journal}", soft_wrap=True, highlight=False)
@@ -144,7 +148,10 @@ def monitor(given: argparse.Namespace) -> int:
         until = time.monotonic() + given.seconds if given.seconds else float("inf")
         while time.monotonic() < until:
             table = workers_table(queue.registry)
-            table.caption = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
+            try:
+                table.caption = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
+            except BrokerError as error:  # it may come back
+                table.caption = f"the queue cannot be asked: {error}"
             live.update(table)
             time.sleep(LOOK_SECONDS)
     return 0
@@ -168,12 +175,14 @@ def demo(given: argparse.Namespace) -> int:
 
 def bench(given: argparse.Namespace) -> int:
     """Measure the speed-up."""
+    parse_filters(given.filters)
     with folder_of(given.folder) as folder:
+        photographs = folder / "photographs"
         print(f"making {given.images} photographs of {given.megapixels:g} megapixels in {folder}", flush=True)
-        make_pictures(folder / "photographs", given.images, given.megapixels)
+        make_large_photographs(photographs, given.images, given.megapixels)
         measured = []
-        for processes in given.processes.split(","):
-            measured.append(measure(folder / "photographs", folder / "out", given.filters, int(processes)))
+        for processes in given.processes:
+            measured.append(measure(photographs, given.filters, processes))
             print(compare(measured)[-1], flush=True)
     return 0
 
@@ -186,6 +195,20 @@ def folder_of(given: str | None) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="images-") as folder:
             yield Path(folder)
+
+
+def at_least_one(said: str) -> int:
+    """A number in the command line."""
+    if not said.isdecimal() or int(said) < 1:
+        raise argparse.ArgumentTypeError(f"it is a whole number from 1 on, not {said!r}")
+    return int(said)
+
+
+def shared(broker: str) -> str:
+    """A broker in the command line of one that works with others."""
+    if broker.startswith("memory:"):
+        raise argparse.ArgumentTypeError(f"{broker} ends with this process; name one that others reach, too")
+    return broker
 
 
 # --- the command line ---------------------------------------------------------------------------------------------------
@@ -234,19 +257,29 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--folder", metavar="FOLDER", help="keep pictures and results there, with a contact sheet")
 
     one = command("bench", bench)
-    one.add_argument("--images", type=int, default=200, help="photographs; default 200")
-    one.add_argument("--megapixels", type=float, default=12.0, help="of each; default 12")
-    one.add_argument("--filters", default=FILTERS, help=f"default {FILTERS}")
-    one.add_argument("--processes", default="1,2", help="numbers of processes to compare; default 1,2")
+    one.add_argument("--images", type=at_least_one, default=200, help="photographs; default 200")
+    one.add_argument("--megapixels", type=at_least_one, default=12, help="of each; default 12")
+    one.add_argument("--filters", default=FILTERS, help=f"{filters}; default {FILTERS}")
+    one.add_argument(
+        "--processes",
+        type=lambda said: [at_least_one(number) for number in said.split(",")],
+        default="1,2",
+        metavar="NUMBERS",
+        help="numbers of processes to compare; default 1,2",
+    )
     one.add_argument("--folder", metavar="FOLDER", help="keep the photographs there for the next time")
 
     one = command("add", add)
     one.add_argument("source", metavar="IN", help="folder of the images")
     one.add_argument("target", metavar="OUT", help="folder for the results")
-    one.add_argument("--broker", metavar="URL", required=True, help="such as sqlite:///images.queue or redis://host")
+    one.add_argument(
+        "--broker", metavar="URL", required=True, type=shared, help="such as sqlite:///images.queue or redis://host"
+    )
 
     one = command("work", work)
-    one.add_argument("--broker", metavar="URL", required=True, help="such as sqlite:///images.queue or redis://host")
+    one.add_argument(
+        "--broker", metavar="URL", required=True, type=shared, help="such as sqlite:///images.queue or redis://host"
+    )
     one.add_argument("--filters", default=FILTERS, help=f"{filters}; default {FILTERS}")
     one.add_argument(
         "--worker", metavar="NAME", default=f"worker-{os.getpid()}", help="its name; default from its process id"
@@ -267,7 +300,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--until-empty", action="store_true", help="end when the queue is worked off")
 
     one = command("monitor", monitor)
-    one.add_argument("--broker", metavar="URL", required=True, help="such as sqlite:///images.queue or redis://host")
+    one.add_argument(
+        "--broker", metavar="URL", required=True, type=shared, help="such as sqlite:///images.queue or redis://host"
+    )
     one.add_argument("--seconds", type=float, help="end after so long; default: at Ctrl-C")
     return found
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
 
-from examples.images.pictures import photograph
+from examples.images.pictures import make_photograph
 
 ASPECT: Final = 4 / 3
 MEGAPIXEL: Final = 1_000_000
@@ -32,23 +33,21 @@ class Measured(Struct, frozen=True):
     seconds: float
 
 
-def make_pictures(folder: Path, count: int, megapixels: float) -> None:
-    """Make so many photographs of so many megapixels, those that are not there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+def make_large_photographs(folder: Path, count: int, megapixels: float) -> None:
+    """Make so many photographs of so many megapixels, on every core."""
     height = round(math.sqrt(megapixels * MEGAPIXEL / ASPECT))
     with ProcessPoolExecutor() as pool:
-        list(pool.map(_make, [(folder, number, (round(height * ASPECT), height)) for number in range(1, count + 1)]))
+        list(pool.map(partial(make_photograph, folder, (round(height * ASPECT), height)), range(1, count + 1)))
 
 
-def measure(source: Path, target: Path, filters: str, processes: int) -> Measured:
-    """Run the command, into an empty folder."""
-    shutil.rmtree(target, ignore_errors=True)
-    command = [sys.executable, "-m", "examples.images", "process", str(source), str(target), "--filters", filters]
-    done = subprocess.run(  # noqa: S603 - our own program
-        [*command, "--processes", str(processes), "--json"], check=True, capture_output=True, text=True
-    )
+def measure(source: Path, filters: str, processes: int) -> Measured:
+    """Run the command, into an empty folder beside the images."""
+    command = [sys.executable, "-m", "examples.images", "process", str(source), "--filters", filters]
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=source.parent) as target:
+        done = subprocess.run(  # noqa: S603 - our own program
+            [*command, target, "--processes", str(processes), "--json"], check=True, capture_output=True, text=True
+        )
     report: dict[str, Any] = json.loads(done.stdout)
-    shutil.rmtree(target)
     return Measured(processes, report["processed"], report["seconds"])
 
 
@@ -60,10 +59,3 @@ def compare(measured: Sequence[Measured]) -> list[str]:
         f"{run.images / run.seconds:.2f} images/s, {first.seconds / run.seconds:.2f} times as fast as {first.processes}"
         for run in measured
     ]
-
-
-def _make(what: tuple[Path, int, tuple[int, int]]) -> None:
-    folder, number, size = what
-    path = folder / f"photo-{number:04d}.jpg"
-    if not path.exists():
-        photograph(number, size).save(path, quality=90)

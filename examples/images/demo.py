@@ -149,7 +149,7 @@ def compared(alone: Timed, together: Timed, cores: int) -> str:
     if faster >= FASTER and at_once:
         why = "they computed at the same time, because Pillow lets go of Python's lock in its filters"
     elif faster >= FASTER:
-        why = "yet hardly at the same time; something else held up the one"
+        why = "hardly at the same time; but other programs use the cores, and leave more of them to several threads"
     elif cores == 1:
         why = "there is one core, so they took turns"
     elif not at_once:

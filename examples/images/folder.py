@@ -110,6 +110,8 @@ def process_folder(
         raise FolderError("the output has to go into another folder than the input")
     if source.is_relative_to(target):
         raise FolderError(f"the input {source} is within the output {target}: results could be written over originals")
+    if target.exists() and not target.is_dir():
+        raise FolderError(f"{target} is no folder")
     with locked(target) as state:
         recipe = begin(state, source, filters, again=again)
         clean(target)

@@ -9,6 +9,8 @@ from typing import Final
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from examples.images.files import whole
+
 TWELVE_MEGAPIXELS: Final = (4000, 3000)
 SMALL: Final = (1200, 900)
 SHAPES: Final = 24
@@ -43,11 +45,15 @@ def photograph(seed: int, size: tuple[int, int] = SMALL) -> Image.Image:
     return ImageChops.add(picture, Image.merge("RGB", [tiled] * 3), scale=1, offset=-128)
 
 
+def make_photograph(folder: Path, size: tuple[int, int], number: int) -> Path:
+    """Write a photograph as a JPEG file; one that is there already is left as it is."""
+    path = folder / f"photo-{number:04d}.jpg"
+    if not path.exists():
+        with whole(path) as temporary:
+            photograph(number, size).save(temporary, quality=90)
+    return path
+
+
 def make_photographs(folder: Path, count: int, size: tuple[int, int] = SMALL) -> Sequence[Path]:
-    """Write so many photographs as JPEG files; those that are there already are left as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"photo-{number:04d}.jpg" for number in range(1, count + 1)]
-    for number, path in enumerate(paths, 1):
-        if not path.exists():
-            photograph(number, size).save(path, quality=90)
-    return paths
+    """Write so many photographs."""
+    return [make_photograph(folder, size, number) for number in range(1, count + 1)]

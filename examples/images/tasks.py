@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import socket
 import time
@@ -122,7 +123,7 @@ class TaskQueue:
         keep: how many results are kept, the youngest ones.
 
     Raises:
-        ConveyorError: the broker makes no sense, or cannot be reached.
+        ConveyorError: the broker or the lease makes no sense, or the broker cannot be reached.
     """
 
     def __init__(
@@ -139,6 +140,8 @@ class TaskQueue:
             raise ConfigurationError(
                 "a task queue in memory is a queue of its own: say memory://, and share the object"
             )
+        if not 0 < lease < math.inf:
+            raise ConfigurationError(f"a lease is a number of seconds above 0, not {lease!r}")
         self.name: Final = name
         self.lease_seconds: Final = lease
         self.registry: Final = WorkerRegistry(dead_after=dead_after)

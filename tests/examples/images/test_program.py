@@ -47,6 +47,11 @@ def test_help_names_every_command_and_its_flags() -> None:
         (["process", "in", "out", "--broker", "pigeon://loft"], "unknown broker scheme 'pigeon'"),
         (["process", "in", "out", "--filters", ""], "'' lacks a filter; say some such as blur:3"),
         (["process", "in/within", "in"], "is within the output"),
+        (["process", "in", "in.txt"], "in.txt is no folder"),
+        (["work", "--broker", "memory://"], "memory:// ends with this process; name one that others reach"),
+        (["process", "in", "out", "--sheet", "sheet.txt"], "its ending says no known format"),
+        (["bench", "--filters", "blurr"], "there is no filter 'blurr'"),
+        (["bench", "--processes", "1,0"], "argument --processes: it is a whole number from 1 on, not '0'"),
         (["add", "nowhere", "out", "--broker", "sqlite:///images.queue"], "there is no folder"),
         (["work", "--broker", "sqlite:///images.queue", "--filters", ","], "',' lacks a filter"),
         (["demo", "--images", "in"], "there are no images in in"),
@@ -55,6 +60,7 @@ def test_help_names_every_command_and_its_flags() -> None:
 )
 def test_what_cannot_be_done_is_said_in_words(tmp_path: Path, arguments: list[str], said: str) -> None:
     (tmp_path / "in" / "within").mkdir(parents=True)
+    (tmp_path / "in.txt").touch()
     done = subprocess.run(
         [sys.executable, "-m", "examples.images", *arguments],
         cwd=tmp_path,
@@ -94,7 +100,7 @@ def test_the_demonstrations_take_pictures_of_ones_own(tmp_path: Path) -> None:
     [
         (Timed(4.0, 4.0), Timed(2.0, 4.0), 2, "2.00 times as fast\n  one kept 1.0 of 2 cores busy, 3 kept 2.0: they"),
         (Timed(4.0, 4.0), Timed(2.0, 4.0), 2, "computed at the same time, because Pillow lets go of Python's lock"),
-        (Timed(4.0, 2.0), Timed(2.0, 2.0), 2, "yet hardly at the same time; something else held up the one"),
+        (Timed(4.0, 2.0), Timed(2.0, 2.0), 2, "hardly at the same time; but other programs use the cores"),
         (Timed(4.0, 4.0), Timed(4.0, 4.0), 1, "there is one core, so they took turns"),
         (Timed(4.0, 4.0), Timed(3.9, 4.0), 2, "hardly at the same time: the cores were not theirs"),
         (Timed(4.0, 4.0), Timed(3.9, 7.6), 2, "it took 7.6 s of computing instead of 4.0: they were held up"),
@@ -104,11 +110,13 @@ def test_the_speed_up_is_explained_by_what_was_measured(alone: Timed, together: 
     assert said in compared(alone, together, cores)
 
 
-def test_the_benchmark_compares_numbers_of_processes() -> None:
-    done = run("bench", "--images", "2", "--megapixels", "0.1")
+def test_the_benchmark_compares_numbers_of_processes_and_keeps_the_photographs_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    done = run("bench", "--images", "2", "--megapixels", "1", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "1 process: 2 images in" in done.stdout
     assert "2 processes: 2 images in" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "photographs"]
 
 
 def test_the_monitor_shows_who_works_and_how_well(tmp_path: Path) -> None:

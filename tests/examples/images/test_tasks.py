@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -405,3 +406,9 @@ def test_what_another_program_put_there_and_is_no_task_does_not_hide_the_others_
 def test_a_queue_in_memory_is_one_object() -> None:
     with pytest.raises(ConfigurationError, match="share the object"):
         TaskQueue("memory://name")
+
+
+@pytest.mark.parametrize("lease", [0.0, -1.0, math.nan, math.inf])
+def test_a_lease_that_could_not_end_or_begin_is_refused(lease: float) -> None:
+    with pytest.raises(ConfigurationError, match="a lease is a number of seconds above 0"):
+        TaskQueue(lease=lease)
