@@ -176,6 +176,35 @@ async def test_a_thread_that_heeds_nothing_is_left_behind_and_its_job_runs_once(
     assert ran == ["deaf", "next"]
 
 
+async def test_a_handler_that_heeds_nothing_after_its_lease_was_lost_is_left_behind_and_settles_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(consumer, "LAST_CANCEL_SECONDS", 0.05)
+    app, go, began = make(), asyncio.Event(), list[str]()
+
+    @app.task(concurrency=1, timeout=None)
+    async def work(name: str) -> str:
+        began.append(name)
+        while name == "deaf" and not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go.wait()
+        return name
+
+    async with app.running() as runner:
+        ticket = await work.send("deaf")
+        await until(ticket, "running")
+        lane = runner.consumers["work"]
+        [delivery] = lane.held()
+        lane.lose(delivery)
+        assert await (await work.send("next")).result(SECONDS) == "next"
+        assert lane.stuck == 1
+        metrics = app.metrics.worker("work")
+        assert (metrics.lost_leases, metrics.succeeded, metrics.failed, metrics.released) == (1, 1, 0, 0)
+        assert (await ticket.status()).status == "running"  # for whoever has it now
+        go.set()
+    assert began == ["deaf", "next"]
+
+
 async def test_an_end_of_the_runner_in_between_leaves_a_cancelled_job_cancelled() -> None:
     app, ended = make(), threading.Event()
 
