@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,9 +11,15 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from conveyor import Conveyor, PayloadError
+from conveyor.broker import DeadFilter, DeadLetter
+from tests.faults.conftest import World
 
 if TYPE_CHECKING:
-    from tests.faults.conftest import Dead, Eventually, Program, World
+    from pathlib import Path
+
+    from servers.rabbitmq import RabbitMQ
+    from servers.redis import Redis
+    from tests.faults.conftest import Dead, Eventually, Program
 
 NEIGHBOURS: Final = 12
 LIMITS: Final = ("--hang-limit=3", "--max-rss=300")
@@ -63,6 +70,37 @@ async def test_a_message_that_kills_its_process_becomes_a_dead_letter_that_says_
     assert letter.error.startswith("3 deliveries of it ended without a word: the process died, lost its connection ")
     assert why in letter.error
     assert {f"fine-{number}" for number in range(NEIGHBOURS)} == set(world.lines("handled"))
+
+
+@pytest.mark.parametrize("broker", ["rabbitmq-quorum", "rabbitmq-classic", "redis"])
+@pytest.mark.parametrize("kind", ["exit", "segfault"])
+async def test_on_a_server_too_a_message_that_kills_its_process_becomes_a_dead_letter_and_its_neighbours_are_handled(
+    broker: str, kind: str, tmp_path: Path, request: pytest.FixtureRequest, eventually: Eventually
+) -> None:
+    name, _, queue_type = broker.partition("-")
+    server: RabbitMQ | Redis = request.getfixturevalue(name)
+    url = await asyncio.to_thread(server.url)
+    world = World(tmp_path, broker=f"{url}?queue_type={queue_type}" if queue_type else url)
+    try:
+        program = world.run("poison", *LIMITS)
+        await eventually(lambda: "poison is ready" in program.said(), program.said)
+        neighbours = [f"fine-{number}" for number in range(NEIGHBOURS)]
+        [poison, *_] = await world.publish("dose", dose(kind), *map(dose, neighbours))
+
+        async with world.broker() as there:
+
+            async def letters() -> list[DeadLetter]:
+                return await there.dead_letters(DeadFilter(), limit=10)
+
+            [letter] = await eventually(letters, program.said)
+            assert (letter.message.id, letter.queue, letter.reason) == (poison, "poison.swallow", "crashed")
+            assert letter.message.body == dose(kind)
+            await eventually(lambda: set(world.lines("handled")) == set(neighbours), program.said)
+            await program.stop()
+            assert await world.unsettled() == 0
+            assert len(await letters()) == 1
+    finally:
+        world.close()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -163,8 +164,8 @@ class Consumer:
         self._lanes: list[Lane] = []
         self._left_behind: set[asyncio.Task[None]] = set()
         self._subscription: Subscription | None = None
-        self._failed = False
-        """The last fetch failed."""
+        self._anew = False
+        """Before the next fetch, make sure that there is something to receive from: the last one failed, or the subscription is closed."""
         self._stillness: asyncio.Future[None] | None = None
         """Done when no lane is at work any more; there while somebody waits for that."""
         self._busy = 0
@@ -236,15 +237,25 @@ class Consumer:
         Parameters:
             well: called when that is so.
         """
-        if self._failed:
+        if self._anew:
             await self._begin_anew()
-            self._failed = False
+            self._anew = False
         well()
         try:
             await self._keep_coming()
         except Exception:
-            self._failed = True
+            self._anew = True
             raise
+
+    async def unsubscribe(self) -> None:
+        """Have nothing on its way to here until fetch() runs again; the caller has ended that before.
+
+        A broker may send more than was fetched: that goes back now, and is not held, and counted, when this process dies.
+        """
+        assert self._subscription is not None
+        self._anew = True
+        with contextlib.suppress(BrokerError):  # then it has lost what was on its way
+            await self._subscription.close()
 
     async def _begin_anew(self) -> None:
         """Somebody may have deleted the queue, or the server come back without it."""

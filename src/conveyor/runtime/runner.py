@@ -436,6 +436,7 @@ class Runner:
                 # A fetch that waits in the broker would take back at once what is released now, and hold it at the crash.
                 await self._loops.stop(*(f"fetch {name}" for name in self.consumers))
                 try:
+                    await asyncio.gather(*(other.unsubscribe() for other in self.consumers.values()))
                     await self._run_alone(consumer, delivery)
                 finally:
                     self._alone_at_work = False

@@ -31,8 +31,8 @@ class Stream:
 
     Parameters:
         bound: the most that it may have unsettled.
-        ahead: whether the server may send more than the receiver wants to hold. What came for nobody is copied back; from a quorum
-            queue, where closing a consumer makes false counts, that should be rare.
+        replicated: whether it is a quorum queue. It sends no more than the receiver wants to hold: what came for nobody is copied back,
+            and there that is dear.
         ended: whether the subscription is at its end.
         give_back: puts back, uncounted, what came for nobody.
         spawn: runs what happens beside the fetches.
@@ -42,14 +42,14 @@ class Stream:
         self,
         queue: str,
         bound: int,
-        ahead: Callable[[], bool],
+        replicated: Callable[[], bool],
         ended: Callable[[], bool],
         give_back: Callable[[Work, list[Incoming]], Coroutine[Any, Any, None]],
         spawn: Callable[[Coroutine[Any, Any, Any], str], Awaitable[Any]],
     ) -> None:
         self._queue = queue
         self._bound = bound
-        self._ahead = ahead
+        self._replicated = replicated
         self._ended = ended
         self._give_back = give_back
         self._spawn = spawn
@@ -79,7 +79,7 @@ class Stream:
             AmqpError: the queue cannot be consumed.
         """
         loop = asyncio.get_running_loop()
-        quick = self._ahead() and loop.time() - self._last < SOON_SECONDS
+        quick = not self._replicated() and loop.time() - self._last < SOON_SECONDS
         self._stop_timer()
         self._fetching += 1
         try:
@@ -143,7 +143,13 @@ class Stream:
                 if tap.arrived:  # meanwhile
                     return tap
             tap = self._tap = Tap(
-                work, [self._queue], bound, self._news, lambda late: self._too_late(work, late), self._watch
+                work,
+                [self._queue],
+                bound,
+                self._news,
+                lambda late: self._too_late(work, late),
+                tidily=self._replicated(),
+                arriving=self._watch,
             )
             try:
                 await tap.open()

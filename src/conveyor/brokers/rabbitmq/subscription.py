@@ -63,7 +63,7 @@ class RabbitSubscription:
         self.stream = Stream(
             queue,
             prefetch,
-            lambda: not broker.specs[queue].replicated,
+            lambda: broker.specs[queue].replicated,
             lambda: self._ended is not None,
             self._untouched,
             broker.spawn,

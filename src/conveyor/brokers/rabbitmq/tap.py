@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from conveyor.brokers.rabbitmq.amqp import Incoming
+from conveyor.brokers.rabbitmq.amqp import AmqpError, Incoming
 from conveyor.brokers.rabbitmq.work import LARGEST_PREFETCH, Work
 
 FIRST: Final = ".0"
@@ -19,6 +20,7 @@ class Tap:
     Parameters:
         queues: where from; each may have so many unsettled as the bound says.
         news: set when a message arrives, and when nothing more will.
+        tidily: before it ends, all comes that is on its way; else a quorum queue counts that as delivered, though nobody ever got it.
         late: called with what arrives after the end: a quorum queue may have sent it before it saw the end.
         arriving: called when a message has arrived.
     """
@@ -30,6 +32,8 @@ class Tap:
         bound: int,
         news: asyncio.Event,
         late: Callable[[Incoming], None] | None = None,
+        *,
+        tidily: bool = False,
         arriving: Callable[[], None] | None = None,
     ) -> None:
         self.work = work
@@ -40,6 +44,7 @@ class Tap:
         self._queues = queues
         self._news = news
         self._late = late
+        self._tidily = tidily
         self._arriving = arriving
         self._received = 0
         name = work.new_name()
@@ -113,12 +118,19 @@ class Tap:
         if self._opening is not None:
             await asyncio.wait([self._opening])
             if self._opening.exception() is None and not self.work.lost:
-                if self._received != self.bound:  # else it had all that it was allowed
+                if self._tidily:
+                    await self._all_came()
+                elif self._received != self.bound:  # else it had all that it was allowed
                     for queue in self._queues:
                         self.work.cancelled(queue)
                 cancelling = (self.work.channel.cancel(tag) for tag in self._tags)
                 await asyncio.gather(*cancelling, return_exceptions=True)
         self._closed = True
+
+    async def _all_came(self) -> None:
+        """Return when all has come that its queues had sent by now: what they answer comes behind it."""
+        with contextlib.suppress(AmqpError):
+            await asyncio.gather(*(self.work.channel.queue_declare(queue, passive=True) for queue in self._queues))
 
     def _end(self, _: object = None) -> None:
         self.over = True
