@@ -29,6 +29,8 @@ RETRY: Final = RetryPolicy(attempts=3, initial=0.5, maximum=60.0)
 LEASE_SECONDS: Final = 30.0
 KEPT: Final = 100_000
 """Results that are kept, and therefore counted; beyond, the oldest are forgotten."""
+IN_HAND: Final = 1_000
+"""Tasks that all workers of one process may have in hand together."""
 PAGE: Final = 500
 """Dead letters, or results, that are read at once."""
 LOOK_SECONDS: Final = 0.05
@@ -150,14 +152,13 @@ class TaskQueue:
         # Only this object can add to a queue in memory; elsewhere others may count, too.
         self._mark = "" if self._in_memory else f"-{self.process[-6:]}"
         self._numbers = itertools.count(1)
-        self._retry = retry
         self._app = Conveyor(name, broker=broker)
         self._topic = f"{name}.task"
         self._keep = keep
         self._completed = self._pull_completed()
-        self._waiting = self._pull()
-        self._pulls: dict[str, Pull[_Queued]] = {}
-        self._opening = asyncio.Lock()
+        self._waiting = self._app.pull(
+            _Queued, topic=self._topic, queue=f"{name}.tasks", retry=retry, lease=lease, prefetch=IN_HAND
+        )
         self._held: dict[str, _Held] = {}
         self._since: dict[str, float] = {}
         self._stack = contextlib.AsyncExitStack()
@@ -202,9 +203,7 @@ class TaskQueue:
             TaskLost: it is not in our hands any more.
             TaskError: the result is no dict.
         """
-        if not isinstance(result, Mapping | None):
-            raise TaskError(f"the result of a task is a dict, not {result!r:.100}")
-        self._background.run(self._complete(task_id, dict(result or {})))
+        self._background.run(self._complete(task_id, result))
 
     def mark_failed(self, task_id: str, error: str, *, retry: bool = True) -> bool:
         """A task failed; it is tried again later, or given up. Returns whether it is given up.
@@ -263,7 +262,7 @@ class TaskQueue:
 
     async def mark_completed_async(self, task_id: str, result: Mapping[str, Any] | None = None) -> None:
         """See mark_completed."""
-        await self._background.run_async(self._complete(task_id, dict(result or {})))
+        await self._background.run_async(self._complete(task_id, result))
 
     async def mark_failed_async(self, task_id: str, error: str, *, retry: bool = True) -> bool:
         """See mark_failed."""
@@ -322,11 +321,6 @@ class TaskQueue:
 
     # --- in the event loop: nothing here needs a lock -----------------------------------------------------------------
 
-    def _pull(self) -> Pull[_Queued]:
-        return self._app.pull(
-            _Queued, topic=self._topic, queue=f"{self.name}.tasks", retry=self._retry, lease=self.lease_seconds
-        )
-
     def _pull_completed(self) -> Pull[CompletedTask]:
         name = f"{self.name}.completed"
         return self._app.pull(CompletedTask, topic=name, queue=name, max_length=self._keep, prefetch=PAGE)
@@ -345,9 +339,8 @@ class TaskQueue:
 
     async def _get(self, worker_id: str, timeout: float) -> Task | None:
         deadline, look = time.monotonic() + timeout, LOOK_SECONDS
-        pull = await self._pull_of(worker_id)
         while True:
-            pulled = await pull.take(max(look, deadline - time.monotonic()))
+            pulled = await self._waiting.take(max(look, deadline - time.monotonic()))
             if pulled is not None:
                 task = Task(pulled.message.id, pulled.payload.data, worker_id, pulled.attempt)
                 self._held[task.id] = _Held(task, pulled)
@@ -356,15 +349,11 @@ class TaskQueue:
                 return None
             look = min(2 * look, ANSWER_SECONDS)
 
-    async def _pull_of(self, worker_id: str) -> Pull[_Queued]:
-        async with self._opening:  # a worker may ask several times at once
-            if worker_id not in self._pulls:
-                self._pulls[worker_id] = await self._stack.enter_async_context(self._pull())
-            return self._pulls[worker_id]
-
-    async def _complete(self, task_id: str, result: dict[str, Any]) -> None:
+    async def _complete(self, task_id: str, result: Mapping[str, Any] | None) -> None:
+        if not isinstance(result, Mapping | None):
+            raise TaskError(f"the result of a task is a dict, not {result!r:.100}")
         held = self._holding(task_id)
-        completed = CompletedTask(task_id, held.task.worker_id, result)
+        completed = CompletedTask(task_id, held.task.worker_id, dict(result or {}))
         held.pulled.publish(completed, topic=f"{self.name}.completed")
         await self._end(held, held.pulled.done())
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor import NO_RETRY, ConfigurationError, PayloadError, Pull, RetryPolicy
+from conveyor import NO_RETRY, ConfigurationError, PayloadError, RetryPolicy
 from examples.images import (
     AsyncWorker,
     FilterPipeline,
@@ -27,7 +26,6 @@ from examples.images import (
     TaskLost,
     TaskQueue,
 )
-from examples.images.tasks import _Queued
 from tests.examples.beside import PATIENCE_SECONDS, wait_for
 from tests.examples.images.odd import no_files
 
@@ -184,36 +182,16 @@ def test_a_task_that_is_marked_while_others_are_recovered_stays_as_it_was_marked
         assert queue.get_stats() == {"pending": 1, "processing": 0, "completed": 1, "failed": 0, "total": 2}
 
 
-async def test_a_worker_that_asks_several_times_at_once_receives_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with TaskQueue() as queue:
-        for _ in range(3):
-            queue.add_task(DATA)
-        asked, made, all_asked = 0, 0, asyncio.Event()
-        make, pull_of = queue._pull, queue._pull_of
-
-        async def ask(worker_id: str) -> Pull[_Queued]:
-            nonlocal asked
-            asked += 1
-            if asked == 3:
-                all_asked.set()
-            return await pull_of(worker_id)
-
-        @contextlib.asynccontextmanager
-        async def pull() -> AsyncIterator[Pull[_Queued]]:
-            nonlocal made
-            made += 1
-            await all_asked.wait()
-            async with make() as pulling:
-                yield pulling
-
-        monkeypatch.setattr(queue, "_pull_of", ask)
-        monkeypatch.setattr(queue, "_pull", pull)
-        tasks = await asyncio.gather(*(queue.get_task_async("worker-1", 30) for _ in range(3)))
-        assert made == 1
-        assert not await queue.mark_failed_async(got(tasks[0]).id, "no light")
+async def test_those_who_ask_at_once_get_a_task_each(url: str) -> None:
+    with TaskQueue(url, retry=AT_ONCE) as queue:
+        waiting = [asyncio.create_task(queue.get_task_async(f"worker-{number % 2}", 60)) for number in range(4)]
+        ids = {await asyncio.to_thread(queue.add_task, DATA) for _ in range(4)}
+        tasks = [got(task) for task in await asyncio.gather(*waiting)]
+        assert {task.id for task in tasks} == ids
+        assert not await queue.mark_failed_async(tasks[0].id, "no light")
         for task in tasks[1:]:
-            await queue.mark_completed_async(got(task).id)
-        assert (await queue.get_stats_async())["completed"] == 2
+            await queue.mark_completed_async(task.id)
+        assert got(await queue.get_task_async("worker-1", 60)).id == tasks[0].id
 
 
 def test_a_result_that_somebody_reads_is_still_counted() -> None:
@@ -341,7 +319,7 @@ async def test_whoever_waits_for_a_task_hears_that_the_queue_is_closed() -> None
         in_a_thread = threads.submit(queue.get_task, "worker-1", 1000)
         here = asyncio.create_task(queue.get_task_async("worker-2", 1000))
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while len(queue._pulls) < 2:
+            while len(queue._background._calls) < 2:
                 await asyncio.sleep(0.02)
         await asyncio.to_thread(queue.close)
         with pytest.raises(QueueClosed, match="closed meanwhile"):
