@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, in_order, job_of, jobs_of, stops
+from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, in_order, job_of, jobs_of, stops, to_be_let_go
 
 MOMENTS = st.integers(0, 5).map(float)
 ENTRIES = st.builds(
@@ -75,6 +75,36 @@ def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: 
     job = job_of(entry(Kind(kind), at) for at, kind in enumerate(kinds.split(), 1))
     assert job.status is status
     assert (job.ended is not None) == status.ended
+
+
+@pytest.mark.parametrize(
+    ("kinds", "let_go"),
+    [
+        ("published", False),
+        ("published cancelling", True),
+        ("published started cancelling", True),
+        ("published retried cancelling started released", True),
+        ("published started cancelling cancelled", False),
+        ("published started succeeded cancelling", False),
+        ("published cancelling dead", False),
+        ("published dead cancelling", False),
+        ("published dead cancelling retried", False),
+        ("published cancelling dead retried", False),
+        ("published cancelling dead retried cancelling", True),
+        ("published dead started cancelling", True),
+    ],
+)
+def test_a_message_is_to_be_let_go_from_the_wish_to_its_end_and_not_when_it_is_redriven(
+    kinds: str, let_go: bool
+) -> None:
+    assert to_be_let_go(entry(Kind(kind), at) for at, kind in enumerate(kinds.split(), 1)) is let_go
+
+
+def test_what_one_worker_has_given_up_another_one_lets_go() -> None:
+    wish = entry(Kind.CANCELLING, 3.0)
+    of_two = [entry(Kind.DEAD, 2.0, worker="shop.mail"), entry(Kind.STARTED, 1.0, worker="shop.charge"), wish]
+    assert to_be_let_go(of_two)
+    assert not to_be_let_go([*of_two, entry(Kind.CANCELLED, 4.0, worker="shop.charge")])
 
 
 @pytest.mark.parametrize("reason", ["rejected", "invalid"])

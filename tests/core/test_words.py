@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conveyor.core.words import counted, is_keepable, keepable
+from conveyor.core.words import counted, far, is_keepable, keepable
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,12 @@ from conveyor.core.words import counted, is_keepable, keepable
 def test_a_count_has_its_noun_in_the_right_number(number: int, said: str) -> None:
     assert counted(number, "process", "processes") == said
     assert counted(number, "message") == said.replace("processes", "messages").replace("process", "message")
+
+
+def test_progress_is_said_as_far_as_it_is_known() -> None:
+    assert far(None, 4.0, "note") == ""
+    assert far(3.0, None, "") == "3"
+    assert far(1.5, 4.0, "the third step") == "1.5 of 4, the third step"
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=[]) | st.just("\0") | st.characters(categories=["Cs"]))

@@ -119,6 +119,21 @@ def test_jobs_are_found_by_status_worker_topic_and_age_the_newest_first(path: Pa
     archive.close()
 
 
+def test_what_is_cancelled_is_told_until_it_has_ended(path: Path) -> None:
+    archive = Archive(path).open()
+    told = {
+        "waits": [Kind.PUBLISHED],
+        "dead": [Kind.PUBLISHED, Kind.DEAD],
+        "redriven": [Kind.DEAD, Kind.RETRIED],
+        "done": [Kind.SUCCEEDED],
+    }
+    entries = [entry(kind, id, float(at)) for id, kinds in told.items() for at, kind in enumerate(kinds)]
+    archive.write([("1", entries), ("2", [entry(Kind.CANCELLING, id, 9.0, worker="") for id in told])])
+    assert archive.cancelled(10) == ["redriven", "waits"]
+    assert archive.cancelled(2) == ["redriven"]
+    archive.close()
+
+
 def test_many_jobs_are_read_page_by_page(path: Path) -> None:
     archive = Archive(path).open()
     archive.write([("batch", [entry(Kind.SUCCEEDED, f"{n:04}", float(n)) for n in range(3 * archives.PAGE)])])

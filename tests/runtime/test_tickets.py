@@ -320,7 +320,7 @@ async def test_progress_is_seen_while_the_job_runs() -> None:
                 await asyncio.sleep(0.02)
         assert (first.done, first.total, first.note) == (1, 4, "loop")
         assert (second.total, second.note) == (None, "thread")
-        with pytest.raises(JobTimeout, match=r"attempt 1 runs in .*, 1 of 4 \(loop\)"):
+        with pytest.raises(JobTimeout, match="attempt 1 runs in .*: 1 of 4, loop"):
             await one.result(0.0)
         go.set()
         await app.gather([one, other], timeout=SECONDS)

@@ -14,10 +14,9 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.asking import Kept
 from conveyor.cli.publish import duration
 from conveyor.cli.terminal import OK, Output, moment, out, safe, shortened, span, table
-from conveyor.cli.trace import far
 from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.questions import JobsOf
-from conveyor.core.words import counted
+from conveyor.core.words import counted, far
 
 if TYPE_CHECKING:
     from rich.table import Table

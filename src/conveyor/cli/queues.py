@@ -136,7 +136,10 @@ async def _turn(url: str, names: Sequence[str], output: Output, *, paused: bool)
                 "queues": list(names),
                 "paused": paused,
                 "runners": len(told),
-                "working": {name: [{"process": each.process, "pid": each.pid} for each in found] for name, found in heeding.items()},
+                "working": {
+                    name: [{"process": each.process, "pid": each.pid} for each in found]
+                    for name, found in heeding.items()
+                },
             }
         )
     elif told:

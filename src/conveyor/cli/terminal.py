@@ -139,10 +139,14 @@ def span(seconds: float | None) -> str:
     return f"{whole} s"
 
 
-def moment(unix_seconds: float) -> str:
-    """A moment as ISO 8601 in UTC, to the second."""
+def moment(unix_seconds: float, timespec: str = "seconds") -> str:
+    """A moment as ISO 8601 in UTC.
+
+    Parameters:
+        timespec: how exactly; see datetime.isoformat.
+    """
     try:
-        return datetime.fromtimestamp(unix_seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return datetime.fromtimestamp(unix_seconds, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
     except (ValueError, OverflowError, OSError):  # another program may have written anything there
         return str(unix_seconds)
 

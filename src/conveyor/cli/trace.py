@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -12,10 +11,10 @@ from cyclopts import App, Parameter
 
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.asking import Kept
-from conveyor.cli.terminal import FAILED, OK, Output, out, safe, span
+from conveyor.cli.terminal import FAILED, OK, Output, moment, out, safe, span
 from conveyor.core.journal import Entry, Kind, Stop, stops
 from conveyor.core.questions import Answer, JourneyOf
-from conveyor.core.words import counted
+from conveyor.core.words import counted, far
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -29,6 +28,7 @@ STYLES: Final = {
     Kind.CANCELLED: "magenta",
     Kind.PUBLISHED: "",
 }
+TIMES: Final = ("at", "started", "due")
 DEEPEST: Final = 20
 """Hops that are indented; a journey may have thousands."""
 
@@ -103,9 +103,10 @@ def _entry(entry: Entry) -> dict[str, Any]:
     known = {name: getattr(entry, name) for name in entry.__struct_fields__}
     for name in ("message_id", "topic", "correlation_id", "causation_id"):
         del known[name]
+    for name in TIMES:
+        known[name] = _moment(known[name]) if known[name] else None
     return {name: value for name, value in known.items() if value is not None and value not in ("", 0)} | {
-        "kind": entry.kind.value,
-        "at": _moment(entry.at),
+        "kind": entry.kind.value
     }
 
 
@@ -168,19 +169,13 @@ def _line(entry: Entry) -> str:
         case Kind.DEAD:
             said = f"{attempt} failed after {took}" if took else f"{entry.worker}"
             said += f": dead letter ({entry.reason})"
+        case Kind.CANCELLING:
+            said = "somebody wants it cancelled"
         case _:
             said = entry.kind.value
     crashes = f" (after {counted(entry.crashes, 'crash', 'crashes')})" if entry.crashes else ""
     unkept = f"; {entry.unkept}" if entry.unkept else ""
     return f"{said}{crashes}{unkept}{_where(entry)}"
-
-
-def far(done: float | None, total: float | None, note: str) -> str:
-    """Progress in words."""
-    if done is None:
-        return ""
-    amount = f"{done:g}" if total is None else f"{done:g} of {total:g}"
-    return f"{amount}, {note}" if note else amount
 
 
 def _where(entry: Entry) -> str:
@@ -197,14 +192,11 @@ def _walk(tree: Sequence[Stop]) -> Iterator[tuple[Stop, int]]:
 
 
 def _span(seconds: float) -> str:
+    """More exactly than span(): attempts are short."""
     return (
         f"{max(0.0, seconds) * 1000:.1f} ms" if seconds < 0.1 else f"{seconds:.2f} s" if seconds < 60 else span(seconds)
     )
 
 
 def _moment(unix_seconds: float) -> str:
-    """As ISO 8601 in UTC, to the millisecond."""
-    try:
-        return datetime.fromtimestamp(unix_seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    except (ValueError, OverflowError, OSError):  # another program may have written anything there
-        return str(unix_seconds)
+    return moment(unix_seconds, "milliseconds")

@@ -181,13 +181,13 @@ async def _refuse_without_journal(broker: Broker, where: Where) -> None:
 
 def _tell_unknown(ids: Sequence[str], output: Output) -> None:
     for id in ids[:MOST_NAMED]:
-        beginning = "; the beginning of an id is enough only where the job is known" if len(id) < WHOLE_ID else ""
         output.note(
-            f"no job {id} is known yet: it is not sent, its news has not come, or it is too old; waiting for it{beginning}",
-            "yellow",
+            f"no job {id} is known yet (not sent, its news has not come, or too long ago); waiting for it", "yellow"
         )
     if len(ids) > MOST_NAMED:
-        output.note(f"and so for {len(ids) - MOST_NAMED:,} more", "yellow")
+        output.note(f"nor are {len(ids) - MOST_NAMED:,} more", "yellow")
+    if any(len(id) < WHOLE_ID for id in ids):
+        output.note("the beginning of an id is enough only where the job is known", "yellow")
 
 
 async def _looks(

@@ -8,6 +8,8 @@ from typing import Final
 
 import msgspec
 
+from conveyor.core.settle import Reason
+
 
 class Kind(enum.StrEnum):
     """What an entry tells."""
@@ -120,8 +122,8 @@ class Status(enum.StrEnum):
 
 NOT_RUNNING: Final = frozenset({Status.WAITING, Status.RETRYING})
 ENDED: Final = frozenset({Status.DONE, Status.FAILED, Status.DEAD, Status.CANCELLED})
-GIVEN_UP_AT_ONCE: Final = frozenset({"rejected", "invalid"})
-"""The reasons (conveyor.core.settle.Reason) that no further attempt could have changed."""
+GIVEN_UP_AT_ONCE: Final = frozenset({Reason.REJECTED, Reason.INVALID})
+"""The reasons that no further attempt could have changed."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -241,6 +243,19 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
     jobs = [job_of([*published.get(id, ()), *own]) for (id, _), own in handled.items()]
     jobs += [job_of(own) for id, own in published.items() if id not in had]
     return sorted(jobs, key=lambda job: (-(job.ended or job.started or job.created or 0.0), job.id, job.worker))
+
+
+def to_be_let_go(entries: Iterable[Entry]) -> bool:
+    """Whether whoever comes to this message lets it go: somebody wants it cancelled, and it has not ended since, or before."""
+    known = in_order(entries)
+    wish = next((entry for entry in reversed(known) if entry.kind is Kind.CANCELLING), None)
+    if wish is None:
+        return False
+    handled: dict[str, list[Entry]] = {}
+    for entry in known:
+        if entry.kind not in BY_NO_WORKER:
+            handled.setdefault(entry.worker, []).append(entry)
+    return not handled or any(_holds(wish, own) and not job_of(own).status.ended for own in handled.values())
 
 
 class Stop(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""How counts are said, and texts that every store can keep."""
+"""How counts and progress are said, and texts that every store can keep."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def counted(number: int, one: str, many: str | None = None) -> str:
         many: its plural; left out, an s is added.
     """
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def far(done: float | None, total: float | None, note: str) -> str:
+    """Progress in words: 3 of 4, the third step; "" where there is none."""
+    if done is None:
+        return ""
+    amount = f"{done:g}" if total is None else f"{done:g} of {total:g}"
+    return f"{amount}, {note}" if note else amount
 
 
 def keepable(text: str) -> str:

@@ -15,7 +15,7 @@ import msgspec
 
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
-from conveyor.core.journal import ENDS, Entry, Job, JobFilter, Kind, Status, jobs_of
+from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, jobs_of, to_be_let_go
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
@@ -68,7 +68,6 @@ CREATE INDEX entries_by_journey ON entries (correlation_id) WHERE correlation_id
 CREATE INDEX entries_by_rare_kind ON entries (kind) WHERE kind NOT IN ('published', 'succeeded');
 """
 
-_ENDS: Final = ", ".join(f"'{kind}'" for kind in sorted(ENDS))
 _decode: Final = msgspec.json.Decoder(list[Entry]).decode
 
 
@@ -284,7 +283,7 @@ class Archive:
         )
 
     def cancelled(self, limit: int) -> list[str]:
-        """The messages that are cancelled and have not ended, the latest ones.
+        """The messages that are cancelled and have not ended, the latest ones first.
 
         Raises:
             JournalError: they cannot be read.
@@ -292,11 +291,14 @@ class Archive:
         with self._asking():
             rows = self._rows(
                 "SELECT message_id FROM entries AS wish WHERE kind = 'cancelling' AND kind NOT IN ('published', 'succeeded')"
-                f" AND NOT EXISTS (SELECT 1 FROM entries WHERE message_id = wish.message_id AND kind IN ({_ENDS}))"
-                " ORDER BY seq DESC LIMIT ?",
+                " AND NOT EXISTS (SELECT 1 FROM entries WHERE message_id = wish.message_id"
+                " AND kind IN ('succeeded', 'duplicate', 'cancelled')) ORDER BY seq DESC LIMIT ?",
                 limit,
             )
-        return [id for (id,) in rows]
+            of: dict[str, list[Entry]] = {id: [] for (id,) in rows}
+            for entry in self._of(of, results=False):
+                of[entry.message_id].append(entry)
+        return [id for id, entries in of.items() if to_be_let_go(entries)]
 
     def jobs(self, which: JobFilter, limit: int) -> Jobs:
         """Jobs, the newest first, without results and tracebacks; what cannot be found soon is left out.

@@ -36,6 +36,11 @@ NOBODY_SECONDS: Final = 0.25
 MOST_IDS: Final = 1_000
 """Ids in one question."""
 ANY: Final = JobFilter()
+NOBODY_KEEPS: Final = (
+    "nobody keeps a journal on this broker now; conveyor run does where the journal is on (Conveyor(…, journal=True), or"
+    " CONVEYOR_JOURNAL=1), and so does conveyor journal APP"
+)
+NOBODY_ANSWERED: Final = "no keeper of the journal answered in time; see what the processes log about the journal"
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -202,13 +207,6 @@ class _Answers:
             except TimeoutError:
                 return
             yield answer
-
-
-NOBODY_KEEPS: Final = (
-    "nobody keeps a journal on this broker now; conveyor run does where the journal is on (Conveyor(…, journal=True), or"
-    " CONVEYOR_JOURNAL=1), and so does conveyor journal APP"
-)
-NOBODY_ANSWERED: Final = "no keeper of the journal answered in time; see what the processes log about the journal"
 
 
 def together(answers: Collection[Answer], request: Request) -> Answer:

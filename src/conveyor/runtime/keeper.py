@@ -16,7 +16,7 @@ from typing import Final, ParamSpec, Self, TypeVar
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Settlement
-from conveyor.core.journal import ENDS, Entry, Job, Kind, Status, jobs_of
+from conveyor.core.journal import ENDS, Entry, Job, Kind, Status, jobs_of, to_be_let_go
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
@@ -151,9 +151,8 @@ class Keeper:
 
     def _close(self) -> None:
         for thread, archive in ((self._reading, self._reader), (self._writing, self.archive)):
-            if archive is not self.archive or thread is self._writing:
-                with contextlib.suppress(RuntimeError):
-                    thread.submit(archive.close).result()
+            with contextlib.suppress(RuntimeError):  # in memory there is one thread, and it has ended by then
+                thread.submit(archive.close).result()
             thread.shutdown()
 
     async def _until_drained(self, seconds: float) -> None:
@@ -231,10 +230,10 @@ class Keeper:
             self._cancelled.pop(entry.message_id, None)
         dead = {(entry.worker, entry.message_id) for entry in over if entry.kind is Kind.DEAD}
         if wished:
-            jobs = await self._apart_from_wishes(wished)
-            going_on = {job.id for job in jobs if not job.status.ended}
-            for id in {job.id for job in jobs} - going_on:  # it came too late
+            known = await self._known(wished)
+            for id in [id for id, own in known.items() if not to_be_let_go(own)]:  # it came too late
                 del wished[id]
+            jobs = jobs_of(entry for own in known.values() for entry in own)
             dead |= {(job.worker, job.id) for job in jobs if job.status in (Status.DEAD, Status.FAILED)}
             self._cancelled.update(wished)
             for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
@@ -242,13 +241,13 @@ class Keeper:
             self._order(Cancel(tuple(wished)))
         self._order(Over({who: tuple(id for worker, id in dead if worker == who) for who in {who for who, _ in dead}}))
 
-    async def _apart_from_wishes(self, ids: Iterable[str]) -> list[Job]:
-        """What became of these messages, leaving aside that somebody wants them cancelled."""
-        try:
-            known = await self._write(self.archive.of, ids, results=False)
-        except JournalError:
-            return []
-        return jobs_of(entry for entry in known if entry.kind is not Kind.CANCELLING)
+    async def _known(self, ids: Iterable[str]) -> dict[str, list[Entry]]:
+        """The entries of those of these messages that are known; of none, where that cannot be read."""
+        known: dict[str, list[Entry]] = {}
+        with contextlib.suppress(JournalError):
+            for entry in await self._write(self.archive.of, ids, results=False):
+                known.setdefault(entry.message_id, []).append(entry)
+        return known
 
     # --- telling ------------------------------------------------------------------------------------------------------
 

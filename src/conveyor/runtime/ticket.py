@@ -12,7 +12,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar, cast
 from conveyor.core.codec import explain, result_codec_for
 from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.message import Message
-from conveyor.core.words import counted
+from conveyor.core.words import counted, far
 from conveyor.errors import (
     BrokerUnavailable,
     HandlerError,
@@ -339,11 +339,7 @@ def in_words(job: Job | None) -> str:
         Status.RUNNING: f"attempt {job.attempts} runs in {job.process}",
     }.get(job.status, f"it is {job.status}")
     if job.status is Status.RUNNING and job.done is not None:
-        told += (
-            f", {job.done:g}"
-            + ("" if job.total is None else f" of {job.total:g}")
-            + (f" ({job.note})" if job.note else "")
-        )
+        told += f": {far(job.done, job.total, job.note)}"
     return told + (f"; last error: {job.error}" if job.error else "")
 
 
