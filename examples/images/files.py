@@ -32,6 +32,8 @@ FORMATS: Final = {
 OPTIONS: Final[dict[str, dict[str, Any]]] = {"JPEG": {"quality": 90}, "WEBP": {"quality": 90}}
 OPAQUE: Final = ("JPEG", "BMP")
 """Formats that know no transparency."""
+FROM_CAMERAS: Final = "MPO"
+"""A JPEG with a preview, or what else a camera knows, behind the image itself."""
 WITH_PROFILE: Final = ("JPEG", "PNG", "WEBP", "TIFF")
 LARGEST_PIXELS: Final = 80_000_000
 """An image may be larger than any camera's, but not so large that a small file fills the memory."""
@@ -167,7 +169,8 @@ def load_image(
                 f"{path.name} has {image.width} × {image.height} pixels, more than {largest_pixels / 1e6:g} megapixels: "
                 "perhaps a decompression bomb (--largest-megapixels, or largest_pixels=, allows more)"
             )
-        if (frames := getattr(image, "n_frames", 1)) > 1:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != FROM_CAMERAS:
             raise Refused(f"{path.name} is animated, or has several pages ({frames}); only single images are processed")
         if preview is not None:
             image.draft(None, (2 * preview[0], 2 * preview[1]))
@@ -233,9 +236,10 @@ def format_for(target: Path) -> str:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A file to read. Nothing else is opened for long: reading a named pipe would wait for its writer, for ever."""
+    """A file to read, and nothing else: opening a named pipe would wait for its writer, for ever."""
+    _check_kind(path, path.stat().st_mode)
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 - it is given
-    try:
+    try:  # it may have become something else meanwhile
         _check_kind(path, os.fstat(file.fileno()).st_mode)
     except Refused:
         file.close()
@@ -253,8 +257,6 @@ def _refusing(path: Path) -> Iterator[None]:
     """What Pillow raises at a bad image, in words; what the disk raises stays as it is."""
     try:
         yield
-    except IsADirectoryError as error:
-        raise Refused(f"{path.name} is a folder, no file") from error
     except UnidentifiedImageError as error:
         empty = path.exists() and path.stat().st_size == 0
         raise Refused(f"{path.name} {'is empty' if empty else 'is no image that can be read'}") from error
@@ -266,8 +268,6 @@ def _refusing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in NO_FILE:
             link = os.path.islink(path)  # noqa: PTH114 - that of Path raises at a name that is too long
             raise Refused(f"{path.name} is a link to nothing" if link else f"there is no file {path}") from error
-        if isinstance(error, OSError) and error.errno == errno.ENXIO:
-            raise Refused(f"{path.name} is a socket or a device, no file") from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise Refused(f"{path.name} is broken: {error}") from error

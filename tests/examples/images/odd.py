@@ -68,6 +68,7 @@ HANDLED: Final[dict[str, tuple[str, Callable[[], bytes]]]] = {
     "one bit": ("a.tif", lambda: photo("TIFF", "1")),
     "grey with transparency": ("a.png", lambda: photo("PNG", "LA")),
     "upper case": ("A.JPG", photo),
+    "with a preview, from a camera": ("a.jpg", lambda: animated("MPO")),
 }
 REFUSED: Final[dict[str, tuple[str, Callable[[], bytes], str]]] = {
     "zero bytes": ("a.jpg", bytes, "a.jpg is empty"),
@@ -100,7 +101,7 @@ def no_files(folder: Path) -> dict[str, str]:
         "nothing.jpg": "is a link to nothing",
         "circle.jpg": "is a link to nothing",
         "device.jpg": "is a device, no file",
-        "socket.jpg": "is a socket",
+        "socket.jpg": "is a socket, no file",
         "missing.jpg": "there is no file",
         "x" * 300 + ".jpg": "there is no file",
     }

@@ -54,11 +54,17 @@ def test_what_is_no_file_is_refused_in_words_and_never_waited_for(tmp_path: Path
             check_source(tmp_path / name)
 
 
-def test_a_file_that_becomes_a_named_pipe_after_it_was_looked_at_holds_up_nobody(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.jpg", photo())
-    check_source(path)
-    path.unlink()
-    os.mkfifo(path)
+def test_a_file_that_becomes_a_named_pipe_after_it_was_looked_at_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, really_open = write(tmp_path, "a.jpg", photo()), os.open
+
+    def open_late(name: str, flags: int) -> int:
+        path.unlink()
+        os.mkfifo(path)
+        return really_open(name, flags)
+
+    monkeypatch.setattr(os, "open", open_late)
     with pytest.raises(Refused, match="a.jpg is a named pipe, no file"):
         process_file(path, tmp_path / "b.jpg", PIPELINE)
 
