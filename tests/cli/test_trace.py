@@ -9,8 +9,9 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,14 @@ import pytest
 from conveyor import brokers
 from conveyor.cli.trace import as_text, told
 from conveyor.core.journal import Entry, Kind, Stop, stops
+from conveyor.core.message import Message
 from conveyor.core.questions import Answer
-from conveyor.errors import NoKeeper
+from conveyor.errors import JournalError, NoKeeper
+from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import Asker
+from conveyor.runtime.journal import journal_queue
+from conveyor.runtime.keeper import Keeper
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
@@ -161,6 +166,49 @@ async def test_without_a_broker_said_the_keepers_of_the_journals_here_are_asked_
     after = shop.run("jobs")
     assert (after.returncode, after.stdout.count("done")) == (0, 2)
     assert "read from shop.queue.journal, as it was left" in after.stderr
+
+
+@pytest.mark.parametrize(
+    ("disk", "said"),
+    [
+        ("full", "the newest entries are not in this: the disk is full"),
+        ("slow", "the keeper is behind: 100 batches of entries still wait for it"),
+    ],
+)
+async def test_entries_that_the_keeper_has_not_kept_yet_are_not_missing_without_a_word(
+    shop: Program, monkeypatch: pytest.MonkeyPatch, disk: str, said: str
+) -> None:
+    queue, well = journal_queue("shop"), threading.Event()
+    write = Archive.write
+
+    def writes(archive: Archive, batches: Iterable[tuple[str, Sequence[Entry]]]) -> None:
+        if disk == "slow":
+            well.wait(PATIENCE_SECONDS)
+        elif not well.is_set():
+            raise JournalError("the disk is full")
+        write(archive, batches)
+
+    monkeypatch.setattr(Archive, "write", writes)
+    monkeypatch.setattr(keepers, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(keepers, "INTAKE_SECONDS", 0.0)
+    broker = brokers.from_url(f"sqlite:///{shop.folder / 'shop.queue'}")
+    await broker.open()
+    try:
+        await broker.declare([queue])
+        async with (
+            asyncio.timeout(PATIENCE_SECONDS),
+            Keeper("shop", broker, Archive(shop.folder / "shop.queue.journal"), time.time) as keeper,
+        ):
+            batches = [Message(str(number), queue.name, b"\x90") for number in range(100)]
+            await broker.publish(batches, queue=queue.name)
+            while disk == "full" and keeper.problem is None:
+                await asyncio.sleep(0.01)
+            done = await asyncio.to_thread(shop.run, "jobs", "--broker", shop.queue_url)
+            well.set()
+            assert said in done.stderr
+    finally:
+        well.set()
+        await broker.close()
 
 
 async def test_a_killed_runner_and_a_killed_keeper_leave_a_journey_that_tells_of_it(shop: Program) -> None:

@@ -494,6 +494,9 @@ async def test_an_archive_that_cannot_be_written_is_waited_for_and_loses_nothing
             while keeper.health().ready:
                 await asyncio.sleep(0)
         assert keeper.health().unready == ("journal: the disk is full",)
+        assert (
+            await kept.asker.journey("m")
+        ).behind == "the disk is full"  # whoever asks now is told what he does not see
         full = False
         await kept.until_known("m")
         async with asyncio.timeout(PATIENCE_SECONDS):

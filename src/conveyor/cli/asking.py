@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 from cyclopts import Parameter
@@ -18,6 +19,9 @@ from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import Asker, together
 from conveyor.runtime.journal import TOPIC
+
+MANY: Final = 64
+"""Batches that wait for a keeper which keeps up, at most."""
 
 
 @Parameter(name="*")
@@ -96,7 +100,12 @@ async def _ask(url: str, request: JourneyOf | JobsOf, output: Output) -> Answer:
     async with connected(url) as broker:
         asker = Asker(broker, time.time)
         try:
-            return await asker.ask(request)
+            answer = await asker.ask(request)
+            if answer.behind:
+                output.note(f"the newest entries are not in this: {answer.behind}", "yellow")
+            elif (left := sum((await journal_queues(broker)).values())) > MANY:
+                output.note(f"the keeper is behind: {left:,} batches of entries still wait for it", "yellow")
+            return answer
         except NoKeeper:
             if left := sum((await journal_queues(broker)).values()):
                 batches = counted(left, "batch", "batches")

@@ -60,7 +60,8 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
         jobs: those that were asked for.
         others: journeys that begin with the id as well, so that it is not clear which is meant.
         more: there is more than fits into an answer.
-        problem: why it knows less than it should; "" where it does not.
+        behind: why the newest may not be in it; "" where they are.
+        problem: why it can say nothing; "" where it can.
     """
 
     to: str
@@ -68,4 +69,5 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     jobs: tuple[Job, ...] = ()
     others: tuple[str, ...] = ()
     more: bool = False
+    behind: str = ""
     problem: str = ""

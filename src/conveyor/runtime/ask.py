@@ -227,6 +227,7 @@ def together(answers: Collection[Answer], request: Request) -> Answer:
         jobs=tuple(jobs[:limit]),
         others=() if entries else tuple(dict.fromkeys(other for answer in good for other in answer.others)),
         more=len(jobs) > limit or any(answer.more for answer in good),
+        behind=next((answer.behind for answer in good if answer.behind), ""),
     )
 
 

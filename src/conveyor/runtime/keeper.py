@@ -20,7 +20,7 @@ from conveyor.core.journal import ENDS, Entry, Job, Kind, Status, jobs_of, to_be
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
-from conveyor.errors import BrokerError, JournalError
+from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
 from conveyor.runtime.archive import Archive, fit
 from conveyor.runtime.control import Cancel, Control, Order, Over, tell
 from conveyor.runtime.health import Health
@@ -268,8 +268,14 @@ class Keeper:
         while True:
             await self._news.wait()
             while self._orders:
-                with contextlib.suppress(BrokerError):  # runners that start ask
-                    await tell(self._broker, self._orders.popleft())
+                order = self._orders.popleft()
+                try:
+                    await tell(self._broker, order)
+                except BrokerUnavailable:
+                    self._orders.appendleft(order)
+                    raise
+                except BrokerError as error:
+                    log.warning("runners cannot be told what is cancelled: %s", describe(error))
             ended, self._ended = self._ended, set()
             for wait in {wait for id in ended & self._waits.keys() for wait in self._waits[id]}:
                 with contextlib.suppress(JournalError):  # it cannot be read now; it is answered at its deadline
@@ -299,7 +305,8 @@ class Keeper:
     async def _consider(self, question: Question) -> None:
         match question.request:
             case JourneyOf() | JobsOf() as request:
-                await self._reply(question, await self._read(self._reader.answer, question.id, request))
+                answer = await self._read(self._reader.answer, question.id, request)
+                await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
             case EndOf(ids, seconds):
                 await self._wait(_Wait(question, ids[:MOST_WAITS]), min(seconds, LONGEST_WAIT_SECONDS))
 
