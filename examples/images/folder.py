@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
+from PIL import Image
 
 from conveyor import JobError, JobFailed, PayloadError
 from conveyor.errors import HandlerTimeout
@@ -167,7 +168,7 @@ class Conductor:
         finally:
             # What was in hand when it was interrupted is finished by now, or comes the next time.
             for path in filter(self._is_made, self._open):
-                self._run.report.add_unseen(path)
+                self._note_unseen(path)
 
     async def _send_all(self, following: asyncio.TaskGroup) -> None:
         for path, left_out in walk(self._source, self._target):
@@ -196,13 +197,17 @@ class Conductor:
                 self._run.note(path, processed)
         except JobFailed as error:
             if self._is_made(path):  # its process died, or was too late, just after that
-                report.add_unseen(path)
+                self._note_unseen(path)
             else:
                 report.add_failure(path, _reason(error), error.id)
         except (JobError, PayloadError) as error:  # somebody else cancelled it; or its name cannot be written
             report.add_failure(path, str(error), getattr(error, "id", ""))
         self._open.remove(path)
         self._room.release()
+
+    def _note_unseen(self, path: Path) -> None:
+        with Image.open(self._target / path) as made:
+            self._run.report.add_unseen(path, made.width * made.height)
 
     def _is_made(self, path: Path) -> bool:
         return is_made(self._source / path, self._target / path, self._recipe.since)

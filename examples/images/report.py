@@ -107,9 +107,10 @@ class Report:
         self.before += 1
         self._note_example(path)
 
-    def add_unseen(self, path: Path) -> None:
+    def add_unseen(self, path: Path, pixels: int) -> None:
         """An image was processed; how long that took was not heard any more."""
         self.processed += 1
+        self.pixels += pixels
         self._note_example(path)
 
     def add_failure(self, path: Path, reason: str, id: str) -> None:

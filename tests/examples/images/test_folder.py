@@ -184,6 +184,7 @@ def test_the_same_command_again_does_what_an_interruption_left_and_nothing_twice
     first = folder.report(program)
     assert first["interrupted"]
     assert 2 <= first["processed"] == len(folder.made())
+    assert first["megapixels"] == pytest.approx(first["processed"] * 900 * 675 / 1e6)
     assert folder.half_written() == []
     code, second = folder.run()
     assert code == 0
