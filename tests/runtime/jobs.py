@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import itertools
 import logging
@@ -62,6 +63,25 @@ def hang_on(path: str) -> NoReturn:
 
 def leave(code: int) -> NoReturn:
     os._exit(code)
+
+
+def start_a_program() -> int:
+    """One that holds what this process has open and lets programs inherit."""
+    return os.posix_spawn("/bin/sleep", ["sleep", "3600"], os.environ)
+
+
+def leave_a_fork(path: str) -> NoReturn:
+    """Die, and leave a copy of this process that holds what it had open until the test hangs up."""
+    if os.fork() == 0:
+        with contextlib.suppress(OSError):
+            meet(path)
+        os._exit(0)
+    os._exit(3)
+
+
+def come_back_twice() -> str:
+    os.fork()
+    return "twice"
 
 
 def exit_politely() -> NoReturn:

@@ -203,6 +203,31 @@ async def test_a_job_that_ends_its_process_fails_alone(
         assert await neighbour == "unharmed"
 
 
+async def test_a_program_that_a_job_has_started_holds_nobody_up() -> None:
+    pool = CpuPool(1)
+    program = await run(pool, "jobs:start_a_program")
+    await pool.close()
+    assert runs(program)
+    os.kill(program, signal.SIGKILL)
+
+
+async def test_the_death_of_a_process_is_seen_where_another_one_holds_its_line(meeting: Meeting) -> None:
+    pool = CpuPool(1)
+    job = asyncio.create_task(run(pool, "jobs:leave_a_fork", (meeting.path,)))
+    with await meeting.arrival():
+        with pytest.raises(HandlerCrashed, match="exit code 3"):
+            await job
+        await pool.close()
+
+
+async def test_a_job_that_comes_back_twice_has_one_result_and_the_next_one_its_own() -> None:
+    pool = CpuPool(1)
+    for number in range(5):
+        assert await run(pool, "jobs:come_back_twice") == "twice"
+        assert await run(pool, "jobs:add", (number, 1)) == number + 1
+    await pool.close()
+
+
 async def test_a_killed_process_is_replaced(pool: CpuPool, meeting: Meeting) -> None:
     job = asyncio.create_task(run(pool, "jobs:hang", (meeting.path,)))
     os.kill(await meeting.pid(), signal.SIGKILL)

@@ -37,8 +37,10 @@ START_SECONDS: Final = 300.0
 """How long a process may take to start and to import the module of its first job."""
 DEATH_SECONDS: Final = 1.0
 """Between the end of a process' line and its own end."""
-MEMORY_LOOK_SECONDS: Final = 0.5
-"""How often the memory of a busy process is looked at."""
+REAP_SECONDS: Final = 0.01
+"""Between two looks whether a process that ends has ended."""
+LOOK_SECONDS: Final = 0.5
+"""How often a busy process is looked at: whether it lives, and how much memory it uses."""
 NEWS_SECONDS: Final = 0.05
 """Between two reports of a job's progress: what it says in between is not worth a message, the latest always is."""
 MB: Final = 1_000_000
@@ -207,6 +209,7 @@ class _Process:
         self._busy = False
         self._listens = False
         self._nod_due = False
+        self._next_look: asyncio.TimerHandle | None = None
         self._killed_for = ""
 
     @classmethod
@@ -253,7 +256,7 @@ class _Process:
         """Run one job; after an error the process is of no more use."""
         self._busy = True
         began = False
-        watch = asyncio.create_task(self._watch_memory(max_rss_bytes)) if max_rss_bytes is not None else None
+        self._look_soon(max_rss_bytes)
         try:
             async with _within(START_SECONDS, f"{target} did not start"):
                 await frames.send_soon(self._line, job)
@@ -279,8 +282,8 @@ class _Process:
                 f"a process died before it could run {target}: {why}; if that was its own doing, it said more on stderr"
             ) from None
         finally:
-            if watch is not None:
-                watch.cancel()
+            if self._next_look is not None:
+                self._next_look.cancel()
             self._busy = self._listens = False
             if self._killed_for:
                 self._line.close()
@@ -296,26 +299,16 @@ class _Process:
         """End it at once."""
         self._killed_for = self._killed_for or why
         self._process.kill()
-        if not self._busy:
+        if self._busy:
+            self._hang_up()
+        else:
             self._line.close()
-            return
-        with contextlib.suppress(OSError):  # who waits for it is woken, and closes it
-            self._line.shutdown(socket.SHUT_RDWR)
 
     async def ended(self) -> None:
         """Wait for the end of the process, and reap it."""
-        loop = asyncio.get_running_loop()
-        gone = asyncio.Event()
-        sentinel = os.dup(self._process.sentinel)
-        loop.add_reader(sentinel, gone.set)
-        try:
-            await gone.wait()
-        finally:
-            loop.remove_reader(sentinel)
-            os.close(sentinel)
-        # It has ended, or closed what it would end with: kill() does nothing to the one, and join() is short for both.
-        self._process.kill()
-        self._process.join()
+        # Not for the end of its sentinel or line: programs that it has started may hold these open.
+        while self._process.is_alive():  # noqa: ASYNC110 - there is no event that all systems have
+            await asyncio.sleep(REAP_SECONDS)
 
     async def _receive(self) -> Started | Progressed | Returned | Raised:
         frame = await frames.receive_soon(self._line)
@@ -325,11 +318,21 @@ class _Process:
             return Raised(HandlerError(f"the result cannot be read in this process: {describe(error)}"), "")
         return found
 
-    async def _watch_memory(self, most: int) -> None:
-        while (used := self.resident_bytes) <= most:  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(MEMORY_LOOK_SECONDS)
-        self._killed_for = f"used {used / MB:.0f} MB, over {most / MB:.0f} MB"
-        self._process.kill()
+    def _look_soon(self, max_rss_bytes: int | None) -> None:
+        self._next_look = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look, max_rss_bytes)
+
+    def _look(self, max_rss_bytes: int | None) -> None:
+        """Wake who waits for a process that has died, and kill one that uses too much memory."""
+        if not self._process.is_alive():
+            self._hang_up()  # a program that it has started may hold the other end
+        elif max_rss_bytes is not None and (used := self.resident_bytes) > max_rss_bytes:
+            self.kill(f"used {used / MB:.0f} MB, over {max_rss_bytes / MB:.0f} MB")
+        else:
+            self._look_soon(max_rss_bytes)
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):  # who waits for it is woken, and closes it
+            self._line.shutdown(socket.SHUT_RDWR)
 
     async def _why_it_ended(self) -> str:
         with contextlib.suppress(TimeoutError):
@@ -368,6 +371,7 @@ class Inside:
         """Set when the runner drains."""
         self.jobs: Final[queue.SimpleQueue[frames.Frame]] = queue.SimpleQueue()
         self._line = line
+        self._pid = os.getpid()
         self._sending = threading.Lock()
         self._latest: deque[Progressed] = deque(maxlen=1)
         self._told = threading.Event()
@@ -395,6 +399,8 @@ class Inside:
 
     def reply(self, word: Started | Returned | Raised) -> None:
         """Say what has become of the job, behind the last of its progress."""
+        if os.getpid() != self._pid:  # the job has forked, and this one has come back as well
+            os._exit(0)
         parts = frames.pack(word)
         with self._sending:
             self._send_latest()
