@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -13,6 +15,9 @@ from conveyor.runtime import threads
 from conveyor.runtime.threads import Threads
 
 SECONDS = 60.0
+
+
+class Payload: ...
 
 
 async def nothing_stuck(pool: Threads) -> None:
@@ -27,6 +32,18 @@ async def test_a_call_has_its_callers_context_variables_and_a_thread_is_kept_for
     assert await pool.run(lambda: (said.get(), threading.get_ident())) == await pool.run(
         lambda: (said.get(), threading.get_ident())
     )
+    pool.close()
+
+
+async def test_a_thread_that_waits_for_the_next_call_holds_nothing_of_the_last_one() -> None:
+    pool = Threads("t")
+    payload = Payload()
+    held = weakref.ref(payload)
+    await pool.run(functools.partial(id, payload))
+    del payload
+    async with asyncio.timeout(SECONDS):
+        while held() is not None:
+            await asyncio.sleep(0.01)
     pool.close()
 
 

@@ -32,17 +32,21 @@ class _Job:
         self.ended = False
 
     def run(self) -> None:
-        with self.lock:
-            if self.interrupted:
-                return
-            self.thread_id = threading.get_ident()
+        """Run the call in this thread; if it is not given up, tell the loop how it ended."""
         try:
+            if not self._begin():
+                return
             result, error = self._called()
             self._end()
         except asyncio.CancelledError:  # interrupted on the threshold, where nobody waits any more
             return
         with contextlib.suppress(RuntimeError):  # the loop has ended before the handler did
             self.loop.call_soon_threadsafe(self._finish, result, error)
+
+    def _begin(self) -> bool:
+        with self.lock:
+            self.thread_id = threading.get_ident()
+            return not self.interrupted
 
     def _called(self) -> tuple[Any, BaseException | None]:
         try:
@@ -133,3 +137,4 @@ class Threads:
                     self._started -= 1
                     return
                 self._idle += 1
+            del job  # while it waits for the next one, it holds nothing of this one
