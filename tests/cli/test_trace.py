@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from conveyor import brokers
+from conveyor.cli.asking import journal_queues
 from conveyor.cli.trace import as_text, told
 from conveyor.core.journal import Entry, Kind, Stop, stops
 from conveyor.core.message import Message
@@ -208,6 +209,24 @@ async def test_entries_that_the_keeper_has_not_kept_yet_are_not_missing_without_
             assert said in done.stderr
     finally:
         well.set()
+        await broker.close()
+
+
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+async def test_who_keeps_a_journal_on_a_server_is_known_and_those_who_ask_are_not_among_them(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    broker = brokers.from_url(request.getfixturevalue(kind).url())
+    await broker.open()
+    asker = Asker(broker, time.time)
+    try:
+        assert await journal_queues(broker) == {}
+        async with Keeper("shop", broker, Archive(":memory:"), time.time):
+            assert (await asker.journey("nobody")).entries == ()
+            assert set(await journal_queues(broker)) == {"shop"}
+        assert await journal_queues(broker) == {"shop": 0}
+    finally:
+        await asker.close()
         await broker.close()
 
 

@@ -25,7 +25,7 @@ from conveyor.runtime import journal as journals
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import ANSWERS, Asker
-from conveyor.runtime.control import Control
+from conveyor.runtime.control import CONTROL, Control
 from conveyor.runtime.journal import ASK, IN_MEMORY, Journal, journal_queue
 from conveyor.runtime.keeper import Keeper
 from conveyor.runtime.metrics import Metrics
@@ -677,6 +677,31 @@ async def test_an_answer_that_takes_long_to_get_out_holds_up_no_entry(
         assert not waiting.done()
         may_go.set()
         assert (await waiting)["m"].result == "7"
+
+
+async def test_an_order_for_runners_that_meets_an_outage_is_given_when_it_is_over(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled: asyncio.Queue[str] = asyncio.Queue()
+    publish, failed = MemoryBroker.publish, asyncio.Event()
+
+    async def away_once(self: MemoryBroker, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        if messages[0].topic == CONTROL and not failed.is_set():
+            failed.set()
+            raise BrokerUnavailable("it is away")
+        return await publish(self, messages, queue=queue)
+
+    control = Control(kept.broker)
+    control.on_cancel = lambda ids: cancelled.put_nowait(*ids)
+    await control.start()
+    async with kept.keeper():
+        monkeypatch.setattr(MemoryBroker, "publish", away_once)
+        kept.journal.cancelling("m", "t", None)
+        await kept.journal.flush()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert await cancelled.get() == "m"
+        assert failed.is_set()
+    await control.close()
 
 
 async def test_who_waits_where_nobody_keeps_a_journal_is_told_so(kept: Kept) -> None:

@@ -101,7 +101,7 @@ class Journal:
         self.process: Final = process_name(number)
         self.at_work: list[Callable[[], Iterable[Running]]] = []
         """Each gives what runs now; runners add themselves."""
-        self._clock = clock
+        self.clock: Final = clock
         self._queue = journal_queue(app)
         self._broker = broker
         self._metrics = metrics
@@ -157,14 +157,15 @@ class Journal:
         else:
             self._entries.append(row)
 
-    def cancelling(self, id: str, topic: str, journey: str | None) -> None:
+    def cancelling(self, id: str, topic: str, journey: str | None, *, at: float | None = None) -> None:
         """Somebody wants a message cancelled.
 
         Parameters:
             id: the message's; it belongs to the journey with the id that is given.
+            at: Unix seconds; None is now.
         """
-        journey = None if journey == id else journey
-        entry = Entry(Kind.CANCELLING, self._clock(), id, topic, process=self.process, correlation_id=journey)
+        at, journey = self.clock() if at is None else at, None if journey == id else journey
+        entry = Entry(Kind.CANCELLING, at, id, topic, process=self.process, correlation_id=journey)
         self.note(entry, soon=True)
 
     def settled(
@@ -177,7 +178,7 @@ class Journal:
             begun: when the attempt began, on the monotonic clock; None where none was made.
             soon: somebody may be waiting for its result.
         """
-        now = self._clock()
+        now = self.clock()
         started = None if begun is None else now - (monotonic() - begun)
         if verdict is not DONE:
             self._settled_otherwise(worker, delivery, verdict, now, started, soon=soon)
@@ -265,7 +266,7 @@ class Journal:
             return
         self._progress[key] = self._of(
             Kind.PROGRESSED,
-            self._clock(),
+            self.clock(),
             worker,
             delivery,
             done=done if isfinite(done) else 0.0,
@@ -338,14 +339,14 @@ class Journal:
                 if (ran := monotonic() - begun) >= RUNNING_SECONDS:
                     told.append(delivery.receipt)
                     if delivery.receipt not in self._told:
-                        began = self._clock() - ran
+                        began = self.clock() - ran
                         self.note(self._of(Kind.STARTED, began, worker, delivery, started=began))
         self._told = frozenset(told)
         entries, self._entries = [*self._entries, *self._progress.values()], []
         heavy, self._bytes = self._bytes > 0, 0
         self._progress.clear()
         for batch in _batches(entries, heavy=heavy):
-            now = self._clock()
+            now = self.clock()
             self._unsent.append(
                 (
                     len(batch),

@@ -192,9 +192,10 @@ class Ticket(Generic[T]):
         about = jobs[0] if self.message is None and jobs else self.message
         if about is None:
             raise _unknown(self.id)
+        at = connection.journal.clock()
         # The order first: what the keeper then has to say about it (it has ended, say) has to come behind it.
         await cancel(connection.broker, (self.id,))
-        connection.journal.cancelling(self.id, about.topic, about.correlation_id)
+        connection.journal.cancelling(self.id, about.topic, about.correlation_id, at=at)
         await connection.journal.flush()
 
     def result_sync(self, timeout: Seconds | None = None) -> T:
