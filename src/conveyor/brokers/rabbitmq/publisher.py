@@ -51,7 +51,7 @@ class Unrouted(Exception):
 
 
 class Refused(Exception):
-    """The server does not have it.
+    """The server does not have it in every queue.
 
     Parameters:
         full: for want of room.
@@ -298,7 +298,8 @@ def _fate(error: BaseException) -> Fate:
         case Returned():
             return Refused(str(error))
         case Nacked():
-            return Refused("the server refused it: a queue is full and rejects, or the server is in trouble", full=True)
+            why = "a queue is full and rejects, or the server is in trouble; of several queues, others may have it"
+            return Refused(f"the server refused it: {why}", full=True)
         case _:
             return Unknown(said(error))
 
