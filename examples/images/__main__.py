@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.text import Text
 
 from conveyor import BrokerError, ConveyorError
 from examples.images.bench import compare, make_large_photographs, measure
@@ -147,12 +148,11 @@ def monitor(given: argparse.Namespace) -> int:
     with TaskQueue(given.broker) as queue, contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
         until = time.monotonic() + given.seconds if given.seconds else float("inf")
         while time.monotonic() < until:
-            table = workers_table(queue.registry)
             try:
-                table.caption = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
+                tasks = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
             except BrokerError as error:  # it may come back
-                table.caption = f"the queue cannot be asked: {error}"
-            live.update(table)
+                tasks = f"the queue cannot be asked: {error}"
+            live.update(Group(workers_table(queue.registry), Text(tasks)))
             time.sleep(LOOK_SECONDS)
     return 0
 

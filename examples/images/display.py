@@ -51,8 +51,8 @@ class RunDisplay:
         parts: list[RenderableType] = [self._bar]
         if run.workers:
             parts.append(_processes(run))
-        if run.stopping:
-            parts.append("finishing the images in hand; Ctrl-C again leaves them to the next run")
+        # Never a full line at the end: a terminal writes ^C behind it.
+        parts.append("finishing the images in hand; Ctrl-C again leaves them to the next run" if run.stopping else "")
         return Group(*parts)
 
 
@@ -81,7 +81,7 @@ def _health(process: int, silence: float) -> str:
 
 def workers_table(registry: WorkerRegistry) -> Table:
     """The workers of a task queue, as their heartbeats tell."""
-    table = Table("worker", "process", "health", box=None, padding=(0, 2, 0, 0), pad_edge=False, caption_justify="left")
+    table = Table("worker", "process", "health", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in ("done", "failed", "rate", "heard"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("at work on")

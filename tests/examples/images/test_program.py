@@ -170,11 +170,11 @@ def test_the_progress_of_a_folder_fits_into_eighty_columns() -> None:
         run.note(Path("a.jpg"), Processed("a.jpg", "b.jpg", 10, 10, (), 0.1, os.getpid() + number))
     for _ in range(1_234):
         run.report.add_failure(Path("b.jpg"), "broken", "")
-    bar, head, *processes = lines_of(display)
+    bar, head, *processes, last = lines_of(display)
     assert "1236/20000" in bar
     assert "1234 failed" in bar
     assert head.split()[:2] == ["process", "health"]
-    assert len(processes) == 2
+    assert (len(processes), last) == (2, "")
     run.stopping = True
     assert lines_of(display)[-1] == "finishing the images in hand; Ctrl-C again leaves them to the next run"
 
