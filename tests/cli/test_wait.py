@@ -143,6 +143,11 @@ def test_while_nobody_keeps_the_journal_that_is_said_and_somebody_is_waited_for(
     assert done.returncode == 1
     assert "nobody keeps a journal on this broker now" in done.stderr
     assert "waiting for somebody who does" in done.stderr
+    assert "nobody came who keeps the journal" in done.stderr
+    assert "knows nothing" not in done.stderr
+    assert "nobody keeps a journal on this broker now" in conveyor.refused(
+        "wait", id, "--app", "jobs:app", "--timeout", "0s", code=1
+    )
 
 
 def test_without_ids_it_says_what_is_missing(conveyor: Program) -> None:

@@ -34,6 +34,8 @@ LOOK_SECONDS: Final = 1.0
 """Between two looks at how far jobs are; an end is seen at once."""
 WHOLE_ID: Final = 36
 """Characters of an id that Conveyor gives; a shorter one may be the beginning of one."""
+MOST_SHORT: Final = 20
+"""Beginnings of ids that are looked for at most: each takes a moment."""
 ASKED_AT_ONCE: Final = 200
 """Jobs that are looked for in one question."""
 MOST_NAMED: Final = 5
@@ -110,19 +112,23 @@ async def _found(
     """The whole ids of these jobs; None where the beginning of one may mean several. Says which of them nobody knows.
 
     Raises:
-        ConfigurationError: what is to end here is in nobody's journal.
+        ConfigurationError: no journal was ever kept there.
+        NoKeeper: until the deadline nobody was there who keeps one.
     """
     loop = asyncio.get_running_loop()
     warned = False
     while True:
         try:
             unknown = await _unknown(asker, ids)
-            meant = {id: await _beginning_so(asker, id) for id in unknown if len(id) < WHOLE_ID}
+            short = [id for id in unknown if len(id) < WHOLE_ID][:MOST_SHORT]
+            meant = {id: await _beginning_so(asker, id) for id in short}
             break
         except NoKeeper as error:
             await _refuse_without_journal(broker, where)
             if deadline <= loop.time():
-                return list(ids)
+                if warned:
+                    raise NoKeeper("nobody came who keeps the journal") from error
+                raise
             if not warned:
                 output.note(f"{error}\nwaiting for somebody who does; conveyor trace ID reads what was kept", "yellow")
             warned = True
