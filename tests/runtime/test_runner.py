@@ -7,8 +7,10 @@ import contextlib
 import logging
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -858,3 +860,28 @@ async def test_an_event_of_an_undeclared_type_is_a_clear_failure() -> None:
         await run.publish(Order(1))
         (letter,) = await run.dead()
     assert "returned Order, but its return annotation says Paid" in letter.error
+
+
+async def test_idle_lanes_hold_nothing_of_the_messages_they_have_handled(tmp_path: Path) -> None:
+    app = Conveyor("t", broker=f"sqlite:///{tmp_path}/t.queue?durability=normal")
+    all_there = asyncio.Barrier(20)
+
+    @app.worker(topic="raw", concurrency=20, prefetch=20)
+    async def look(body: bytes) -> None:
+        await all_there.wait()  # each in a lane of its own
+
+    async with app.running() as runner:
+        await app.publish(b"warm", topic="raw")
+        await asyncio.gather(*(app.publish(b"x", topic="raw") for _ in range(19)))
+        await runner.consumers["look"].still()
+        tracemalloc.start()
+        try:
+            for _ in range(20):
+                await app.publish(b"x" * 500_000, topic="raw")
+            async with asyncio.timeout(60):
+                while app.metrics.worker("look").succeeded < 40 or runner.consumers["look"].held():
+                    await asyncio.sleep(0.02)
+                while tracemalloc.get_traced_memory()[0] > 2_000_000:  # of 10 MB
+                    await asyncio.sleep(0.02)
+        finally:
+            tracemalloc.stop()

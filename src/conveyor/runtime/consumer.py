@@ -292,7 +292,9 @@ class Consumer:
                 self._watch_surplus()
                 if not self.gate.is_set():
                     break
-                if len(arrived) < free:
+                few = len(arrived) < free
+                del arrived  # while it waits for more, it holds nothing of what has come
+                if few:
                     # Nothing more is there: what has come is begun before anybody is asked for more.
                     await asyncio.sleep(0)
 
@@ -447,6 +449,7 @@ class Consumer:
                 if len(ready) <= self._room // 2:
                     self._hungry.set()
                 await self._handle(lane, deliveries)
+                del deliveries  # an idle lane holds nothing of the last message
                 if lane.task is None or self._closing:  # left behind, and replaced; or ended
                     return
                 handled += 1

@@ -63,6 +63,7 @@ class Settler:
                 batch, self._waiting = self._waiting[:LARGEST_BATCH], self._waiting[LARGEST_BATCH:]
                 for delivery in await self._settle(batch):
                     self._lost(delivery)
+                del batch  # while it waits, it holds nothing of what is settled
                 point("settled")
             self._idle.set()
 
