@@ -109,6 +109,7 @@ def test_the_beginning_of_an_id_is_enough_where_only_one_job_begins_so(served: P
 
 
 def test_a_job_that_nobody_knows_yet_is_said_at_once_and_waited_for(served: Program) -> None:
+    send(served, "2")  # from here on there is a broker
     command = served.command("wait", "later", "--app", "jobs:app")
     with subprocess.Popen(
         command, cwd=served.folder, env=served.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
