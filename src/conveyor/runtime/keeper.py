@@ -71,6 +71,8 @@ class _Wait:
         self.question = question
         self.ids = frozenset(ids)
         self.timer: asyncio.TimerHandle | None = None
+        self.is_over = False
+        """It is answered, or nobody will."""
 
 
 class Keeper:
@@ -333,15 +335,17 @@ class Keeper:
             await self._reply(wait.question, Answer(wait.question.id, problem=str(error)))
 
     async def _answered(self, wait: _Wait, *, at_once: bool = False) -> bool:
-        """Answer where one of them has ended, or at once; gives whether it is answered.
+        """Answer where one of them has ended, or at once; gives whether it is over.
 
         Raises:
             JournalError: it cannot be read.
         """
         jobs = jobs_of(await self._read(self._reader.of, wait.ids, results=False))
         if not at_once and not any(job.status.ended for job in jobs):
-            return False
+            return wait.is_over
         fitting, cut = await self._fitting(jobs)
+        if wait.is_over:  # an end came in while its first look was under way
+            return True
         self._end(wait)
         await self._reply(wait.question, Answer(wait.question.id, jobs=fitting, more=cut))
         return True
@@ -360,6 +364,7 @@ class Keeper:
         return fit([*found, *(job for job in jobs if job.id not in loaded)])
 
     def _end(self, wait: _Wait) -> None:
+        wait.is_over = True
         if wait.timer is not None:
             wait.timer.cancel()
         for id in wait.ids & self._waits.keys():
