@@ -61,6 +61,25 @@ async def test_the_crashes_of_others_are_counted_by_a_survivor_whose_fetches_wer
         assert (survived.message.id, survived.crashes) == ("poison", 4)
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["plain", "ordered"])
+async def test_receivers_that_end_at_once_after_settling_let_nothing_be_counted_that_nobody_got(
+    rabbitmq: RabbitMQ, ordered: bool
+) -> None:
+    async with opened(f"{rabbitmq.url()}?queue_type=quorum") as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=ordered)])
+        await broker.publish([Message(f"m{number}", "t", b"{}") for number in range(300)])
+        counted: Counter[int] = Counter()
+        while counted.total() < 300:
+            subscription = await broker.subscribe("q", 40)
+            for _ in range(3):
+                if counted.total() < 300:
+                    taken = await subscription.fetch(10)
+                    counted.update(delivery.deliveries for delivery in taken)
+                    assert await broker.settle([Settlement(delivery, DONE) for delivery in taken]) == []
+            await subscription.close()  # each settlement has just let the server send another message
+        assert counted == {1: 300}
+
+
 # --- settlements that break off -----------------------------------------------------------------------------------------
 
 

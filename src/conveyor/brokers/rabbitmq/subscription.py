@@ -269,7 +269,7 @@ class RabbitSubscription:
         def late(incoming: Incoming) -> None:
             self.broker.spawn(self._untouched(work, [incoming]), "giving back what came late")
 
-        tap = Tap(work, queues, room, news, late)
+        tap = Tap(work, queues, room, news, late, tidily=spec.replicated and len(queues) == 1)
         try:
             await draw(tap, news, until=until)
         except asyncio.CancelledError:

@@ -10,6 +10,9 @@ from typing import Final
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Incoming
 from conveyor.brokers.rabbitmq.work import LARGEST_PREFETCH, Work
 
+LOOK_SECONDS: Final = 0.002
+TIDY_SECONDS: Final = 2.0
+"""How long a tap that ends tidily waits for what is on its way, at most."""
 FIRST: Final = ".0"
 """How the consumer tag of a tap's first queue ends."""
 
@@ -21,6 +24,7 @@ class Tap:
         queues: where from; each may have so many unsettled as the bound says.
         news: set when a message arrives, and when nothing more will.
         tidily: before it ends, all comes that is on its way; else a quorum queue counts that as delivered, though nobody ever got it.
+            For a tap of one queue.
         late: called with what arrives after the end: a quorum queue may have sent it before it saw the end.
         arriving: called when a message has arrived.
     """
@@ -47,6 +51,8 @@ class Tap:
         self._tidily = tidily
         self._arriving = arriving
         self._received = 0
+        self._first = 0
+        """The first delivery's tag."""
         name = work.new_name()
         self._tags = [f"{name}.{number}" for number in range(len(queues))]
         self._opening: asyncio.Future[list[str | None]] | None = None
@@ -128,9 +134,23 @@ class Tap:
         self._closed = True
 
     async def _all_came(self) -> None:
-        """Return when all has come that its queues had sent by now: what they answer comes behind it."""
-        with contextlib.suppress(AmqpError):
-            await asyncio.gather(*(self.work.channel.queue_declare(queue, passive=True) for queue in self._queues))
+        """Return when all has come that its queue has sent, and will send for what was acknowledged.
+
+        What the queue answers comes behind what it has sent. But it may answer before it knows of the last acknowledgements,
+        and each of them brings another message where more are waiting: so these are waited for, until the tap is full again.
+        """
+        [queue] = self._queues
+        with contextlib.suppress(AmqpError, TimeoutError):
+            async with asyncio.timeout(TIDY_SECONDS):
+                while not self._full:
+                    if not (await self.work.channel.queue_declare(queue, passive=True)).messages:
+                        break
+                    await asyncio.sleep(LOOK_SECONDS)
+
+    @property
+    def _full(self) -> bool:
+        """Whether the server may send no more."""
+        return self._received > 0 and self.work.open_since(self._first) >= self.bound
 
     def _end(self, _: object = None) -> None:
         self.over = True
@@ -139,6 +159,8 @@ class Tap:
     def _on_delivery(self, incoming: Incoming) -> None:
         self.work.took(incoming.delivery_tag)
         self._received += 1
+        if self._received == 1:
+            self._first = incoming.delivery_tag
         if self._closed and self._late is not None:
             self._late(incoming)
         else:

@@ -40,6 +40,10 @@ class Work:
         """A delivery has arrived; they arrive in the order of their tags."""
         self._open[tag] = None
 
+    def open_since(self, tag: int) -> int:
+        """How many deliveries the server waits for, of those from this one on."""
+        return sum(1 for each in self._open if each >= tag)
+
     def ack(self, tags: Iterable[int]) -> None:
         """Acknowledge; those before which nothing is open go as one."""
         wanted = set(tags)
