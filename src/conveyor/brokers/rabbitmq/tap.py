@@ -143,14 +143,15 @@ class Tap:
         with contextlib.suppress(AmqpError, TimeoutError):
             async with asyncio.timeout(TIDY_SECONDS):
                 while not self._full:
-                    if not (await self.work.channel.queue_declare(queue, passive=True)).messages:
+                    more = (await self.work.channel.queue_declare(queue, passive=True)).messages
+                    if not more or not self._received:  # nothing was acknowledged where nothing has come
                         break
                     await asyncio.sleep(LOOK_SECONDS)
 
     @property
     def _full(self) -> bool:
         """Whether the server may send no more."""
-        return self._received > 0 and self.work.open_since(self._first) >= self.bound
+        return bool(self._received) and self.work.open_since(self._first) >= self.bound
 
     def _end(self, _: object = None) -> None:
         self.over = True
