@@ -80,6 +80,25 @@ async def test_receivers_that_end_at_once_after_settling_let_nothing_be_counted_
         assert counted == {1: 300}
 
 
+async def test_what_is_published_while_a_fetch_ends_is_not_counted_before_somebody_gets_it(rabbitmq: RabbitMQ) -> None:
+    async with opened(f"{rabbitmq.url()}?queue_type=quorum") as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=True)])
+        subscription = await broker.subscribe("q", 40)
+
+        async def publish() -> None:
+            for number in range(300):
+                await broker.publish([Message(f"m{number}", "t", b"{}")])  # no key: it comes from the queue itself
+
+        publishing = asyncio.create_task(publish())
+        counted: Counter[int] = Counter()
+        while counted.total() < 300:
+            taken = await subscription.fetch(20)
+            counted.update(delivery.deliveries for delivery in taken)
+            assert await broker.settle([Settlement(delivery, DONE) for delivery in taken]) == []
+        await publishing
+        assert counted == {1: 300}
+
+
 # --- settlements that break off -----------------------------------------------------------------------------------------
 
 

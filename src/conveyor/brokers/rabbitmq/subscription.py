@@ -269,11 +269,16 @@ class RabbitSubscription:
         def late(incoming: Incoming) -> None:
             self.broker.spawn(self._untouched(work, [incoming]), "giving back what came late")
 
-        tap = Tap(work, queues, room, news, late, tidily=spec.replicated and len(queues) == 1)
+        tidily = spec.replicated and len(queues) == 1
+        tap: Tap | None = None
         try:
+            if tidily:
+                # A consumer that could be sent more while it ends has that counted, though nobody gets it: so it asks for what is there.
+                room = max(1, min(room, (await work.channel.queue_declare(spec.name, passive=True)).messages))
+            tap = Tap(work, queues, room, news, late, tidily=tidily)
             await draw(tap, news, until=until)
         except asyncio.CancelledError:
-            if tap.arrived:
+            if tap is not None and tap.arrived:
                 await asyncio.shield(self.broker.spawn(self._untouched(work, tap.arrived), "release"))
             raise
         except AmqpError as error:
