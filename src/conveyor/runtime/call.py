@@ -119,13 +119,9 @@ class Caller:
         self._forms = self._portable_forms()
         self.takes_body: Final = bool(self._forms)
         """Its payload is the message's body as it came: a process of the pool decodes it."""
-        self._plain = (
-            not plan.injected
-            and not around.middleware
-            and plan.mode is Mode.ASYNC
-            and not plan.yields
-            and plan.fields is None
-        )
+        plain = not plan.injected and not around.middleware and plan.mode is Mode.ASYNC and not plan.yields
+        self.plain: Final = plan.function if plain and plan.fields is None else None
+        """The handler, where an attempt is nothing but to await it with the payload, and to give what it returns to ended()."""
 
     async def __call__(self, deliveries: tuple[Delivery, ...], payload: Any) -> Done:
         """Run one attempt.
@@ -137,19 +133,18 @@ class Caller:
             AlreadyDone: nothing was run, or what was run has been rolled back: it had been done before.
             Exception: whatever the handler raises.
         """
-        if self._plain:
-            result = await self._plan.function(payload)
-            if result is None and self._plan.silent:
-                return DONE
-            emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
-            self._collect(result, emitter)
-            return Done(tuple(emitter.messages))
         if self._transactional:
             return self._done((), await self._in_transaction(deliveries, payload))
         emitter = Emitter(self._around.outgoing, deliveries[0].message, self._worker.identity)
         result = await self._handle(deliveries, payload, emitter, None)
         self._collect(result, emitter)
         return self._done(tuple(emitter.messages), result)
+
+    def ended(self, delivery: Delivery, result: Any) -> Done:
+        """The settlement of an attempt that was made by awaiting the plain handler."""
+        emitter = Emitter(self._around.outgoing, delivery.message, self._worker.identity)
+        self._collect(result, emitter)
+        return Done(tuple(emitter.messages))
 
     def tell_cancelled(self, delivery: Delivery) -> bool:
         """Let the attempt that runs on it see that it is cancelled: nothing of it counts any more, however it ends.

@@ -184,6 +184,8 @@ class Consumer:
         self._decoders: dict[str, Callable[[bytes], Any]] = {
             topic: bytes if caller.takes_body else codec.decode for topic, codec in worker.codecs.items()
         }
+        self._plain = caller.plain if worker.batch == 1 else None
+        self._silent = worker.plan.silent
         # A process of the pool has its own clock, which starts when the attempt does and not while it waits for a free one.
         self._timeout_seconds = None if worker.plan.mode is Mode.PROCESS else worker.timeout_seconds
 
@@ -478,7 +480,9 @@ class Consumer:
             lane.lost.clear()
         started = self._begin(lane)
         if (first := deliveries[0]).deliveries == 1:
-            self.metrics.wait.observe(max(0.0, self._clock() - max(first.message.created, first.message.due)))
+            message = first.message
+            waited = self._clock() - (message.created if message.created > message.due else message.due)
+            self.metrics.wait.observe(waited if waited > 0.0 else 0.0)
         try:
             if len(deliveries) == 1:
                 self._settle_in(lane, first, await self._attempt(lane, first))
@@ -528,7 +532,11 @@ class Consumer:
         except Exception as error:
             return Dead(Reason.INVALID, self._explain(delivery, error))
         try:
-            done = await self._caller((delivery,), payload if self.worker.batch == 1 else [payload])
+            if self._plain is not None:
+                result = await self._plain(payload)
+                done = DONE if result is None and self._silent else self._caller.ended(delivery, result)
+            else:
+                done = await self._caller((delivery,), payload if self.worker.batch == 1 else [payload])
         except asyncio.CancelledError:
             return self._on_cancel(lane, delivery)
         except AlreadyDone:
