@@ -33,6 +33,9 @@ WIDTH: Final = 120
 """Columns, where the output is no terminal."""
 MARKS: Final = ("<!-- figures -->", "<!-- end of figures -->")
 """Where a document has its table."""
+HEADING: Final = "\n### "
+RUN: Final = "The machine and the last run"
+"""The title of the section about where and how it was measured."""
 COLUMNS: Final = {"who": False, "median": True, "": False, "least to most": True, "of the first": True, "goal": False}
 """The table's columns, and whether they are numbers."""
 
@@ -75,17 +78,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         to_reader = Console()
         _show(to_reader if to_reader.is_terminal else Console(width=WIDTH), facts, results)
     if options.write:
-        _write(options.write, "\n".join(_markdown(facts, results)))
+        _write(options.write, facts, results, keep=bool(options.only))
     return 0
 
 
-def _write(document: Path, figures: str) -> None:
-    """Put the figures between a document's two marks."""
+def _write(document: Path, facts: dict[str, str], results: Sequence[Result], *, keep: bool) -> None:
+    """Put the figures between a document's two marks.
+
+    Parameters:
+        keep: what was not measured now stays in the document, as an earlier run wrote it.
+    """
     before, _, rest = document.read_text().partition(MARKS[0])
-    _, mark, after = rest.partition(MARKS[1])
+    old, mark, after = rest.partition(MARKS[1])
     if not mark:
         raise SystemExit(f"{document} has no place for the figures: a line {MARKS[0]} and, below it, a line {MARKS[1]}")
-    document.write_text(f"{before}{MARKS[0]}\n\n{figures}\n\n{MARKS[1]}{after}")
+    parts = (part.partition("\n") for part in f"\n{old}".split(HEADING)[1:]) if keep else ()
+    sections = {title: text.strip() for title, _, text in parts} | dict(_markdown(facts, results))
+    titles = [title for title in (*(each.title for each in MEASUREMENTS), RUN) if title in sections]
+    figures = "".join(f"{HEADING}{title}\n\n{sections[title]}\n" for title in titles)
+    document.write_text(f"{before}{MARKS[0]}\n{figures}\n{MARKS[1]}{after}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="measure the disk that this folder is on")
     parser.add_argument("--json", action="store_true", help="print every sample, for programs")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="also put the table into docs/benchmarks.md, or another FILE"
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="also put the figures into docs/benchmarks.md, or another FILE; with --only, beside those of earlier runs",
     )
     return parser
 
@@ -151,21 +165,14 @@ def _show(console: Console, facts: dict[str, str], results: Sequence[Result]) ->
     console.print("\n" + "\n".join(f"{name}: {value}" for name, value in facts.items()), highlight=False)
 
 
-def _markdown(facts: dict[str, str], results: Sequence[Result]) -> Iterator[str]:
-    yield f"| what | {' | '.join(COLUMNS)} |"
-    yield "| --- | --- | ---: | --- | ---: | ---: | --- |"
-    last: Measurement | None = None
-    for measurement, cells in _cells(results):
-        yield f"| {measurement.title if measurement is not last else ''} | {' | '.join(cells)} |"
-        last = measurement
-    yield ""
-    for measurement, _ in itertools.groupby(each.measurement for each in results):
-        if settings := _settings(results, measurement):
-            yield f"{measurement.title}:"
-            yield ""
-            yield from (f"- {line}" for line in settings)
-            yield ""
-    yield from (f"- {name}: {value}" for name, value in facts.items())
+def _markdown(facts: dict[str, str], results: Sequence[Result]) -> Iterator[tuple[str, str]]:
+    """Sections: the title of each, and its text."""
+    head = f"| {' | '.join(COLUMNS)} |\n| --- | ---: | --- | ---: | ---: | --- |"
+    for measurement, lines in itertools.groupby(_cells(results), key=lambda line: line[0]):
+        rows = "\n".join(f"| {' | '.join(cells)} |" for _, cells in lines)
+        settings = "".join(f"\n- {line}" for line in _settings(results, measurement))
+        yield measurement.title, f"{head}\n{rows}\n{settings}".strip()
+    yield RUN, "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 
 def _as_json(result: Result) -> dict[str, object]:

@@ -76,7 +76,7 @@ def test_without_its_environment_a_peer_says_how_to_get_one() -> None:
     assert not absence(Subject("Conveyor", "consume:conveyor", Load(5)), peers=False)
 
 
-def test_the_table_is_shown_and_put_into_a_document(tmp_path: Path) -> None:
+def test_the_figures_are_shown_and_put_into_a_document(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
     document.write_text("Before.\n<!-- figures -->\nold\n<!-- end of figures -->\nAfter.\n")
     shown = run(*LEAST, "--only", "import", "--write", str(document))
@@ -87,7 +87,23 @@ def test_the_table_is_shown_and_put_into_a_document(tmp_path: Path) -> None:
         assert "processor: " in text
     assert written.startswith("Before.\n<!-- figures -->\n")
     assert written.endswith("<!-- end of figures -->\nAfter.\n")
-    assert "old" not in written
+    assert "old" not in written.split()
+
+
+def test_measuring_one_thing_anew_leaves_the_others_figures_in_the_document(tmp_path: Path) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text("<!-- figures -->\n<!-- end of figures -->\n")
+    run(*LEAST, "--only", "hand-over", "--write", str(document))
+    first = document.read_text()
+    run(*LEAST, "--only", "import", "--write", str(document))
+    both = document.read_text()
+    [kept] = re.findall(r"### Hand a message.*?\n(?=\n###)", first, flags=re.DOTALL)
+    assert kept in both
+    assert "### import conveyor" in both
+    assert both.count("### The machine and the last run") == 1
+    document.write_text(both)
+    run(*LEAST, "--only", "import", "--write", str(document))
+    assert document.read_text().count("### import conveyor") == 1
 
 
 def test_names_of_measurements_and_subjects_are_unique() -> None:
