@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -444,7 +445,27 @@ async def test_a_batch_that_makes_no_sense_is_dropped_with_a_word_and_holds_up_n
     async with kept.keeper():
         await kept.until_known("m")
     assert await left(kept.broker) == 0
-    assert len([record for record in caplog.records if "makes no sense" in record.message]) == 2
+    assert len([record for record in caplog.records if "sense" in record.message]) == 2
+
+
+async def test_an_entry_that_cannot_be_encoded_or_read_is_lost_alone(
+    kept: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics("1")
+    kept.journal = Journal("shop", kept.broker, metrics, kept.clock)
+    kept.journal.published(message("before"))
+    for strange in (2**70, Decimal(1), object()):
+        kept.journal.note(Entry(Kind.PROGRESSED, 2.0, "strange", "t", "w", done=strange))  # type: ignore[arg-type]
+    kept.journal.note(Entry(Kind.PROGRESSED, 2.0, "strange", "t", "w", done=True))
+    kept.journal.note(Entry(Kind.RETRIED, 2.0, "half", "t", "w", error="half a character: \ud800"))
+    kept.journal.published(message("behind"))
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("behind")
+        assert {job.id for job in await kept.asker.jobs()} == {"before", "half", "behind"}
+    assert metrics.journal_dropped == 2  # the Decimal is a text there
+    assert "2 entries of the journal dropped: they cannot be encoded" in caplog.text
+    assert "left 2 entries out of the journal" in caplog.text
 
 
 async def test_what_no_store_can_keep_as_it_is_is_kept_all_the_same(kept: Kept) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -354,8 +355,10 @@ async def test_a_handler_that_was_left_behind_does_not_make_its_dead_job_run_aga
         assert (job.status, job.note) == ("dead", "")
 
 
-@pytest.mark.parametrize(("done", "total"), [(float("nan"), None), (1.0, float("inf"))])
-async def test_progress_is_numbers(done: float, total: float | None) -> None:
+@pytest.mark.parametrize(
+    ("done", "total"), [(float("nan"), None), (1.0, float("inf")), ("half", 1.0), (10**400, None), (Decimal("sNaN"), 1)]
+)
+async def test_progress_is_numbers(done: Any, total: Any) -> None:
     app = make()
 
     @app.task(retry=TWICE)
@@ -363,8 +366,35 @@ async def test_progress_is_numbers(done: float, total: float | None) -> None:
         context.progress(done, total)
 
     async with app.running():
-        with pytest.raises(JobFailed, match="both are numbers"):
+        with pytest.raises(JobFailed, match="both are finite numbers"):
             await (await wrong.send()).result(SECONDS)
+
+
+async def test_whatever_counts_as_a_number_is_told_as_progress_and_harms_nobody() -> None:
+    app = make()
+
+    @app.task
+    async def count(context: Context = INJECTED) -> str:
+        context.progress(True, 2)
+        context.progress(Fraction(1, 2), Decimal(1))  # type: ignore[arg-type]
+        context.progress(2**70, 2**80, Path("a"))  # type: ignore[arg-type]
+        await asyncio.Event().wait()
+        return "never"
+
+    @app.task
+    async def double(number: int) -> int:
+        return 2 * number
+
+    async with app.running():
+        counting = await count.send()
+        job = await until(counting, "running")
+        async with asyncio.timeout(SECONDS):
+            while (job := await counting.status()).done is None:
+                await asyncio.sleep(0.02)
+        assert (job.done, job.total, job.note) == (2.0**70, 2.0**80, "a")
+        assert await (await double.send(2)).result(SECONDS) == 4
+        await counting.cancel()
+    assert app.metrics.journal_dropped == 0
 
 
 # --- several ----------------------------------------------------------------------------------------------------------

@@ -94,17 +94,22 @@ class Context:
         Whoever asks gets the latest. Without a journal nobody can ask, and nothing is sent.
 
         Parameters:
-            done: so much, in any unit.
+            done: so much, in any unit: anything that float() takes for a number, as a Decimal.
             total: of so much; None where that is not known.
             note: in words.
 
         Raises:
-            ValueError: done or total is no number.
+            ValueError: done or total is no finite number.
         """
-        if not math.isfinite(done) or (total is not None and not math.isfinite(total)):
-            raise ValueError(f"progress({done!r}, {total!r}): both are numbers, in any unit")
+        try:
+            is_finite = math.isfinite(done) and (total is None or math.isfinite(total))
+        except (TypeError, ValueError, OverflowError):
+            is_finite = False
+        if not is_finite:
+            raise ValueError(f"progress({done!r}, {total!r}): both are finite numbers, in any unit")
         if self._tell is not None:
-            self._tell(done, total, note)
+            # The journal carries plain numbers and texts; what else a handler counts in would be nobody's to read.
+            self._tell(float(done), None if total is None else float(total), str(note))
 
     def publish(self, event: object, **options: Unpack[Publishing]) -> Message:
         """Publish an event when, and only when, this attempt succeeds.

@@ -21,6 +21,7 @@ from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
 from conveyor.core.journal import Entry, Kind
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Reason, Release, RetryAt, Verdict, describe
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics, process_name
@@ -347,14 +348,15 @@ class Journal:
         self._progress.clear()
         for batch in _batches(entries, heavy=heavy):
             now = self.clock()
-            self._unsent.append(
-                (
-                    len(batch),
-                    Message(
-                        uuid7(now, os.urandom(10)), self._queue.name, _encoded(batch), content_type=MSGPACK, created=now
-                    ),
+            number, body = _encoded(batch)
+            if number < len(batch):
+                log.error(
+                    "%s of the journal dropped: they cannot be encoded",
+                    counted(len(batch) - number, "entry", "entries"),
                 )
-            )
+                self._drop(len(batch) - number)
+            id = uuid7(now, os.urandom(10))
+            self._unsent.append((number, Message(id, self._queue.name, body, content_type=MSGPACK, created=now)))
 
     async def _ship(self, batches: Sequence[tuple[int, Message]]) -> bool:
         """Give batches to the broker; False where they should be tried again later."""
@@ -424,11 +426,24 @@ def _batches(entries: Sequence[Entry | Row], *, heavy: bool) -> Iterator[Sequenc
         yield batch
 
 
-def _encoded(batch: Sequence[Entry | Row]) -> bytes:
+def _encoded(batch: Sequence[Entry | Row]) -> tuple[int, bytes]:
+    """A batch as it travels, without what cannot; and how many entries are in it."""
     try:
-        return _encode(batch)
-    except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
-        return _encode([_clean(entry) for entry in batch])
+        return len(batch), _encode(batch)
+    except Exception:  # whatever one of them holds, the others are told
+        entries = [msgspec.Raw(body) for body in map(_alone, batch) if body is not None]
+        return len(entries), _encode(entries)
+
+
+def _alone(entry: Entry | Row) -> bytes | None:
+    """An entry as it travels; None where it cannot."""
+    try:
+        try:
+            return _encode(entry)
+        except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
+            return _encode(_clean(entry))
+    except Exception:
+        return None
 
 
 def _clean(entry: Entry | Row) -> Entry:

@@ -20,6 +20,7 @@ from conveyor.core.journal import ENDS, Entry, Job, Kind, Status, jobs_of, to_be
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
 from conveyor.runtime.archive import Archive, fit
 from conveyor.runtime.control import Cancel, Control, Order, Over, tell
@@ -61,6 +62,8 @@ LONGEST_WAIT_SECONDS: Final = 60.0
 """A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
 
 _batch: Final = msgspec.msgpack.Decoder(list[Entry]).decode
+_parts: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_part: Final = msgspec.msgpack.Decoder(Entry).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -195,14 +198,26 @@ class Keeper:
             await subscription.close()
 
     def _entries(self, delivery: Delivery) -> list[Entry]:
-        """What is in a batch; nothing where that cannot be read, or where it ends whoever reads it."""
+        """What is in a batch, without what cannot be read; nothing where it ends whoever reads it."""
+        body = delivery.message.body
+        problem: Exception
         try:
             if delivery.deliveries > SPOILT_DELIVERIES:
                 raise ValueError(f"handed over {delivery.deliveries} times")
-            return _batch(delivery.message.body)
+            try:
+                return _batch(body)
+            except (ValueError, msgspec.MsgspecError) as error:
+                problem, parts = error, _parts(body)
         except (ValueError, msgspec.MsgspecError) as error:
             log.error("a batch of the journal is dropped, it makes no sense: %s", describe(error))
             return []
+        entries = []
+        for part in parts:
+            with contextlib.suppress(ValueError, msgspec.MsgspecError):
+                entries.append(_part(part))
+        left_out = counted(len(parts) - len(entries), "entry", "entries")
+        log.error("left %s out of the journal, of which nobody can make sense: %s", left_out, describe(problem))
+        return entries
 
     async def _keep(self, batches: Sequence[tuple[str, list[Entry]]], deliveries: Sequence[Delivery]) -> None:
         """Write batches, however long it takes until that is possible."""
