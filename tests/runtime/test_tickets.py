@@ -33,7 +33,15 @@ from conveyor import (
     Ticket,
 )
 from conveyor.broker import DeadFilter
-from conveyor.errors import BrokerUnavailable, JobUnknown, NoKeeper, RemoteTraceback
+from conveyor.errors import (
+    BrokerError,
+    BrokerFull,
+    BrokerUnavailable,
+    JobUnknown,
+    NoKeeper,
+    PublishFailed,
+    RemoteTraceback,
+)
 from conveyor.runtime import ticket as tickets
 from conveyor.runtime.ask import Asker
 from conveyor.runtime.call import RESULT_LIMIT
@@ -738,8 +746,13 @@ async def test_whoever_asks_how_a_job_is_while_the_keeper_starts_again_is_answer
                     await asked
 
 
+@pytest.mark.parametrize(
+    "outage",
+    [BrokerUnavailable("it is away"), BrokerFull("it is away"), PublishFailed({}, {"m": "it is away"})],
+    ids=["unavailable", "full", "unknown"],
+)
 async def test_the_wait_for_a_result_outlives_an_outage_of_the_broker(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, outage: BrokerError
 ) -> None:
     app = make()
     go, failed = asyncio.Event(), 0
@@ -754,7 +767,7 @@ async def test_the_wait_for_a_result_outlives_an_outage_of_the_broker(
         nonlocal failed
         if failed < 2:
             failed += 1
-            raise BrokerUnavailable("it is away")
+            raise outage
         go.set()
         return await wait(self, ids, timeout_seconds=timeout_seconds)
 
@@ -763,11 +776,37 @@ async def test_the_wait_for_a_result_outlives_an_outage_of_the_broker(
     async with app.running():
         assert await (await give.send()).result(SECONDS) == 3
         assert [record.message for record in caplog.records if "it is away" in record.message] == [
-            "waiting on for the end of a job: it is away"
+            f"waiting on for the end of a job: {outage}"
         ]
         go.clear()
         failed = 0
         assert await app.gather([await give.send(), await give.send()], timeout=SECONDS) == [3, 3]
+
+
+async def test_an_outage_of_the_broker_is_no_end_of_the_wait_for_how_a_job_is_but_a_refusal_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = make()
+    errors: list[BrokerError] = [PublishFailed({}, {"m": "nobody knows"}), BrokerFull("no room")]
+    jobs = Asker.jobs
+
+    async def away_at_first(self: Asker, *arguments: Any, **more: Any) -> list[Job]:
+        if errors:
+            raise errors.pop(0)
+        return await jobs(self, *arguments, **more)
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    monkeypatch.setattr(Asker, "jobs", away_at_first)
+    monkeypatch.setattr(tickets, "OUTAGE_SECONDS", 0.0)
+    async with app.running():
+        ticket = await give.send()
+        assert (await ticket.status()).id == ticket.id
+        errors.append(PublishFailed({"m": "refused"}))
+        with pytest.raises(PublishFailed, match="refused"):
+            await ticket.status()
 
 
 async def test_the_wait_for_a_result_asks_at_its_leisure_whatever_it_hears(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,9 @@ from conveyor.cli.publish import duration
 from conveyor.cli.terminal import FAILED, OK, Output, safe, shortened
 from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.words import counted
-from conveyor.errors import BrokerUnavailable, ConfigurationError, NoKeeper
+from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
 from conveyor.runtime.ask import MOST_IDS, Asker
-from conveyor.runtime.ticket import in_words
+from conveyor.runtime.ticket import in_words, may_pass
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -206,11 +206,13 @@ async def _looks(
         left = max(0.0, deadline - loop.time())
         try:
             known = await asker.wait(list(waiting)[:MOST_IDS], timeout_seconds=min(left, LOOK_SECONDS))
-        except (NoKeeper, BrokerUnavailable) as error:
+        except (NoKeeper, BrokerError) as error:
+            if not may_pass(error):
+                raise
             if not warned:
                 output.note(f"{error}; waiting on", "yellow")
             known, warned = {}, True
-            if isinstance(error, BrokerUnavailable):
+            if isinstance(error, BrokerError):
                 await asyncio.sleep(min(left, LOOK_SECONDS))
         ended = [job for job in known.values() if job.id in waiting and job.status.ended]
         for job in ended:

@@ -14,7 +14,7 @@ from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.message import Message
 from conveyor.core.words import counted, far
 from conveyor.errors import (
-    BrokerUnavailable,
+    BrokerError,
     HandlerError,
     JobCancelled,
     JobError,
@@ -25,6 +25,7 @@ from conveyor.errors import (
     PayloadError,
     RemoteTraceback,
     ResultNotKept,
+    is_outage,
 )
 from conveyor.runtime.ask import Asker
 from conveyor.runtime.connection import Connection
@@ -108,7 +109,7 @@ class Ticket(Generic[T]):
         try:
             known = await self._known(0.0)
             told = in_words(known)
-        except (NoKeeper, BrokerUnavailable) as error:
+        except (NoKeeper, BrokerError) as error:
             known, told = None, str(error)
         raise JobTimeout(
             f"job {self.id} has not ended after {seconds:g} s: {told}",
@@ -127,7 +128,7 @@ class Ticket(Generic[T]):
         Raises:
             JobUnknown: the journal does not know it, or no longer.
             NoKeeper: in all this time nobody who keeps a journal was there, or answered.
-            BrokerUnavailable: the same, and the broker is away.
+            BrokerError: the same, and the broker is away, or full.
             ConfigurationError: the journal is off.
         """
         connection = await self._office.connect_journal()
@@ -143,7 +144,7 @@ class Ticket(Generic[T]):
 
         Raises:
             NoKeeper: in all this time nobody who keeps a journal was there, or answered.
-            BrokerUnavailable: the same, and the broker is away.
+            BrokerError: the same, and the broker is away, or full.
         """
         asker = (await self._office.connect_journal()).asker
         loop = asyncio.get_running_loop()
@@ -151,8 +152,8 @@ class Ticket(Generic[T]):
         while True:
             try:
                 return await asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
-            except (NoKeeper, BrokerUnavailable):
-                if deadline <= loop.time():
+            except (NoKeeper, BrokerError) as error:
+                if deadline <= loop.time() or not may_pass(error):
                     raise
             await asyncio.sleep(min(OUTAGE_SECONDS, max(0.0, deadline - loop.time())))
 
@@ -258,7 +259,7 @@ async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterat
 
     Raises:
         NoKeeper: in all this time nobody who keeps a journal was there, or answered.
-        BrokerUnavailable: the same, and the broker is away.
+        BrokerError: the same, and the broker is away, or full.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
@@ -269,8 +270,8 @@ async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterat
         pause = GATHER_SECONDS
         try:
             known = await asker.wait(waiting, timeout_seconds=min(left, PATIENCE_SECONDS))
-        except (NoKeeper, BrokerUnavailable) as error:
-            if deadline <= loop.time() and not heard:
+        except (NoKeeper, BrokerError) as error:
+            if not may_pass(error) or (deadline <= loop.time() and not heard):
                 raise
             if not warned:
                 log.warning("waiting on for the end of a job: %s", error)
@@ -286,6 +287,11 @@ async def _ends(asker: Asker, ids: Sequence[str], seconds: float) -> AsyncIterat
             return
         if waiting:
             await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
+
+
+def may_pass(error: NoKeeper | BrokerError) -> bool:
+    """Whether asking the journal again may help: nobody answers it now, or the broker is out of order, or full."""
+    return isinstance(error, NoKeeper) or is_outage(error)
 
 
 def result_of(job: Job, returns: Any) -> Any:
