@@ -21,7 +21,15 @@ from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JourneyOf
-from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, JournalError, NoKeeper
+from conveyor.errors import (
+    BrokerError,
+    BrokerFull,
+    BrokerUnavailable,
+    ConfigurationError,
+    JournalError,
+    NoKeeper,
+    PublishFailed,
+)
 from conveyor.runtime import journal as journals
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
@@ -316,12 +324,17 @@ async def left(broker: Broker) -> int:
     return next(info.ready for info in await broker.queues() if info.name == journal_queue("shop").name)
 
 
-async def test_an_outage_of_the_broker_loses_nothing_that_there_is_room_for() -> None:
+@pytest.mark.parametrize(
+    "outage",
+    [BrokerUnavailable("away"), BrokerFull("no room"), PublishFailed({"other": "no"}, {"m": "who knows?"})],
+    ids=["unavailable", "full", "unknown"],
+)
+async def test_an_outage_of_the_broker_loses_nothing_that_there_is_room_for(outage: BrokerError) -> None:
     async with opened(make=Away) as broker:
         assert isinstance(broker, Away)
         metrics = Metrics("1")
         journal = Journal("shop", broker, metrics, TurnableClock())
-        broker.why = BrokerUnavailable("away")
+        broker.why = outage
         for number in range(3):
             journal.published(message(str(number)))
             await journal.flush()
@@ -379,15 +392,59 @@ async def test_work_goes_on_while_the_journal_cannot_be_shipped() -> None:
     await broker.close()
 
 
-async def test_a_queue_that_somebody_removed_is_there_again() -> None:
+async def test_a_queue_that_somebody_removed_is_there_again_and_nothing_is_lost() -> None:
     async with opened() as broker:
-        journal = Journal("shop", broker, Metrics("1"), TurnableClock())
+        metrics = Metrics("1")
+        journal = Journal("shop", broker, metrics, TurnableClock())
         await broker.remove(journal_queue("shop").name)
-        journal.published(message("lost"))
-        await journal.flush()
-        journal.published(message("kept"))
+        journal.published(message("a"))
         await journal.flush()
         assert await left(broker) == 1
+        assert metrics.journal_dropped == 0
+
+
+async def test_what_the_broker_refuses_for_good_is_dropped_alone_and_counted() -> None:
+    class Picky(MemoryBroker):
+        async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+            first, *others = messages
+            await super().publish(others, queue=queue)
+            raise PublishFailed({first.id: "too large"})
+
+    async with opened(make=Picky) as broker:
+        metrics = Metrics("1")
+        journal = Journal("shop", broker, metrics, TurnableClock())
+        for number in range(2):
+            journal.note(Entry(Kind.SUCCEEDED, 1.0, str(number), "t", result="x" * journals.LARGEST_BATCH_BYTES))
+        await journal.flush()
+        assert metrics.journal_dropped == 1
+        journal.published(message("later"))
+        await journal.flush()
+        assert metrics.journal_dropped == 2
+
+
+async def test_a_batch_of_which_nobody_knows_whether_it_arrived_is_kept_once(kept: Kept) -> None:
+    class Unsure(MemoryBroker):
+        is_sure = False
+
+        async def publish(self, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+            unrouted = await super().publish(messages, queue=queue)
+            if queue is not None and not self.is_sure:
+                self.is_sure = True
+                raise PublishFailed({}, {message.id: "the connection was lost" for message in messages})
+            return unrouted
+
+    async with opened(make=Unsure) as broker:
+        journal = Journal("shop", broker, Metrics("1"), kept.clock)
+        journal.published(message("m"))
+        await journal.flush()
+        await journal.flush()
+        assert await left(broker) == 2
+        archive = Archive(kept.path, clock=kept.clock)
+        async with Keeper("shop", broker, archive, kept.clock):
+            pass
+    archive = Archive(kept.path).open(create=False)
+    assert len(archive.of(["m"])) == 1
+    archive.close()
 
 
 async def test_large_results_travel_in_several_batches() -> None:

@@ -22,7 +22,7 @@ from conveyor.core.journal import Entry, Kind
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Reason, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
-from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable
+from conveyor.errors import BrokerError, PublishFailed, is_outage
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics, process_name
 
@@ -360,16 +360,21 @@ class Journal:
 
     async def _ship(self, batches: Sequence[tuple[int, Message]]) -> bool:
         """Give batches to the broker; False where they should be tried again later."""
+        messages = [message for _, message in batches]
         try:
-            await self._broker.publish([batch for _, batch in batches], queue=self._queue.name)
-        except (BrokerUnavailable, BrokerFull) as error:
+            try:
+                await self._broker.publish(messages, queue=self._queue.name)
+            except BrokerError as error:
+                if _may_pass(error):
+                    raise
+                await self._broker.declare([self._queue])  # perhaps somebody deleted it
+                await self._broker.publish(messages, queue=self._queue.name)
+        except BrokerError as error:
             self._say(error)
-            return False
-        except BrokerError as error:  # perhaps somebody deleted the queue
-            self._say(error)
-            self._drop(sum(count for count, _ in batches))
-            with contextlib.suppress(BrokerError):
-                await self._broker.declare([self._queue])
+            if _may_pass(error):  # what did arrive comes again: the keeper knows a batch by its id
+                return False
+            refused = error.refused if isinstance(error, PublishFailed) else {message.id for message in messages}
+            self._drop(sum(count for count, message in batches if message.id in refused))
         else:
             self._failures = 0
         for _ in batches:
@@ -383,6 +388,11 @@ class Journal:
             "the journal cannot be shipped, work goes on: %s",
             describe(error),
         )
+
+
+def _may_pass(error: BrokerError) -> bool:
+    """Whether the same batches may get through later."""
+    return is_outage(error) or (isinstance(error, PublishFailed) and bool(error.unknown))
 
 
 def place(app: str, said: bool | str, broker: Broker, url: str | None) -> Path | str:
