@@ -447,6 +447,49 @@ async def test_a_batch_of_which_nobody_knows_whether_it_arrived_is_kept_once(kep
     archive.close()
 
 
+async def test_ends_are_told_at_once_while_somebody_keeps_them_and_else_in_larger_batches(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "HURRIES", 3)
+    monkeypatch.setattr(journals, "FLUSH_SECONDS", 3_600.0)
+    shipped: asyncio.Queue[int] = asyncio.Queue()
+    publish, looked = MemoryBroker.publish, asyncio.Event()
+
+    async def seen(self: MemoryBroker, messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        unrouted = await publish(self, messages, queue=queue)
+        if messages[0].topic == journals.keeper_topic("shop"):
+            looked.set()
+        elif queue is not None:
+            shipped.put_nowait(len(messages))
+        return unrouted
+
+    def end(id: str) -> None:
+        kept.journal.note(Entry(Kind.SUCCEEDED, 1.0, id, "t", "shop.charge"), soon=True)
+
+    monkeypatch.setattr(MemoryBroker, "publish", seen)
+    kept.journal.start()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        async with kept.keeper():
+            for number in range(7):
+                end(f"kept {number}")
+                await shipped.get()
+            await looked.wait()
+        looked.clear()
+        for number in range(3):
+            end(f"nobody's {number}")
+            if number < 2:  # at the latest then it has looked, and knows that nobody is there
+                await shipped.get()
+        await looked.wait()
+        while not shipped.empty():
+            shipped.get_nowait()
+        end("waits")
+        end("waits with it")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(shipped.get(), 20 * journals.SOON_SECONDS)
+        await kept.journal.close()
+    assert shipped.get_nowait() == 1
+
+
 async def test_large_results_travel_in_several_batches() -> None:
     async with opened() as broker:
         journal = Journal("shop", broker, Metrics("1"), TurnableClock())

@@ -37,6 +37,8 @@ FLUSH_SECONDS: Final = 0.25
 """How long an entry waits for others to travel with; what a killed process had noted since then is lost."""
 SOON_SECONDS: Final = 0.01
 """How long the end of a job waits: somebody may be waiting for its result."""
+HURRIES: Final = 50
+"""So often it is shipped so soon between two looks at whether anybody keeps it: while nobody does, batches use up the queue's length."""
 CAPACITY: Final = 50_000
 """Entries that wait to be shipped at most; beyond, they are dropped and counted."""
 CAPACITY_BYTES: Final = 16 * 1024 * 1024
@@ -66,6 +68,11 @@ _BEFORE_IT_BEGAN: Final = frozenset({Reason.CRASHED, Reason.EXPIRED})
 Row = tuple[Any, ...]
 """The fields of an entry, as far as the last one that is not at its default."""
 _encode: Final = msgspec.msgpack.Encoder().encode
+
+
+def keeper_topic(app: str) -> str:
+    """What the keeper of an application hears, and nobody else: what is published under it goes nowhere while there is none."""
+    return f"{ASK}.{app}"
 
 
 def journal_queue(app: str) -> Queue:
@@ -104,6 +111,7 @@ class Journal:
         """Each gives what runs now; runners add themselves."""
         self.clock: Final = clock
         self._queue = journal_queue(app)
+        self._keeper = keeper_topic(app)
         self._broker = broker
         self._metrics = metrics
         self._entries: list[Entry | Row] = []
@@ -306,13 +314,27 @@ class Journal:
         self._loops.start("journal", self._run)
 
     async def _run(self) -> None:
+        hurries, is_kept = 0, True
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await self._soon.wait()
-                    await asyncio.sleep(SOON_SECONDS)
+                    await asyncio.sleep(SOON_SECONDS if is_kept else FLUSH_SECONDS)
+            hurries += self._soon.is_set()
             self._soon.clear()
             await self.flush()
+            if hurries >= (HURRIES if is_kept else 1):
+                hurries, is_kept = 0, await self._is_kept()
+
+    async def _is_kept(self) -> bool:
+        """Whether there is a keeper, which may have somebody waiting for an end."""
+        now = self.clock()
+        # An empty question, which a keeper leaves out: that it is heard is the answer.
+        empty = Message(uuid7(now, os.urandom(10)), self._keeper, b"", content_type=MSGPACK, created=now)
+        try:
+            return not await self._broker.publish((empty,))
+        except BrokerError:
+            return False
 
     async def flush(self) -> None:
         """Ship what has gathered; what the broker cannot take now stays for the next time, within bounds."""

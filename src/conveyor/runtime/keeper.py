@@ -25,7 +25,7 @@ from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
 from conveyor.runtime.archive import Archive, fit
 from conveyor.runtime.control import Cancel, Control, Order, Over, tell
 from conveyor.runtime.health import Health
-from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue
+from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue, keeper_topic
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.mailbox import Mailbox
 
@@ -97,7 +97,7 @@ class Keeper:
         self._clock = clock
         self._queue = journal_queue(app)
         name = f"{ASK}.{app}.{uuid.uuid4().hex[:12]}"
-        self._mailbox = Mailbox(broker, name, (ASK,), msgspec.msgpack.Decoder(Question).decode)
+        self._mailbox = Mailbox(broker, name, (ASK, keeper_topic(app)), msgspec.msgpack.Decoder(Question).decode)
         # A question may take long, and must hold up no entry.
         self._reader = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
         self._writing = ThreadPoolExecutor(1, "conveyor archive")
