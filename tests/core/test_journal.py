@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, in_order, job_of, jobs_of, stops, to_be_let_go
@@ -30,6 +32,15 @@ ENTRIES = st.builds(
 def entry(kind: Kind, at: float = 1.0, id: str = "m", worker: str = "shop.charge", **more: object) -> Entry:
     made = Entry(kind, at, id, "placed", "" if kind is Kind.PUBLISHED else worker)
     return msgspec.structs.replace(made, **more)
+
+
+def history(kinds: str) -> list[Entry]:
+    """What happened, one second after the other; the attempts are counted as brokers do."""
+    told, attempt = [], 1
+    for at, kind in enumerate(map(Kind, kinds.split()), 1):
+        told.append(entry(kind, float(at), attempt=attempt))
+        attempt = {Kind.RETRIED: attempt + 1, Kind.DEAD: 1}.get(kind, attempt)
+    return told
 
 
 @given(st.data(), st.lists(ENTRIES, min_size=1, max_size=8))
@@ -72,7 +83,7 @@ def test_a_job_is_the_same_in_whichever_order_its_entries_arrive_and_however_oft
     ],
 )
 def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: Status) -> None:
-    job = job_of(entry(Kind(kind), at) for at, kind in enumerate(kinds.split(), 1))
+    job = job_of(history(kinds))
     assert job.status is status
     assert (job.ended is not None) == status.ended
 
@@ -148,6 +159,81 @@ def test_what_an_earlier_attempt_said_of_its_progress_is_not_said_of_a_later_one
     assert (job_of(known).done, job_of(known).note) == (1.0, "")
     known.append(entry(Kind.STARTED, 6.0, attempt=2, crashes=1, started=6.0))
     assert job_of(known).done is None
+
+
+@st.composite
+def lives(draw: st.DrawFn) -> tuple[list[Entry], list[Entry]]:
+    """What happened to a message from one hand-over to the next, as one clock tells it, and as those of three machines do."""
+    hand_overs = draw(st.lists(st.sampled_from(("crashed", "retried", "released")), max_size=5))
+    end = draw(st.sampled_from(("succeeded", "dead", "cancelled", "retried", "given up")))
+    ahead = draw(st.tuples(*[st.integers(-1_000, 1_000)] * 3))
+    told: list[Entry] = []
+    attempt, crashes = 1, 0
+    for number, outcome in enumerate([*hand_overs, end]):
+        machine = draw(st.integers(0, 2))
+        at = 2.0 * number
+        more: dict[str, Any] = {"attempt": attempt, "crashes": crashes, "process": str(machine)}
+        if outcome == "given up":
+            told.append(
+                entry(Kind.DEAD, at + 1, **more | {"attempt": attempt - 1}, reason="crashed", error=str(number))
+            )
+            break
+        if outcome == "crashed" or draw(st.booleans()):
+            told.append(entry(Kind.STARTED, at, started=at, **more))
+        if outcome == "crashed":
+            crashes += 1
+            continue
+        error = str(number) if outcome in ("retried", "dead") else ""
+        told.append(entry(Kind(outcome), at + 1, started=at, error=error, **more))
+        attempt += outcome == "retried"
+    skewed = [
+        msgspec.structs.replace(
+            each,
+            at=each.at + ahead[int(each.process)],
+            started=None if each.started is None else each.started + ahead[int(each.process)],
+        )
+        for each in told
+    ]
+    return told, skewed
+
+
+@given(lives())
+def test_no_clock_that_is_ahead_puts_an_earlier_attempt_behind_a_later_one(
+    told: tuple[list[Entry], list[Entry]],
+) -> None:
+    straight, skewed = map(job_of, told)
+    given_back = any(each.kind is Kind.RELEASED for each in told[0])
+    # A dead letter and somebody who gave it back: which was first, only their clocks tell, for it may have been redriven.
+    assume(not (given_back and straight.status is Status.DEAD))
+    assert straight.process == told[0][-1].process
+    for field in ("status", "attempts", "crashes", "error", "process"):
+        assert getattr(skewed, field) == getattr(straight, field)
+
+
+@pytest.mark.parametrize("ahead", [-100.0, 100.0])
+def test_a_job_whose_last_attempt_ran_where_the_clock_is_behind_has_ended(ahead: float) -> None:
+    retried = [entry(Kind.RETRIED, n + ahead, attempt=n, started=n - 0.5 + ahead, error=str(n)) for n in (1, 2)]
+    dead = entry(Kind.DEAD, 3.0, attempt=3, started=2.5, error="3", reason="exhausted")
+    job = job_of([*retried, dead])
+    assert (job.status, job.error, job.started, job.attempts) == (Status.DEAD, "3", 2.5, 3)
+    again = job_of([*retried, dead, entry(Kind.STARTED, 1_000.0, attempt=1, started=1_000.0)])  # it is redriven
+    assert (again.status, again.started) == (Status.RUNNING, 1_000.0)
+
+
+def test_what_others_died_of_is_given_up_and_runs_again_when_it_is_redriven() -> None:
+    died = [entry(Kind.STARTED, float(n), attempt=1, crashes=n, started=float(n)) for n in range(3)]
+    dead = entry(Kind.DEAD, 5.0, attempt=0, crashes=3, reason="crashed", error="its process died")
+    assert job_of([*died, dead]).status is Status.DEAD
+    assert job_of([*died, msgspec.structs.replace(dead, at=-5.0)]).status is Status.DEAD  # the clock there is behind
+    assert job_of([*died, dead, entry(Kind.STARTED, 9.0, attempt=1, started=9.0)]).status is Status.RUNNING
+    assert job_of([*died, dead, entry(Kind.RETRIED, 9.0, attempt=1, started=8.0)]).status is Status.RETRYING
+
+
+def test_the_result_is_that_of_the_last_attempt_that_was_done() -> None:
+    first = entry(Kind.SUCCEEDED, 5.0, attempt=1, result="1")  # its lease was lost, and its clock is ahead
+    second = entry(Kind.SUCCEEDED, 3.0, attempt=1, crashes=1, result="2", process="b/1")
+    job = job_of([first, second])
+    assert (job.result, job.ended, job.process) == ("2", 3.0, "b/1")
 
 
 def test_success_leaves_no_error_behind_and_has_the_result() -> None:

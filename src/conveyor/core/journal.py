@@ -36,6 +36,10 @@ class Kind(enum.StrEnum):
     """It was given up, and is a dead letter."""
 
 
+FINAL: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.RETRIED, Kind.CANCELLED, Kind.DEAD})
+"""Behind one of these the same attempt is over, wherever it ran."""
+NEVER_BEGUN: Final = frozenset({Reason.CRASHED, Reason.EXPIRED})
+"""The reasons of dead letters whose last attempt did not begin."""
 LOST: Final = "what it returned got lost with the process that had done it"
 """Why a result is not kept where the ledger knows that the message was handled, and the journal does not."""
 BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING})
@@ -197,7 +201,7 @@ class JobFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def in_order(entries: Iterable[Entry]) -> list[Entry]:
-    """The same entries, each once, as they happened."""
+    """The same entries, each once, by their times; the clocks of several machines may differ."""
     return sorted(set(entries), key=_order)
 
 
@@ -320,17 +324,18 @@ def _order(entry: Entry) -> tuple[object, ...]:
 
 def _handled(job: Job, handled: Sequence[Entry]) -> Job:
     """A job with what became of it."""
+    handled = _as_they_happened(handled)
     last = handled[-1]
-    succeeded = next((e for e in handled if e.kind is Kind.SUCCEEDED), None)
+    succeeded = next((e for e in reversed(handled) if e.kind is Kind.SUCCEEDED), None)
     duplicate = next((e for e in handled if e.kind is Kind.DUPLICATE), None)
     cancelled = next((e for e in handled if e.kind is Kind.CANCELLED), None)
     # What succeeded stays done, whatever a repeated delivery did behind it; a dead letter may be redriven.
     end = succeeded or duplicate or cancelled or (last if last.kind is Kind.DEAD else None)
     decisive = end or last
     failure = next((e for e in reversed(handled) if e.error), None)
-    begun = max((e.started for e in handled if e.started is not None), default=None)
     running = [e for e in handled if e.started is not None or e.done is not None]
-    latest = max(running, key=lambda e: e.at if e.started is None else e.started, default=last)
+    begun = next((e.started for e in reversed(running) if e.started is not None), None)
+    latest = running[-1] if running else last
     progress = next((e for e in reversed(running) if e.done is not None and _attempt(e) == _attempt(latest)), None)
     return msgspec.structs.replace(
         job,
@@ -361,9 +366,46 @@ def _holds(wish: Entry, handled: Sequence[Entry]) -> bool:
     return not (before and before[-1].kind is Kind.DEAD) and all(entry.kind is not Kind.DEAD for entry in after)
 
 
+def _as_they_happened(handled: Sequence[Entry]) -> list[Entry]:
+    """What one worker did with one message, given by time, in the order in which it must have happened.
+
+    Brokers count hand-overs; so no clock that is ahead puts an earlier attempt behind a later one. A dead letter that is redriven is
+    counted anew: only times tell that its second life comes behind its first one.
+    """
+    lives: list[list[Entry]] = [[]]
+    started, over, is_dead = set[tuple[int, int]](), set[tuple[int, int]](), False
+    for entry in handled:
+        hand_over = attempt, _ = _attempt(entry)
+        is_final = entry.kind in FINAL
+        if is_dead and attempt <= 1:  # what a life has but once, begins another one
+            again = hand_over in over or (entry.kind is Kind.STARTED and hand_over in started)
+            if again or (is_final and any(other <= 1 for other, _ in over)):
+                lives.append([])
+                started, over, is_dead = set(), set(), False
+        lives[-1].append(entry)
+        is_dead = is_dead or entry.kind is Kind.DEAD
+        if entry.kind is Kind.STARTED:
+            started.add(hand_over)
+        if is_final:
+            over.add(hand_over)
+    return [entry for life in lives for entry in sorted(life, key=_place)]
+
+
+def _place(entry: Entry) -> tuple[object, ...]:
+    """Of an entry among those of one life: what was given back was so before the same attempt had its end elsewhere."""
+    return (*_attempt(entry), entry.kind in FINAL, *_order(entry))
+
+
 def _attempt(entry: Entry) -> tuple[int, int]:
-    """Which of its attempts it tells of; one that a crash ended is not counted."""
-    return entry.attempt, entry.crashes
+    """Which of its attempts it tells of, or comes before which could begin; one that a crash ended is not counted."""
+    return entry.attempt + _is_before_it_began(entry), entry.crashes
+
+
+def _is_before_it_began(entry: Entry) -> bool:
+    """Whether it ended before the attempt that was to come."""
+    if entry.started is not None:
+        return False
+    return entry.kind is Kind.CANCELLED or (entry.kind is Kind.DEAD and entry.reason in NEVER_BEGUN)
 
 
 def _status(entry: Entry) -> Status:

@@ -18,9 +18,9 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
-from conveyor.core.journal import Entry, Kind
+from conveyor.core.journal import NEVER_BEGUN, Entry, Kind
 from conveyor.core.message import Message, uuid7
-from conveyor.core.settle import DONE, Dead, Done, Reason, Release, RetryAt, Verdict, describe
+from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, PublishFailed, is_outage
 from conveyor.runtime.loop import Loops
@@ -64,7 +64,6 @@ IN_MEMORY: Final = ":memory:"
 LAST_FLUSH_SECONDS: Final = 2.0
 """How long the last batches may take when everything else has ended."""
 
-_BEFORE_IT_BEGAN: Final = frozenset({Reason.CRASHED, Reason.EXPIRED})
 Row = tuple[Any, ...]
 """The fields of an entry, as far as the last one that is not at its default."""
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -232,7 +231,7 @@ class Journal:
             kind, due, error, traceback = Kind.RETRIED, verdict.due, verdict.error, verdict.traceback
         elif type(verdict) is Dead:
             kind, reason, error, traceback = Kind.DEAD, verdict.reason, verdict.error, verdict.traceback
-            if reason in _BEFORE_IT_BEGAN:
+            if reason in NEVER_BEGUN:
                 started, attempt = None, delivery.attempts
         elif type(verdict) is Release:
             if started is None:
