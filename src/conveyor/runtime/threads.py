@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import ctypes
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
 
-def _raise_in(thread_id: int, error: ctypes.py_object[type[BaseException]] | None) -> None:
+def _raise_in(thread_id: int, error: type[BaseException] | None) -> None:
     """Have an error raised in a thread at its next Python instruction; None takes back one that has not been raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), error)
+    import ctypes  # here, because most programs never interrupt a thread
+
+    wanted = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), wanted)
 
 
 class _Job:
@@ -71,7 +73,7 @@ class _Job:
                 return False
             self.interrupted = True
             if self.thread_id is not None:
-                _raise_in(self.thread_id, ctypes.py_object(asyncio.CancelledError))
+                _raise_in(self.thread_id, asyncio.CancelledError)
             return True
 
     def _finish(self, result: Any, error: BaseException | None) -> None:
