@@ -105,8 +105,15 @@ class _Queued(Struct, frozen=True):
 
 
 class _Held(Struct):
+    """A task in our hands.
+
+    Parameters:
+        said: its result is published with its end, and must not be so again where the broker did not hear of it at first.
+    """
+
     task: Task
     pulled: Pulled[_Queued]
+    said: bool = False
 
 
 class TaskQueue:
@@ -354,7 +361,9 @@ class TaskQueue:
             raise TaskError(f"the result of a task is a dict, not {result!r:.100}")
         held = self._holding(task_id)
         completed = CompletedTask(task_id, held.task.worker_id, dict(result or {}))
-        held.pulled.publish(completed, topic=f"{self.name}.completed")
+        if not held.said:
+            held.pulled.publish(completed, topic=f"{self.name}.completed")
+            held.said = True
         await self._end(held, held.pulled.done())
 
     async def _fail(self, task_id: str, text: str, *, retry: bool) -> bool:

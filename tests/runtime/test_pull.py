@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from conveyor import NO_RETRY, ConfigurationError, Conveyor, PayloadError, Reject, RetryPolicy
+from conveyor import NO_RETRY, BrokerUnavailable, ConfigurationError, Conveyor, PayloadError, Reject, RetryPolicy
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -70,6 +70,29 @@ async def test_what_is_published_with_a_message_goes_out_when_it_is_done_and_not
         assert answer is not None
         assert answer.payload == Answer("yes")
         assert answer.message.causation_id == sent.id
+
+
+async def test_what_is_published_with_a_message_goes_out_also_when_the_broker_did_not_hear_at_first_that_it_is_done(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_: object) -> None:
+        raise BrokerUnavailable("away")
+
+    async with app.pull(Letter) as letters, app.pull(Answer) as answers:
+        await app.publish(Letter("a"))
+        taken = await letters.take()
+        assert taken is not None
+        taken.publish(Answer("first"))
+        taken.publish(Answer("second"))
+        with monkeypatch.context() as patch:
+            patch.setattr(app.broker, "settle", away)
+            for _ in range(2):
+                with pytest.raises(BrokerUnavailable):
+                    await taken.done()
+        assert await taken.done()
+        found = [await answers.take(30) for _ in range(2)]
+        assert {answer.payload.text for answer in found if answer is not None} == {"first", "second"}
+        assert await answers.take(0.2) is None
 
 
 async def test_what_fails_for_good_is_a_dead_letter_that_can_be_sent_back_or_discarded(app: Conveyor) -> None:

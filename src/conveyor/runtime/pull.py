@@ -66,8 +66,11 @@ class Pulled(Generic[T]):
         return self._emitter.add(event, Options(**options))
 
     async def done(self) -> bool:
-        """It is handled; what was published with it goes out. Returns whether it was still ours: else somebody else has it."""
-        return await self._settle(Done(tuple(self._emitter.take())))
+        """It is handled; what was published with it goes out. Returns whether it was still ours: else somebody else has it.
+
+        Where the broker fails to hear of it, it can be said again, and means the same.
+        """
+        return await self._settle(Done(tuple(self._emitter.messages)))
 
     async def failed(self, error: Exception) -> bool:
         """This attempt failed: the policy decides whether it is tried again, or becomes a dead letter. Retry and Reject overrule it.

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor import NO_RETRY, ConfigurationError, PayloadError, RetryPolicy
+from conveyor import NO_RETRY, BrokerUnavailable, ConfigurationError, PayloadError, RetryPolicy
 from examples.images import (
     AsyncWorker,
     FilterPipeline,
@@ -61,6 +61,24 @@ def test_a_task_goes_from_pending_to_processing_to_completed(url: str) -> None:
         assert {(each.task_id, each.worker_id) for each in results} == {(task_id, "worker-1"), (second, "worker-2")}
         assert {"width": 10} in [each.result for each in results]
         soon(lambda: queue.get_stats()["completed"] == 2)
+
+
+def test_a_result_that_the_broker_did_not_hear_of_is_there_once_when_it_is_said_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def away(_: object) -> None:
+        raise BrokerUnavailable("away")
+
+    with TaskQueue() as queue:
+        task_id = queue.add_task(DATA)
+        got(queue.get_task("worker-1"))
+        with monkeypatch.context() as patch:
+            patch.setattr(queue._app.broker, "settle", away)
+            with pytest.raises(BrokerUnavailable):
+                queue.mark_completed(task_id, {"width": 10})
+        queue.mark_completed(task_id, {"width": 10})
+        assert [(each.task_id, each.result) for each in queue.results()] == [(task_id, {"width": 10})]
+        assert queue.get_stats() == {"pending": 0, "processing": 0, "completed": 1, "failed": 0, "total": 1}
 
 
 def test_a_failed_task_is_tried_again_and_then_kept_until_it_is_retried(url: str) -> None:
