@@ -76,6 +76,7 @@ def process(given: argparse.Namespace) -> int:
             given.filters,
             settings,
             broker=given.broker or os.environ.get("CONVEYOR_BROKER") or None,
+            journal=given.journal,
             again=given.again,
             on_start=display.watch,
         )
@@ -86,7 +87,7 @@ def process(given: argparse.Namespace) -> int:
     if not (report.processed or report.before or report.failed or report.interrupted):
         console.print(f"there are no images in {source}", soft_wrap=True, highlight=False)
     if any(failure.id for failure in report.failures):
-        journal = target / STATE / JOURNAL
+        journal = given.journal or target / STATE / JOURNAL
         console.print(f"more about a failure: conveyor trace ID --file {journal}", soft_wrap=True, highlight=False)
     if report.interrupted:
         console.print("interrupted; the same command again does the rest")
@@ -249,6 +250,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--again", action="store_true", help="make all images anew, also those that are there")
     one.add_argument("--sheet", metavar="FILE", help=f"where the contact sheet goes; default OUT/{SHEET}")
     one.add_argument("--broker", metavar="URL", help="where the queue is ($CONVEYOR_BROKER; default: a file in OUT)")
+    one.add_argument(
+        "--journal", metavar="FILE", type=Path, help=f"where the journal is kept; default OUT/{STATE}/{JOURNAL}"
+    )
     one.add_argument("--json", action="store_true", help="the report as JSON on the standard output")
 
     one = command("demo", demo)

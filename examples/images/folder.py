@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
+import logging
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 from PIL import Image
 
-from conveyor import JobError, JobFailed, PayloadError
-from conveyor.errors import HandlerTimeout
+from conveyor import Conveyor, JobError, JobFailed, PayloadError
+from conveyor.errors import HandlerTimeout, JournalError
 from examples.images.app import Images, Recipe, make_app, recipe_by_now
 from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made
 from examples.images.filters import parse_filters
@@ -36,6 +38,12 @@ JOURNAL: Final = "images.journal"
 AHEAD: Final = 4
 """Images that are queued for each process: enough that none waits, few enough that memory does not grow with the folder."""
 MEGAPIXEL: Final = 1_000_000
+JOURNAL_SECONDS: Final = 10.0
+"""A journal that cannot be kept for so long ends the run: what becomes of the images is known from it alone."""
+LOOK_SECONDS: Final = 0.2
+"""Between two looks whether it is kept."""
+
+log = logging.getLogger("examples.images.folder")
 
 
 class FolderError(Exception):
@@ -86,6 +94,7 @@ def process_folder(
     settings: Settings,
     *,
     broker: str | None = None,
+    journal: Path | None = None,
     again: bool = False,
     on_start: Callable[[Run], None] = lambda _: None,
 ) -> Report:
@@ -96,11 +105,12 @@ def process_folder(
     Parameters:
         filters: an expression such as ``blur:3,brightness:1.3``.
         broker: a URL; left out, a SQLite file in the target.
+        journal: its file; left out, one in the target.
         again: make all images anew where the target holds those of other filters.
         on_start: called with what a display may look at from now on.
 
     Raises:
-        FolderError: source, target or filters cannot be; or somebody else is at work in target.
+        FolderError: source, target or filters cannot be; somebody else is at work in target; or the journal cannot be kept.
         FilterError: the filters make no sense.
     """
     parse_filters(filters)
@@ -116,11 +126,12 @@ def process_folder(
     with locked(target) as state:
         recipe = begin(state, source, filters, again=again)
         clean(target)
-        images = make_app(settings, broker or own_queue(state), state / JOURNAL)
+        own = None if journal else state / JOURNAL
+        images = make_app(settings, broker or own_queue(state), journal or own)
         run = Run(sum(not found.left_out for found in walk(source, target)))
         on_start(run)
         started = time.monotonic()
-        conductor = Conductor(run, source, target, recipe, settings, images)
+        conductor = Conductor(run, source, target, recipe, settings, images, own)
         asyncio.run(_to_the_end(conductor.work(), run))
         run.report.seconds = time.monotonic() - started
         clean(target)
@@ -144,25 +155,46 @@ async def _to_the_end(work: Coroutine[Any, Any, None], run: Run) -> None:
 
 
 class Conductor:
-    """Sends images to the application, a few at a time, and learns from its tickets what becomes of each."""
+    """Sends images to the application, a few at a time, and learns from its tickets what becomes of each.
+
+    Parameters:
+        journal: its file, where that is ours to move aside.
+    """
 
     def __init__(
-        self, run: Run, source: Path, target: Path, recipe: Recipe, settings: Settings, images: Images
+        self,
+        run: Run,
+        source: Path,
+        target: Path,
+        recipe: Recipe,
+        settings: Settings,
+        images: Images,
+        journal: Path | None,
     ) -> None:
         self._run = run
         self._source = source
         self._target = target
         self._recipe = recipe
         self._largest = settings.largest_megapixels * MEGAPIXEL
-        self._room = asyncio.Semaphore(AHEAD * settings.processes)
+        self._ahead = AHEAD * settings.processes
+        self._room = asyncio.Semaphore(self._ahead)
         self._open: set[Path] = set()
         self._images = images
+        self._journal = journal
 
     async def work(self) -> None:
         """Have every image processed that is not there yet."""
         try:
-            async with self._images.app.running(), asyncio.TaskGroup() as following:
-                await self._send_all(following)
+            async with (
+                kept(self._images.app, self._journal) as problem,
+                self._images.app.running(keeper=False),
+                asyncio.TaskGroup() as group,
+            ):
+                watch = group.create_task(fail_without(problem), name="journal")
+                await self._send_all(group)
+                for _ in range(self._ahead):  # every image has come back
+                    await self._room.acquire()
+                watch.cancel()
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         finally:
@@ -270,6 +302,66 @@ def locked(target: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise FolderError(f"another run is at work in {target}; wait for its end") from None
         yield state
+
+
+@contextlib.asynccontextmanager
+async def kept(app: Conveyor, own: Path | None) -> AsyncIterator[Callable[[], str | None]]:
+    """Keep the application's journal while the block lasts; gives what tells why it cannot be kept now.
+
+    Parameters:
+        own: its file, where that is ours: when it is no journal, or none any more, it is moved aside, and a new one begun.
+
+    Raises:
+        FolderError: there can be no journal.
+    """
+    async with app, contextlib.AsyncExitStack() as stack:
+        keeper = app.keeper(app.broker)
+        try:
+            await stack.enter_async_context(keeper)
+        except JournalError as error:
+            if own is None or (aside := move_aside(own)) is None:
+                raise FolderError(f"{error} (--journal says where)") from error
+            keeper = app.keeper(app.broker)
+            try:
+                await stack.enter_async_context(keeper)
+            except JournalError as again:
+                raise FolderError(f"{again} (--journal says where); the one that was there is {aside} now") from again
+            log.warning("%s; it is %s now, and a new journal has begun", error, aside)
+        yield lambda: keeper.problem
+
+
+async def fail_without(problem: Callable[[], str | None]) -> None:
+    """Watch the journal, for ever.
+
+    Raises:
+        FolderError: it could not be kept for long.
+    """
+    last = time.monotonic()
+    while True:
+        if (said := problem()) is None:
+            last = time.monotonic()
+        elif time.monotonic() - last >= JOURNAL_SECONDS:
+            raise FolderError(f"{said}; the images that are there stay, and the same command again does the rest")
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def move_aside(journal: Path) -> Path | None:
+    """Give a journal that cannot be used, and what SQLite keeps beside it, another name; gives that. None where there is none.
+
+    Raises:
+        FolderError: something there cannot be moved.
+    """
+    if not journal.exists():
+        return None
+    number = next(number for number in itertools.count(1) if not journal.with_suffix(f".unusable-{number}").exists())
+    aside = journal.with_suffix(f".unusable-{number}")
+    try:
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{journal}{ending}").rename(f"{aside}{ending}")
+    except OSError as error:
+        raise FolderError(f"the journal {journal} cannot be used, nor moved aside: {error.strerror}") from error
+    return aside
 
 
 def begin(state: Path, source: Path, filters: str, *, again: bool) -> Recipe:

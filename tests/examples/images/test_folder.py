@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from examples.images import __main__
+from examples.images import folder as images_folder
 from examples.images.app import make_app, recipe_by_now
 from examples.images.files import LARGEST_PIXELS, TEMPORARY
 from examples.images.folder import JOURNAL, RECIPE, STATE, FolderError, Found, process_folder, walk
@@ -95,6 +96,12 @@ def progressed(folder: Folder, made: int, ended: Callable[[], bool]) -> bool:
 def pool(program: Program) -> list[int]:
     """The processes that do the work."""
     return [pid for pid in program.children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def almost_full(path: Path) -> os.statvfs_result:
+    """A disk with room for a queue, and not for a journal."""
+    block, free = 4096, 100 * 2**20 // 4096
+    return os.statvfs_result((block, block, 2**24, free, free, 10**6, 10**6, 10**6, 0, 255))
 
 
 def test_every_image_is_processed_and_reported_and_looked_at(folder: Folder) -> None:
@@ -389,6 +396,48 @@ def test_the_journal_tells_every_attempt_at_a_failed_image(tmp_path: Path) -> No
     )
     assert "Refused: bad.jpg is no image that can be read" in trace.stdout
     assert f"conveyor trace ID --file {folder.out / STATE / JOURNAL}" in folder.programs[0].said()
+
+
+@pytest.mark.parametrize("content", [b"this is no journal", b"\0" * 8192])
+def test_a_journal_that_cannot_be_read_is_moved_aside_and_a_new_one_begins(tmp_path: Path, content: bytes) -> None:
+    folder = Folder(tmp_path)
+    make_photographs(folder.source, 2, (90, 60))
+    journal = folder.out / STATE / JOURNAL
+    journal.parent.mkdir(parents=True)
+    journal.write_bytes(content)
+    code, report = folder.run(filters="blur:1")
+    assert (code, report["processed"]) == (0, 2)
+    aside = journal.with_name("images.unusable-1")
+    assert aside.read_bytes() == content
+    assert f"it is {aside} now, and a new journal has begun" in folder.programs[0].said()
+    assert journal.read_bytes().startswith(b"SQLite format 3")
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_the_journal(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    make_photographs(folder.source, 1, (90, 60))
+    theirs = write(tmp_path, "notes.txt", b"buy milk")
+    program = folder.start("--journal", str(theirs), filters="blur:1")
+    assert program.process.wait(60) == 2, program.said()
+    assert f"{theirs} is no journal" in program.said()
+    assert theirs.read_bytes() == b"buy milk"
+    code, report = folder.run("--journal", str(tmp_path / "other.journal"), filters="blur:1")
+    assert (code, report["processed"]) == (0, 1)
+    assert (tmp_path / "other.journal").exists()
+    assert not (folder.out / STATE / JOURNAL).exists()
+
+
+def test_a_run_whose_journal_cannot_be_kept_ends_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photographs(tmp_path / "in", 12, (90, 60))
+    monkeypatch.setattr(images_folder, "JOURNAL_SECONDS", 1.0)
+    monkeypatch.setattr(os, "statvfs", almost_full)
+    command = ["process", str(tmp_path / "in"), str(tmp_path / "out"), "--filters", "blur:1", "--processes", "1"]
+    assert __main__.main(command) == 2
+    assert "almost full" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert __main__.main(command) == 0
 
 
 def test_the_queue_may_be_on_any_broker(tmp_path: Path, shared_url: str) -> None:
