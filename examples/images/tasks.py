@@ -34,7 +34,7 @@ IN_HAND: Final = 1_000
 PAGE: Final = 500
 """Dead letters, or results, that are read at once."""
 LOOK_SECONDS: Final = 0.05
-"""How long the first look for a task waits before it is asked whether there is one at all; then twice as long, each time."""
+"""How long a look for a task takes at least, before it is asked whether there is one at all."""
 ANSWER_SECONDS: Final = 10.0
 """How long a broker may take to give what it has."""
 
@@ -200,7 +200,10 @@ class TaskQueue:
         return self._background.run(self._add(task, priority, delay))
 
     def get_task(self, worker_id: str, timeout: float = 0.0) -> Task | None:
-        """A task for a worker; None where there is none now, nor in the next timeout seconds."""
+        """A task for a worker; None where there is none now, nor in the next timeout seconds.
+
+        A broker that has tasks may take 10 s longer to give one. None is given, too, where this process has 1,000 in hand.
+        """
         return self._background.run(self._get(worker_id, timeout))
 
     def mark_completed(self, task_id: str, result: Mapping[str, Any] | None = None) -> None:
@@ -345,16 +348,19 @@ class TaskQueue:
         return task_id
 
     async def _get(self, worker_id: str, timeout: float) -> Task | None:
-        deadline, look = time.monotonic() + timeout, LOOK_SECONDS
-        while True:
-            pulled = await self._waiting.take(max(look, deadline - time.monotonic()))
-            if pulled is not None:
-                task = Task(pulled.message.id, pulled.payload.data, worker_id, pulled.attempt)
-                self._held[task.id] = _Held(task, pulled)
-                return task
-            if time.monotonic() >= deadline and not (await self._waiting.info()).ready:
-                return None
-            look = min(2 * look, ANSWER_SECONDS)
+        pulled = await self._waiting.take(max(LOOK_SECONDS, timeout))
+        if pulled is None and len(self._held) >= IN_HAND:
+            log.warning(
+                "[%s] gets no task: %d are in hand here, and none of them was marked", worker_id, len(self._held)
+            )
+            return None
+        if pulled is None and (await self._waiting.info()).ready:  # it is on its way, or somebody else's by now
+            pulled = await self._waiting.take(ANSWER_SECONDS)
+        if pulled is None:
+            return None
+        task = Task(pulled.message.id, pulled.payload.data, worker_id, pulled.attempt)
+        self._held[task.id] = _Held(task, pulled)
+        return task
 
     async def _complete(self, task_id: str, result: Mapping[str, Any] | None) -> None:
         if not isinstance(result, Mapping | None):

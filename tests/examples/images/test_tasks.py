@@ -25,6 +25,7 @@ from examples.images import (
     TaskError,
     TaskLost,
     TaskQueue,
+    tasks,
 )
 from tests.examples.beside import PATIENCE_SECONDS, wait_for
 from tests.examples.images.odd import no_files
@@ -103,6 +104,31 @@ def test_the_waits_between_the_tries_grow() -> None:
         got(queue.get_task("worker-1"))
         queue.mark_failed(task_id, "no light")
         assert queue.get_task("worker-1") is None
+        assert queue.get_stats()["pending"] == 1
+
+
+def test_who_has_as_many_tasks_in_hand_as_may_be_gets_no_other_one_until_one_is_marked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "IN_HAND", 2)
+    with ThreadPoolExecutor(1) as threads, TaskQueue() as queue:
+        first, _, third = (queue.add_task(DATA) for _ in range(3))
+        for _ in range(2):
+            got(queue.get_task("worker-1"))
+        assert threads.submit(queue.get_task, "worker-1").result(PATIENCE_SECONDS) is None
+        assert "[worker-1] gets no task: 2 are in hand here, and none of them was marked" in caplog.messages
+        queue.mark_completed(first)
+        assert got(queue.get_task("worker-1")).id == third
+
+
+def test_a_broker_that_has_a_task_and_does_not_give_it_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "IN_HAND", 1)
+    monkeypatch.setattr(tasks, "ANSWER_SECONDS", 0.2)
+    with ThreadPoolExecutor(1) as threads, TaskQueue(lease=1000.0) as queue:
+        for _ in range(2):
+            queue.add_task(DATA)
+        queue.let_go(got(queue.get_task("worker-1")).id)  # its lease goes on
+        assert threads.submit(queue.get_task, "worker-1").result(PATIENCE_SECONDS) is None
         assert queue.get_stats()["pending"] == 1
 
 
