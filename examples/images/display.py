@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from examples.images.files import HOST
 from examples.images.folder import Run
 from examples.images.registry import WorkerRegistry
 
@@ -61,21 +62,23 @@ def _processes(run: Run) -> Table:
     table = Table("process", "health", box=None, padding=(0, 2))
     for column in ("completed", "rate", "last image"):
         table.add_column(column, justify="right")
-    for process, seen in sorted(run.workers.items()):
+    for (host, process), seen in sorted(run.workers.items()):
         lifetime = seen.last - seen.first
         rate = f"{seen.completed / lifetime:.1f}/s" if lifetime > 0 else ""
-        health = "finished" if run.ended == run.total else _health(process, now - seen.last)
-        table.add_row(str(process), health, str(seen.completed), rate, _ago(now - seen.last))
+        health = "finished" if run.ended == run.total else _health(host, process, now - seen.last)
+        name = str(process) if host == HOST else f"{host}:{process}"
+        table.add_row(_cut(name), health, str(seen.completed), rate, _ago(now - seen.last))
     return table
 
 
-def _health(process: int, silence: float) -> str:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return "[red]ended[/]"
-    except PermissionError:
-        pass  # it is there
+def _health(host: str, process: int, silence: float) -> str:
+    if host == HOST:  # elsewhere, a process of that id is another one
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return "[red]ended[/]"
+        except PermissionError:
+            pass  # it is there
     return "[yellow]silent[/]" if silence > SILENT_SECONDS else "[green]running[/]"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import tempfile
 import time
@@ -42,6 +43,7 @@ DEEP_GREY: Final = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """16 bits of grey per pixel; Pillow reads some of them into 32."""
 DEPTH: Final = 256
 """Of 16 bits the upper 8 are kept."""
+HOST: Final = socket.gethostname()
 TEMPORARY: Final = ".conveyor-"
 """Begins the name of a file that is being written."""
 KINDS: Final = {
@@ -69,6 +71,7 @@ class Processed(Struct, frozen=True):
         steps: loading, each filter and saving, with their seconds.
         seconds: all of it.
         process: the id of the process that did it.
+        host: where that process is.
         attempt: which attempt it was.
     """
 
@@ -79,6 +82,7 @@ class Processed(Struct, frozen=True):
     steps: tuple[Step, ...]
     seconds: float
     process: int
+    host: str = ""
     attempt: int = 1
 
 
@@ -112,7 +116,7 @@ def process_file(
     save = Step("save", ended - saving)
     on_step(save)
     steps = (load, *filtered.steps, save)
-    return Processed(str(source), str(target), *filtered.image.size, steps, ended - started, os.getpid())
+    return Processed(str(source), str(target), *filtered.image.size, steps, ended - started, os.getpid(), HOST)
 
 
 def is_made(source: Path, target: Path, since: float) -> bool:

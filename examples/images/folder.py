@@ -68,8 +68,8 @@ class Run:
     def __init__(self, total: int) -> None:
         self.total: Final = total
         self.report: Final = Report()
-        self.workers: dict[int, Seen] = {}
-        """By process id."""
+        self.workers: dict[tuple[str, int], Seen] = {}
+        """By host and process id."""
         self.stopping = False
         """It was interrupted, and finishes what is in hand."""
 
@@ -81,7 +81,8 @@ class Run:
     def note(self, path: Path, processed: Processed) -> None:
         """An image was processed."""
         now = time.monotonic()
-        seen = self.workers.setdefault(processed.process, Seen(0, now - processed.seconds, now))
+        process = (processed.host, processed.process)
+        seen = self.workers.setdefault(process, Seen(0, now - processed.seconds, now))
         seen.completed += 1
         seen.last = now
         self.report.add(path, processed)

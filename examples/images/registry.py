@@ -91,6 +91,8 @@ class WorkerRegistry:
         now, key = self._clock(), (beat.process, beat.worker_id)
         with self._lock:
             known = self._known.setdefault(key, _Known(deque(), now))
+            if known.beats and (beat.seconds < known.beats[-1].seconds or beat.ended < known.beats[-1].ended):
+                known.beats.clear()  # it is another worker of that name, or the same one that began again
             known.beats.append(beat)
             while len(known.beats) > 2 and beat.seconds - known.beats[1].seconds >= RATE_SECONDS:
                 known.beats.popleft()

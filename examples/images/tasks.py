@@ -116,6 +116,20 @@ class _Held(Struct):
     said: bool = False
 
 
+class _Life(Struct):
+    """A worker between its first sign of life and its last one; another one may have its name after it.
+
+    Parameters:
+        since: monotonic seconds.
+        ended: tasks that it had completed or given up by its latest sign of life.
+        running: false from its last one on.
+    """
+
+    since: float
+    ended: int = 0
+    running: bool = True
+
+
 class TaskQueue:
     """Tasks that wait, are worked on, are done, or were given up. For any number of threads; and, on a broker that other
     processes can reach, for those too: each has a TaskQueue of its own on the same URL.
@@ -167,7 +181,8 @@ class TaskQueue:
             _Queued, topic=self._topic, queue=f"{name}.tasks", retry=retry, lease=lease, prefetch=IN_HAND
         )
         self._held: dict[str, _Held] = {}
-        self._since: dict[str, float] = {}
+        self._lives: dict[str, _Life] = {}
+        """By worker id."""
         self._stack = contextlib.AsyncExitStack()
         self._listening: asyncio.Task[None] | None = None
         self._background = Background(f"{name} tasks")
@@ -312,7 +327,8 @@ class TaskQueue:
 
             async def listen() -> None:
                 async for beat in watch:
-                    self.registry.heard(beat)
+                    if beat.process != self.process:  # ours were heard already, and would be late now
+                        self.registry.heard(beat)
 
             self._listening = asyncio.create_task(listen(), name="heartbeats")
             self._stack = stack.pop_all()
@@ -462,10 +478,13 @@ class TaskQueue:
             if not await held.pulled.extend():
                 log.warning("[%s] [%s] its lease has ended: somebody else has it", worker_id, held.task.id)
                 self._let_go(held)
-        now = time.monotonic()
-        seconds = now - self._since.setdefault(worker_id, now)
+        now, ended = time.monotonic(), completed + failed
+        life = self._lives.get(worker_id)
+        if life is None or (running and not life.running) or ended < life.ended:  # those that die say nothing at last
+            life = self._lives[worker_id] = _Life(now)
+        life.ended, life.running = ended, running
         task_ids = tuple(held.task.id for held in mine)
-        beat = WorkerBeat(worker_id, self.process, running, completed, failed, task_ids, seconds)
+        beat = WorkerBeat(worker_id, self.process, running, completed, failed, task_ids, now - life.since)
         self.registry.heard(beat)
         await self._app.publish(beat, topic=f"{self.name}.worker")
 

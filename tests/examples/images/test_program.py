@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 
 from examples.images.demo import Timed, compared
 from examples.images.display import RunDisplay, workers_table
-from examples.images.files import Processed
+from examples.images.files import HOST, Processed
 from examples.images.folder import Run
 from examples.images.pictures import make_photographs
 from examples.images.registry import WorkerBeat, WorkerRegistry
@@ -177,6 +177,18 @@ def test_the_progress_of_a_folder_fits_into_eighty_columns() -> None:
     assert (len(processes), last) == (2, "")
     run.stopping = True
     assert lines_of(display)[-1] == "finishing the images in hand; Ctrl-C again leaves them to the next run"
+
+
+def test_a_process_is_said_to_have_ended_only_where_that_can_be_seen() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    run, display = Run(10), RunDisplay()
+    display.watch(run)
+    for host in (HOST, "elsewhere"):
+        run.note(Path("a.jpg"), Processed("a.jpg", "b.jpg", 10, 10, (), 0.1, gone.pid, host))
+    run.note(Path("a.jpg"), Processed("a.jpg", "b.jpg", 10, 10, (), 0.1, os.getpid(), HOST))
+    shown = {row.split()[0]: row.split()[1] for row in lines_of(display)[2:] if row}
+    assert shown == {str(gone.pid): "ended", f"elsewhere:{gone.pid}": "running", str(os.getpid()): "running"}
 
 
 def test_adding_a_folder_names_what_is_not_added(tmp_path: Path) -> None:

@@ -278,6 +278,20 @@ def test_a_worker_is_heard_of_in_every_process_that_has_the_queue(shared_url: st
         assert (status.beat.worker_id, status.beat.process, status.beat.completed) == ("worker-1", one.process, 3)
 
 
+def test_a_second_worker_of_a_name_begins_at_nothing_and_its_rate_is_its_own(shared_url: str) -> None:
+    with TaskQueue(shared_url) as one, TaskQueue(shared_url) as other:
+        for running in (True, False):
+            one.heartbeat("said goodbye", completed=100, running=running)
+        one.heartbeat("died", completed=100)
+        for completed in (0, 1):
+            for name in ("said goodbye", "died"):
+                one.heartbeat(name, completed=completed)
+        wait_for(lambda: [status.beat.completed for status in other.registry.workers()] == [1, 1])
+        for registry in (one.registry, other.registry):
+            for status in registry.workers():
+                assert status.rate == pytest.approx(1 / status.beat.seconds)
+
+
 def test_any_number_of_threads_may_use_one_queue() -> None:
     with TaskQueue() as queue, ThreadPoolExecutor(8) as threads:
         ids = set(threads.map(lambda _: queue.add_task(DATA), range(100)))
