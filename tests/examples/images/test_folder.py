@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,9 +21,9 @@ from PIL import Image
 
 from examples.images import __main__
 from examples.images import folder as images_folder
-from examples.images.app import make_app, recipe_by_now
+from examples.images.app import Images, make_app, recipe_by_now
 from examples.images.files import LARGEST_PIXELS, TEMPORARY
-from examples.images.folder import JOURNAL, RECIPE, STATE, FolderError, Found, process_folder, walk
+from examples.images.folder import AHEAD, JOURNAL, RECIPE, STATE, FolderError, Found, Run, process_folder, walk
 from examples.images.pictures import make_photographs
 from examples.images.settings import Settings
 from tests.examples.beside import Program, wait_for
@@ -104,6 +106,19 @@ def almost_full(path: Path) -> os.statvfs_result:
     return os.statvfs_result((block, block, 2**24, free, free, 10**6, 10**6, 10**6, 0, 255))
 
 
+def peak_megabytes(program: Program) -> dict[str, float]:
+    """The most memory that was resident in the program until its end, and in any process of its pool."""
+    peaks = {"main": 0.0, "pool": 0.0}
+    while program.process.poll() is None:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            for name, pids in {"main": [program.process.pid], "pool": pool(program)}.items():
+                for pid in pids:
+                    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+                    peaks[name] = max(peaks[name], int(found[1]) / 1024 if found else 0.0)
+        time.sleep(0.02)
+    return peaks
+
+
 def test_every_image_is_processed_and_reported_and_looked_at(folder: Folder) -> None:
     code, report = folder.run(filters="blur:2,brightness:1.2")
     assert code == 0
@@ -111,7 +126,10 @@ def test_every_image_is_processed_and_reported_and_looked_at(folder: Folder) -> 
     assert list(report["steps"]) == ["load", "blur", "brightness", "save"]
     for step in report["steps"].values():
         assert step["count"] == 12
-        assert 0 < step["mean"] <= step["p95"] * 12
+        assert 0 < step["mean"] < step["p95"]  # of a dozen, the slowest one
+        assert step["total"] == pytest.approx(step["count"] * step["mean"])
+    # Two processes have no more time than that.
+    assert sum(step["total"] for step in report["steps"].values()) < 2 * report["seconds"]
     assert len(folder.made()) == 12
     with Image.open(folder.out / "contact-sheet.png") as sheet:
         assert sheet.size[0] > 1000
@@ -396,6 +414,51 @@ def test_the_journal_tells_every_attempt_at_a_failed_image(tmp_path: Path) -> No
     )
     assert "Refused: bad.jpg is no image that can be read" in trace.stdout
     assert f"conveyor trace ID --file {folder.out / STATE / JOURNAL}" in folder.programs[0].said()
+
+
+def test_no_more_images_are_under_way_than_a_few_for_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_photographs(tmp_path / "in", 30, (90, 60))
+    runs: list[Run] = []
+    under_way: list[int] = []
+
+    class Counted:
+        """The task, with those who send to it counted."""
+
+        def __init__(self, images: Images) -> None:
+            self._send = images.process.send
+
+        async def send(self, *args: Any) -> Any:
+            under_way.append(len(under_way) + 1 - runs[0].ended)
+            return await self._send(*args)
+
+    def make(*args: Any) -> Any:
+        images = make_app(*args)
+        return images._replace(process=Counted(images))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(images_folder, "make_app", make)
+    report = process_folder(tmp_path / "in", tmp_path / "out", "blur:1", ONE, on_start=runs.append)
+    assert (report.processed, len(under_way)) == (30, 30)
+    assert max(under_way) == AHEAD
+
+
+def test_memory_does_not_grow_with_the_folder(tmp_path: Path) -> None:
+    """Each of 180 further images takes 1.8 MB: a process that kept one in five of them would be seen."""
+    peaks = []
+    for number in (20, 200):
+        folder = Folder(tmp_path / str(number))
+        (photo,) = make_photographs(folder.source, 1, (900, 675))
+        for other in range(1, number):
+            (folder.source / f"copy-{other:03}.jpg").hardlink_to(photo)
+        program = folder.start(filters="blur:1", processes=1)
+        peaks.append(peak_megabytes(program))
+        assert program.process.returncode == 0, program.said()
+        assert folder.report(program)["processed"] == number
+    few, many = peaks
+    assert few["main"] > 20 < few["pool"]  # it was measured
+    assert many["main"] - few["main"] < 32
+    assert many["pool"] - few["pool"] < 32
 
 
 @pytest.mark.parametrize("content", [b"this is no journal", b"\0" * 8192])

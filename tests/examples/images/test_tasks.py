@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conveyor import NO_RETRY, BrokerUnavailable, ConfigurationError, PayloadError, RetryPolicy
+from conveyor.broker import Delivery, Settlement
+from conveyor.core.settle import RetryAt
 from examples.images import (
     AsyncWorker,
     FilterPipeline,
@@ -98,13 +101,32 @@ def test_a_failed_task_is_tried_again_and_then_kept_until_it_is_retried(url: str
         queue.mark_completed(task_id)
 
 
-def test_the_waits_between_the_tries_grow() -> None:
+def test_a_failed_task_waits_before_it_is_tried_again() -> None:
     with TaskQueue(retry=RetryPolicy(attempts=4, initial=100.0, jitter=0.0)) as queue:
         task_id = queue.add_task(DATA)
         got(queue.get_task("worker-1"))
         queue.mark_failed(task_id, "no light")
         assert queue.get_task("worker-1") is None
         assert queue.get_stats()["pending"] == 1
+
+
+def test_the_waits_between_the_tries_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = time.time() - 10_000.0  # every wait is over at once
+    waits: list[float] = []
+    with TaskQueue(retry=RetryPolicy(attempts=5, initial=100.0, maximum=500.0, jitter=0.0)) as queue:
+        settle = queue._app.broker.settle
+
+        async def note(settlements: Sequence[Settlement]) -> list[Delivery]:
+            waits.extend(each.verdict.due - begun for each in settlements if isinstance(each.verdict, RetryAt))
+            return await settle(settlements)
+
+        monkeypatch.setattr(queue._app._outgoing, "clock", lambda: begun)
+        monkeypatch.setattr(queue._app.broker, "settle", note)
+        task_id = queue.add_task(DATA)
+        for _ in range(4):
+            got(queue.get_task("worker-1", 30))
+            queue.mark_failed(task_id, "no light")
+    assert waits == pytest.approx([100.0, 200.0, 400.0, 500.0])
 
 
 def test_who_has_as_many_tasks_in_hand_as_may_be_gets_no_other_one_until_one_is_marked(
