@@ -263,7 +263,10 @@ class TaskQueue:
         return self._background.run(self._dead())
 
     def retry_dead(self, task_id: str | None = None) -> int:
-        """Try a task that was given up again, as if it were new; left out, all of them. Returns how many there were."""
+        """Try a task that was given up again, as if it were new; left out, all of them. Returns how many there were.
+
+        What fails again meanwhile stays where it is.
+        """
         return self._background.run(self._retry_dead(task_id))
 
     # --- workers ------------------------------------------------------------------------------------------------------
@@ -467,9 +470,13 @@ class TaskQueue:
             return {}
 
     async def _retry_dead(self, task_id: str | None) -> int:
-        count = 0
-        while letters := await self._waiting.dead_letters(id=task_id, limit=PAGE):
+        there, after = 0, None
+        while letters := await self._waiting.dead_letters(id=task_id, limit=PAGE, after=after):
+            there, after = there + len(letters), letters[-1].position
+        count, after = 0, None
+        while there and (letters := await self._waiting.dead_letters(id=task_id, limit=min(PAGE, there), after=after)):
             count += await self._waiting.redrive(letters)
+            there, after = there - len(letters), letters[-1].position
         return count
 
     async def _beat(self, worker_id: str, running: bool, completed: int, failed: int) -> None:

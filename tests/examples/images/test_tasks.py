@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conveyor import NO_RETRY, BrokerUnavailable, ConfigurationError, PayloadError, RetryPolicy
-from conveyor.broker import Delivery, Settlement
+from conveyor.broker import DeadLetter, Delivery, Settlement
 from conveyor.core.settle import RetryAt
 from examples.images import (
     AsyncWorker,
@@ -170,6 +170,28 @@ def test_all_that_was_given_up_can_be_retried() -> None:
             queue.mark_failed(task_id, "no light")
         assert queue.retry_dead() == 5
         assert queue.get_stats() == {"pending": 5, "processing": 0, "completed": 0, "failed": 0, "total": 5}
+
+
+def test_what_fails_again_while_all_are_retried_is_not_retried_for_ever(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "PAGE", 2)
+    with ThreadPoolExecutor(1) as threads, TaskQueue(url, retry=NO_RETRY) as queue:
+        for _ in range(5):
+            queue.add_task(DATA)
+            queue.mark_failed(got(queue.get_task("worker-1", 30)).id, "no light")
+        soon(lambda: len(queue.dead_tasks()) == 5)
+        redrive = queue._waiting.redrive
+
+        async def redrive_and_fail(letters: Sequence[DeadLetter]) -> int:
+            count = await redrive(letters)
+            for _ in letters:
+                await queue._fail(got(await queue._get("worker-1", 30)).id, "no light", retry=True)
+            return count
+
+        monkeypatch.setattr(queue._waiting, "redrive", redrive_and_fail)
+        assert threads.submit(queue.retry_dead).result(PATIENCE_SECONDS) == 5
+        soon(lambda: len(queue.dead_tasks()) == 5)
 
 
 def test_what_is_not_in_our_hands_cannot_be_marked() -> None:
