@@ -6,8 +6,8 @@ import errno
 import os
 import socket
 import stat
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +55,8 @@ KINDS: Final = {
 }
 """What may have the name of an image, and is none."""
 NO_FILE: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+NO_SYNC: Final = {errno.EINVAL, errno.ENOTSUP}
+"""So some network file systems say that their folders need none."""
 
 # Large images are refused here, where the limit can be chosen; Pillow's own warning comes from half of its own limit on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -211,18 +213,38 @@ def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes the target, on the disk for certain, when the block ends well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that renaming puts it there in one step.
-    handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=target.suffix, dir=target.parent)
-    temporary = Path(name)
+    _make_folder(target.parent)
+    # In the same folder, so that renaming puts it there in one step; with the permissions that any new file gets.
+    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}{target.suffix}")
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         yield temporary
-        os.fchmod(handle, 0o644)
         os.fsync(handle)
         temporary.replace(target)
+        _sync_folder(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
+
+
+def _make_folder(folder: Path) -> None:
+    """Have a folder there, on the disk for certain."""
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk for certain."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(handle)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,6 +157,56 @@ def test_an_image_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         process_file(source, target, FilterPipeline("blur:9"))
     assert target.read_bytes() == first
     assert [path.name for path in target.parent.iterdir()] == ["a.jpg"]
+
+
+def test_an_image_that_is_there_is_on_the_disk_with_its_name_and_its_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_sync(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        done.append("image" if path.is_file() else str(path.relative_to(tmp_path)))
+        fsync(handle)
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append("renamed")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    source = write(tmp_path, "a.jpg", photo())
+    process_file(source, tmp_path / "out" / "within" / "a.jpg", PIPELINE)
+    assert done == [".", "out", "image", "renamed", "out/within"]
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced_is_an_error_only_where_it_should_be_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, refused: bool
+) -> None:
+    fsync = os.fsync
+
+    def sync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    source = write(tmp_path, "a.jpg", photo())
+    with pytest.raises(OSError, match="error") if refused else contextlib.nullcontext():
+        process_file(source, tmp_path / "b.jpg", PIPELINE)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_an_image_gets_the_permissions_that_the_user_gives_to_new_files(tmp_path: Path, mask: int) -> None:
+    source = write(tmp_path, "a.jpg", photo())
+    before = os.umask(mask)
+    try:
+        process_file(source, tmp_path / "b.jpg", PIPELINE)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "b.jpg").stat().st_mode) == 0o666 & ~mask
 
 
 def test_an_image_is_made_where_it_is_younger_than_its_original_and_its_recipe(tmp_path: Path) -> None:
