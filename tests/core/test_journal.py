@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, in_order, job_of, jobs_of, stops, to_be_let_go
+from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, Wish, in_order, job_of, jobs_of, stops, wish_of
 
 MOMENTS = st.integers(0, 5).map(float)
 ENTRIES = st.builds(
@@ -108,14 +108,21 @@ def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: 
 def test_a_message_is_to_be_let_go_from_the_wish_to_its_end_and_not_when_it_is_redriven(
     kinds: str, let_go: bool
 ) -> None:
-    assert to_be_let_go(entry(Kind(kind), at) for at, kind in enumerate(kinds.split(), 1)) is let_go
+    job = [entry(Kind(kind), at, topic="shop.charge") for at, kind in enumerate(kinds.split(), 1)]
+    wish = wish_of(job)
+    assert (wish is not None and wish.holds) is let_go
+    if wish is not None:
+        assert wish.at == max(each.at for each in job if each.kind is Kind.CANCELLING)
+        assert wish.over == ({"shop.charge"} if not let_go and "dead" in kinds.split() else set())
 
 
-def test_what_one_worker_has_given_up_another_one_lets_go() -> None:
-    wish = entry(Kind.CANCELLING, 3.0)
+def test_an_event_is_let_go_by_whoever_comes_to_it_but_those_that_had_given_it_up() -> None:
+    wish = entry(Kind.CANCELLING, 3.0, worker="")
     of_two = [entry(Kind.DEAD, 2.0, worker="shop.mail"), entry(Kind.STARTED, 1.0, worker="shop.charge"), wish]
-    assert to_be_let_go(of_two)
-    assert not to_be_let_go([*of_two, entry(Kind.CANCELLED, 4.0, worker="shop.charge")])
+    known = Wish(3.0, holds=True, over=frozenset({"shop.mail"}))
+    assert wish_of(of_two) == known
+    assert wish_of([*of_two, entry(Kind.CANCELLED, 4.0, worker="shop.charge")]) == known  # there may be a third one
+    assert wish_of(of_two[:2]) is None
 
 
 @pytest.mark.parametrize("reason", ["rejected", "invalid"])

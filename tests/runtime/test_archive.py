@@ -9,7 +9,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from conveyor.core.journal import Entry, JobFilter, Kind, Status, in_order
+from conveyor.core.journal import Entry, JobFilter, Kind, Status, Wish, in_order
 from conveyor.core.questions import JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime import archive as archives
@@ -127,10 +127,25 @@ def test_what_is_cancelled_is_told_until_it_has_ended(path: Path) -> None:
         "redriven": [Kind.DEAD, Kind.RETRIED],
         "done": [Kind.SUCCEEDED],
     }
-    entries = [entry(kind, id, float(at)) for id, kinds in told.items() for at, kind in enumerate(kinds)]
-    archive.write([("1", entries), ("2", [entry(Kind.CANCELLING, id, 9.0, worker="") for id in told])])
-    assert archive.cancelled(10) == ["redriven", "waits"]
-    assert archive.cancelled(2) == ["redriven"]
+    topic = "shop.charge"
+    entries = [entry(kind, id, float(at), topic=topic) for id, kinds in told.items() for at, kind in enumerate(kinds)]
+    archive.write([("1", entries), ("2", [entry(Kind.CANCELLING, id, 9.0, worker="", topic=topic) for id in told])])
+    assert list(archive.cancelled(10)) == ["redriven", "waits"]
+    assert list(archive.cancelled(2)) == ["redriven"]
+    archive.close()
+
+
+def test_that_an_event_is_cancelled_is_told_also_when_one_of_its_workers_has_ended_it(path: Path) -> None:
+    archive = Archive(path).open()
+    for kind in (Kind.SUCCEEDED, Kind.CANCELLED, Kind.DEAD):
+        wish = entry(Kind.CANCELLING, kind.value, 9.0, worker="")
+        archive.write([(kind.value, [wish, entry(kind, kind.value, 10.0, worker="shop.mail")])])
+    found = archive.cancelled(10)
+    assert found == {
+        "dead": Wish(9.0, holds=True, over=frozenset({"shop.mail"})),
+        "cancelled": Wish(9.0, holds=True),
+        "succeeded": Wish(9.0, holds=True),
+    }
     archive.close()
 
 

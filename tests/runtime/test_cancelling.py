@@ -12,10 +12,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
-from conveyor import Context, Conveyor, Job, JobCancelled, JobFailed, Retry, RetryPolicy, Ticket, Transaction
+from conveyor import Context, Conveyor, Job, JobCancelled, JobFailed, Message, Retry, RetryPolicy, Ticket, Transaction
 from conveyor.runtime import consumer
+from conveyor.runtime.runner import Runner
 from tests.runtime import jobs
 from tests.runtime.jobs import INJECTED
 from tests.runtime.meeting import Meeting, gone
@@ -220,7 +221,7 @@ async def test_an_end_of_the_runner_in_between_leaves_a_cancelled_job_cancelled(
         async with app.running(grace_seconds=0.0) as runner:
             ticket = await hang.send()
             await until(ticket, "running")
-            runner.cancel([ticket.id])
+            runner.cancel({ticket.id: time.time()})
         assert await asyncio.to_thread(ended.wait, SECONDS)
         metrics = app.metrics.worker("hang")
         assert (metrics.cancelled, metrics.released) == (1, 0)
@@ -290,6 +291,54 @@ async def test_nothing_that_a_cancelled_handler_did_in_its_transaction_stays(tmp
         await cancel_running(await book.send())
         async with app.ledger.session() as session:
             assert (await session.execute(text("SELECT count(*) FROM booked"))).scalar_one() == 0
+
+
+async def test_nothing_stays_of_a_transaction_whose_handler_swallows_its_cancellation_and_takes_no_context(
+    tmp_path: Path,
+) -> None:
+    app, published = make(database=f"sqlite+aiosqlite:///{tmp_path}/t.db"), list[str]()
+
+    @app.task
+    async def book(tx: Transaction = INJECTED) -> None:
+        await tx.session.execute(text("INSERT INTO booked VALUES (1)"))
+        await tx.publish(Half("never to be seen"))
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    @app.worker
+    async def hear(half: Half) -> None:
+        published.append(half.text)
+
+    async with app.running():
+        async with app.transaction() as tx:
+            await tx.session.execute(text("CREATE TABLE booked (n INTEGER)"))
+        job = await cancel_running(await book.send())
+        assert job.status == "cancelled"
+        async with app.ledger.session() as session:
+            assert (await session.execute(text("SELECT count(*) FROM booked"))).scalar_one() == 0
+        assert not await app.handing_off()
+    assert published == []
+
+
+async def test_a_wish_that_comes_while_the_transaction_is_committed_comes_too_late(tmp_path: Path) -> None:
+    app, runners = make(database=f"sqlite+aiosqlite:///{tmp_path}/t.db"), list[Runner]()
+
+    @app.task
+    async def book(tx: Transaction = INJECTED, message: Message = INJECTED) -> str:
+        await tx.session.execute(text("INSERT INTO booked VALUES (1)"))
+        wish = {message.id: time.time()}
+        event.listen(tx.session.sync_session, "before_commit", lambda _: runners[0].cancel(wish))
+        return "booked"
+
+    async with app.running() as runner:
+        runners.append(runner)
+        async with app.transaction() as tx:
+            await tx.session.execute(text("CREATE TABLE booked (n INTEGER)"))
+        assert await (await book.send()).result(SECONDS) == "booked"
+        async with app.ledger.session() as session:
+            assert (await session.execute(text("SELECT count(*) FROM booked"))).scalar_one() == 1
+        metrics = app.metrics.worker("book")
+        assert (metrics.succeeded, metrics.cancelled) == (1, 0)
 
 
 # --- a handler that cancels its own job ---------------------------------------------------------------------------------

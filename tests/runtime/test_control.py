@@ -20,7 +20,7 @@ from conveyor.brokers.sqlite import SqliteBroker
 from conveyor.core.pause import Switch
 from conveyor.errors import BrokerUnavailable, QueueConflict
 from conveyor.runtime import runner as runner_module
-from conveyor.runtime.control import CONTROL, Control, Operator, Status, cancel, internal
+from conveyor.runtime.control import CONTROL, Control, Operator, Status, Turn, cancel, internal, tell
 from conveyor.runtime.health import Health
 from conveyor.runtime.runner import Runner
 
@@ -208,6 +208,45 @@ async def test_a_runner_with_nobody_to_ask_does_not_wait(store: MemoryStore, mon
                 pass
 
 
+async def test_who_starts_is_informed_only_by_those_who_are_informed_themselves(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        silent, *brokers = [await stack.enter_async_context(opened(MemoryBroker(store=store))) for _ in range(4)]
+        await silent.declare([Queue(name="conveyor.silent", topics=("conveyor.peers",), temporary=True)])
+        first, second, knows = (Control(broker, "t") for broker in brokers)
+        told: dict[str, float] = {}
+        second.on_cancel = told.update
+        for control in (first, second, knows):
+            stack.push_async_callback(control.close)
+
+        monkeypatch.setattr("conveyor.runtime.control.PEERS_SECONDS", 1e6)
+        starting = []
+        for number, control in enumerate((first, second), 2):
+            starting.append(asyncio.create_task(control.start()))
+            while sum("conveyor.peers" in each.topics for each in await silent.queues()) < number:
+                await asyncio.sleep(0.005)
+        # An order does not tell all that there is to know; behind these, what the first may have answered has come.
+        for control, queue in ((first, "a"), (first, "b"), (second, "c")):
+            await tell(silent, Turn({queue: Switch(1, paused=True)}))
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while queue not in control.paused:
+                    await asyncio.sleep(0.005)
+        assert not any(task.done() for task in starting)
+
+        monkeypatch.setattr("conveyor.runtime.control.PEERS_SECONDS", 0.0)
+        knows.switches = {"d": Switch(1, paused=True)}
+        knows.wishes = lambda: ({"m": 1.0}, {})
+        await knows.start()  # nobody who knows more has answered it
+        monkeypatch.setattr("conveyor.runtime.control.PEERS_SECONDS", 1e6)
+        for task in starting:
+            task.cancel()
+        await second.close()
+        await second.start()
+        assert "d" in second.paused
+        assert told == {"m": 1.0}
+
+
 async def test_who_pauses_by_a_clock_that_is_behind_is_obeyed(store: MemoryStore) -> None:
     async with (
         opened(MemoryBroker(store=store)) as broker,
@@ -352,15 +391,15 @@ async def test_who_asked_often_while_a_runner_stood_still_gets_one_answer(store:
 async def test_a_cancellation_reaches_every_runner_and_one_that_starts_later(store: MemoryStore) -> None:
     async with opened(MemoryBroker(store=store)) as broker, opened(MemoryBroker(store=store)) as other:
         one, two = Control(broker), Control(other)
-        heard: dict[str, list[str]] = {"one": [], "two": []}
-        one.on_cancel, two.on_cancel = heard["one"].extend, heard["two"].extend
-        assert not await cancel(broker, ["nobody-hears-it"])
+        heard: dict[str, dict[str, float]] = {"one": {}, "two": {}}
+        one.on_cancel, two.on_cancel = heard["one"].update, heard["two"].update
+        assert not await cancel(broker, {"nobody-hears-it": 1.0})
         await one.start()
-        assert await cancel(other, ["a", "b"])
-        await until(lambda: heard["one"] == ["a", "b"])
-        one.to_cancel = lambda: ["a"]
+        assert await cancel(other, {"a": 1.0, "b": 2.0})
+        await until(lambda: heard["one"] == {"a": 1.0, "b": 2.0})
+        one.wishes = lambda: ({"a": 1.0}, {})
         await two.start()
-        await until(lambda: heard["two"] == ["a"])
+        assert heard["two"] == {"a": 1.0}
         await two.close()
         await one.close()
 

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -730,24 +730,54 @@ async def test_runners_are_told_of_no_cancellation_that_came_behind_the_end(kept
     cancelled: list[str] = []
     told = asyncio.Event()
 
-    def hear(ids: Sequence[str]) -> None:
-        cancelled.extend(ids)
+    def hear(wished: Mapping[str, float]) -> None:
+        cancelled.extend(wished)
         told.set()
 
     control = Control(kept.broker)
     control.on_cancel = hear
     await control.start()
     async with kept.keeper() as keeper:
-        kept.journal.note(Entry(Kind.DEAD, 1.0, "dead", "t", "shop.charge", reason="exhausted"))
+        kept.journal.note(Entry(Kind.DEAD, 1.0, "dead", "shop.charge", "shop.charge", reason="exhausted"))
         await kept.journal.flush()
         await kept.until_known("dead")
-        kept.journal.cancelling("dead", "t", None)
+        kept.journal.cancelling("dead", "shop.charge", None)
         kept.journal.cancelling("waits", "t", None)
         await kept.journal.flush()
         async with asyncio.timeout(PATIENCE_SECONDS):
             await told.wait()
         assert list(keeper._cancelled) == cancelled == ["waits"]
     await control.close()
+
+
+async def test_a_runner_that_starts_is_told_that_an_event_is_cancelled_also_when_another_worker_has_ended_it(
+    kept: Kept,
+) -> None:
+    async def starting() -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        control, wishes, over = Control(kept.broker), dict[str, float](), dict[str, dict[str, float]]()
+        control.on_cancel = wishes.update
+        control.on_over = lambda of: over.update({worker: dict(ids) for worker, ids in of.items()})
+        await control.start()
+        await control.close()
+        return wishes, over
+
+    async with kept.keeper() as keeper, asyncio.timeout(PATIENCE_SECONDS):
+        kept.journal.cancelling("event", "placed", None, at=1.0)
+        kept.journal.cancelling("job", "shop.charge", None, at=1.0)
+        await kept.journal.flush()
+        while len(keeper._cancelled) < 2:
+            await asyncio.sleep(0.005)
+        assert await starting() == ({"event": 1.0, "job": 1.0}, {})
+        kept.journal.note(Entry(Kind.CANCELLED, 2.0, "event", "placed", "shop.charge"))
+        kept.journal.note(Entry(Kind.DEAD, 2.0, "event", "placed", "shop.mail"))
+        kept.journal.note(Entry(Kind.CANCELLED, 2.0, "job", "shop.charge", "shop.charge"))
+        await kept.journal.flush()
+        while "job" in keeper._cancelled:
+            await asyncio.sleep(0.005)
+        told = {"event": 1.0}, {"shop.mail": {"event": 1.0}}
+        assert await starting() == told
+    async with kept.keeper():
+        assert await starting() == told
 
 
 @pytest.mark.parametrize("seconds_ahead", [-3_600.0, 3_600.0])

@@ -21,6 +21,7 @@ from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscriptio
 from conveyor.core.message import Message as Envelope
 from conveyor.core.settle import Done, Release
 from conveyor.errors import BrokerUnavailable, PayloadError, PublishFailed
+from conveyor.runtime.runner import Runner
 from conveyor.runtime.worker import room_for
 from conveyor.testing.harness import Harness
 
@@ -567,6 +568,56 @@ async def test_drain_releases_uncounted_what_does_not_finish_in_its_grace() -> N
         assert (delivery.deliveries, delivery.attempts) == (1, 0)
 
 
+@pytest.mark.parametrize("heeds", [True, False])
+async def test_who_is_cancelled_again_while_he_drains_leaves_nothing_running(heeds: bool) -> None:
+    app = Conveyor("t", broker=(broker := MemoryBroker()), journal=True)
+    started, done = asyncio.Event(), asyncio.Event()
+
+    @app.worker(concurrency=3)
+    async def charge(order: Order) -> None:
+        started.set()
+        while not done.is_set():
+            try:
+                await done.wait()
+            except asyncio.CancelledError:
+                if heeds:
+                    raise
+
+    runners: list[Runner] = []
+
+    async def run() -> None:
+        async with app.running(grace_seconds=None) as runner:
+            runners.append(runner)
+            await asyncio.Event().wait()
+
+    async with opened(broker):
+        before = asyncio.all_tasks()
+        running = asyncio.create_task(run())
+        async with asyncio.timeout(60):
+            while not runners:
+                await asyncio.sleep(0)
+            await app.publish(Order(1))
+            await started.wait()
+            running.cancel()
+            while "draining" not in runners[0].health().unready:
+                await asyncio.sleep(0)
+            running.cancel()
+            await asyncio.sleep(0.01)
+            running.cancel()  # and once more, in the midst of it
+            with pytest.raises(asyncio.CancelledError):
+                await running
+        deaf = {task for task in asyncio.all_tasks() - before if task.get_name() == "charge lane"}
+        assert asyncio.all_tasks() - before == deaf
+        assert len(deaf) == (0 if heeds else 1)
+        assert "stopped" in runners[0].health().unready
+        if heeds:
+            info = next(info for info in await broker.queues() if info.name == "t.charge")
+            assert (info.ready, info.in_flight) == (1, 0)
+        done.set()
+        if deaf:
+            await asyncio.wait(deaf)
+
+
 async def test_a_message_that_processes_died_of_runs_alone_and_is_given_up_at_the_limit() -> None:
     store = MemoryStore()
     app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
@@ -646,7 +697,7 @@ async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_i
             while runner._waits_alone is None:
                 await asyncio.sleep(0)
             if told == "cancelled":
-                runner.cancel([message.id])
+                runner.cancel({message.id: 1.0})
             else:
                 monkeypatch.setattr(runner, "_paused", lambda: frozenset({queue}))
                 await runner._heed_pauses()
@@ -675,7 +726,7 @@ async def test_a_cancelled_message_that_became_a_dead_letter_all_the_same_is_han
         sent = [await app.publish(Order(number)) for number in range(2)]
         async with app.running() as runner, asyncio.timeout(60):
             await begun.wait()
-            runner.cancel([sent[0].id])  # a batch goes on
+            runner.cancel({sent[0].id: 1.0})  # a batch goes on
             go.set()
             while len(letters := await dead_letters(app)) < 2:
                 await asyncio.sleep(0)

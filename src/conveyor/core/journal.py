@@ -249,17 +249,43 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
     return sorted(jobs, key=lambda job: (-(job.ended or job.started or job.created or 0.0), job.id, job.worker))
 
 
-def to_be_let_go(entries: Iterable[Entry]) -> bool:
-    """Whether whoever comes to this message lets it go: somebody wants it cancelled, and it has not ended since, or before."""
+class Wish(msgspec.Struct, frozen=True):
+    """Somebody wants a message cancelled.
+
+    Parameters:
+        at: Unix seconds.
+        holds: whoever comes to it lets it go.
+        over: the identities of the workers for which it does not hold: the message was, or had become by then, their dead letter.
+    """
+
+    at: float
+    holds: bool
+    over: frozenset[str] = frozenset()
+
+
+def wish_of(entries: Iterable[Entry]) -> Wish | None:
+    """The last wish to have this message cancelled; None where nobody wants that.
+
+    That of a job holds until its worker has ended it. An event may be for more workers than are known: it holds for all but those
+    that have given it up.
+    """
     known = in_order(entries)
     wish = next((entry for entry in reversed(known) if entry.kind is Kind.CANCELLING), None)
     if wish is None:
-        return False
+        return None
     handled: dict[str, list[Entry]] = {}
     for entry in known:
         if entry.kind not in BY_NO_WORKER:
             handled.setdefault(entry.worker, []).append(entry)
-    return not handled or any(_holds(wish, own) and not job_of(own).status.ended for own in handled.values())
+    over = frozenset(worker for worker, own in handled.items() if not _holds(wish, own))
+    has_ended = over | {worker for worker, own in handled.items() if job_of(own).status.ended}
+    is_job = any(is_for_one(entry) for entry in known)
+    return Wish(wish.at, holds=not (is_job and has_ended), over=over)
+
+
+def is_for_one(entry: Entry) -> bool:
+    """Whether the message is a job, which no other worker gets: its topic is the worker's identity."""
+    return entry.worker == entry.topic and entry.kind not in BY_NO_WORKER
 
 
 class Stop(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ import msgspec
 
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
-from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, jobs_of, to_be_let_go
+from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, Wish, jobs_of, wish_of
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
@@ -282,8 +282,8 @@ class Archive:
             f"SELECT {columns} FROM entries WHERE message_id IN (SELECT value FROM json_each(?))", wanted
         )
 
-    def cancelled(self, limit: int) -> list[str]:
-        """The messages that are cancelled and have not ended, the latest ones first.
+    def cancelled(self, limit: int) -> dict[str, Wish]:
+        """The messages that are cancelled and have not ended, by id, the latest ones first.
 
         Raises:
             JournalError: they cannot be read.
@@ -292,13 +292,14 @@ class Archive:
             rows = self._rows(
                 "SELECT message_id FROM entries AS wish WHERE kind = 'cancelling' AND kind NOT IN ('published', 'succeeded')"
                 " AND NOT EXISTS (SELECT 1 FROM entries WHERE message_id = wish.message_id"
-                " AND kind IN ('succeeded', 'duplicate', 'cancelled')) ORDER BY seq DESC LIMIT ?",
+                " AND kind IN ('succeeded', 'duplicate', 'cancelled') AND worker = topic) ORDER BY seq DESC LIMIT ?",
                 limit,
             )
             of: dict[str, list[Entry]] = {id: [] for (id,) in rows}
             for entry in self._of(of, results=False):
                 of[entry.message_id].append(entry)
-        return [id for id, entries in of.items() if to_be_let_go(entries)]
+        wishes = {id: wish_of(entries) for id, entries in of.items()}
+        return {id: wish for id, wish in wishes.items() if wish is not None and wish.holds}
 
     def jobs(self, which: JobFilter, limit: int) -> Jobs:
         """Jobs, the newest first, without results and tracebacks; what cannot be found soon is left out.

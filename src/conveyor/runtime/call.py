@@ -116,6 +116,8 @@ class Caller:
         self._transactional = any(is_transaction(p.type) for p in plan.injected)
         self._contexts: dict[Any, Context] = {}
         """By receipt: of the attempts that run now and have one."""
+        self._committing: set[Any] = set()
+        """The receipts of attempts whose handlers have ended, and whose transactions are being committed."""
         self._forms = self._portable_forms()
         self.takes_body: Final = bool(self._forms)
         """Its payload is the message's body as it came: a process of the pool decodes it."""
@@ -157,6 +159,10 @@ class Caller:
         cancel(context)
         return self._plan.mode is Mode.THREAD
 
+    def is_committing(self, delivery: Delivery) -> bool:
+        """Whether it is too late to cancel the attempt that runs on it: its handler is done, and its transaction is being committed."""
+        return delivery.receipt in self._committing
+
     @property
     def stuck(self) -> int:
         """Threads that were given up and still run."""
@@ -182,12 +188,14 @@ class Caller:
             raise AlreadyDone
         while True:
             emitter = Emitter(self._around.outgoing, deliveries[0].message, name)
+            receipt = deliveries[0].receipt
             ids = tuple(delivery.message.id for delivery in deliveries)
             try:
                 async with ledger.transaction(inbox=(name, ids), make=emitter.make_now) as transaction:
                     result = await self._handle(deliveries, payload, emitter, transaction)
                     self._collect(result, emitter)
                     transaction.add(emitter.take())
+                    self._committing.add(receipt)
             except AlreadyHandled as repeat:
                 self._metrics.duplicates += len(repeat.message_ids)
                 fresh = [i for i, id in enumerate(ids) if id not in repeat.message_ids]
@@ -197,6 +205,8 @@ class Caller:
             else:
                 relay.hand_off(transaction.committed)
                 return result
+            finally:
+                self._committing.discard(receipt)
 
     async def _handle(self, deliveries: tuple[Delivery, ...], payload: Any, emitter: Emitter, transaction: Any) -> Any:
         arguments: dict[str, Any] = {}
@@ -215,7 +225,9 @@ class Caller:
             step = functools.partial(_around, middleware, step)
         call = Call(self._worker.name, deliveries, payload)
         if context is None:
-            return await step(call)
+            if transaction is None:
+                return await step(call)
+            context = self._context(first, emitter)  # to know whether the transaction may be committed
         self._contexts[first.receipt] = context
         try:
             result = await step(call)

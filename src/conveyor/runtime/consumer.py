@@ -9,7 +9,7 @@ import random
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from conveyor.broker import Broker, Clock, Delivery, Subscription
@@ -30,6 +30,7 @@ from conveyor.core.settle import (
     verdict_on_arrival,
     verdict_on_error,
 )
+from conveyor.core.wishes import Wishes
 from conveyor.core.words import keepable
 from conveyor.errors import (
     BrokerError,
@@ -64,9 +65,6 @@ CANCELS: Final = 3
 
 LAST_CANCEL_SECONDS: Final = 1.0
 """A handler that is cancelled, and swallows it, is cancelled again after so long; at the end it is waited for no longer."""
-
-MOST_CANCELLED: Final = 10_000
-"""Cancelled messages that are remembered, for those that have not arrived."""
 
 SURPLUS_SECONDS: Final = 1.0
 """What was fetched because handlers were quick, and waits for so long, is given back."""
@@ -154,8 +152,9 @@ class Consumer:
         self._note_failure = failed
         self._carries = carries
         self._journal = journal
-        self.cancelled: dict[str, None] = {}
-        """The ids of messages that are not to be handled, the latest ones last."""
+        self.wishes: Final = Wishes()
+        self.cancelled: Final = self.wishes.cancelled
+        """The ids of messages that are not to be handled."""
         self._is_job = worker.plan.fields is not None
         """Somebody may be waiting for its end."""
         self._ready: deque[Delivery] = deque()
@@ -354,14 +353,15 @@ class Consumer:
             self._ready = deque(held for held in self._ready if held.receipt != delivery.receipt)
             self._hungry.set()
 
-    def cancel(self, ids: Collection[str]) -> None:
-        """Let go of the messages with these ids: of those that wait here, that are handled, and that arrive.
+    def cancel(self, wished: Mapping[str, float]) -> None:
+        """Let go of messages: of those that wait here, that are handled, and that arrive.
 
         A batch that is being handled goes on: the others in it are not to suffer.
+
+        Parameters:
+            wished: their ids → when somebody wished it (Unix seconds).
         """
-        self.cancelled.update(dict.fromkeys(ids))
-        for id in list(self.cancelled)[: max(0, len(self.cancelled) - MOST_CANCELLED)]:
-            del self.cancelled[id]
+        ids = self.wishes.add(wished)
         waiting, self._ready = self._ready, deque()
         for delivery in waiting:
             if delivery.message.id in ids:
@@ -370,8 +370,11 @@ class Consumer:
                 self._ready.append(delivery)
         self._hungry.set()
         for lane in self._lanes:
-            if len(lane.deliveries) == 1 and lane.deliveries[0].message.id in ids and lane.why is None:
-                self._stop(lane, lane.deliveries[0])
+            if len(lane.deliveries) != 1 or lane.why is not None:
+                continue
+            [delivery] = lane.deliveries
+            if delivery.message.id in ids and not self._caller.is_committing(delivery):
+                self._stop(lane, delivery)
 
     def _stop(self, lane: Lane, delivery: Delivery) -> None:
         """Somebody has cancelled what runs here: from now on it ends as cancelled, whatever it does."""
@@ -736,7 +739,8 @@ class Consumer:
             log.warning("attempt %d failed, again in %.1f s: %s", delivery.attempts + 1, wait, verdict.error)
         else:
             self.metrics.dead += 1
-            self.cancelled.pop(delivery.message.id, None)  # or it would be let go when it is redriven
+            if (wished := self.cancelled.get(delivery.message.id)) is not None:
+                self.wishes.end({delivery.message.id: wished})  # or it would be let go when it is redriven
             log.error("dead letter (%s): %s", verdict.reason, verdict.error, extra={"traceback": verdict.traceback})
 
     def _speak_of(self, delivery: Delivery) -> None:

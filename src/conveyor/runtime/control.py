@@ -50,31 +50,49 @@ REFUSED_SECONDS: Final = 60.0
 
 
 class Turn(msgspec.Struct, frozen=True, tag="turn"):
-    """These queues are paused, or not: an order, and the answer to a Hello."""
+    """These queues are paused, or not."""
 
     switches: dict[str, Switch]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Do not handle the messages with these ids; stop where one is being handled."""
+    """Do not handle these messages; stop where one is being handled.
 
-    ids: tuple[str, ...]
+    Parameters:
+        ids: theirs → when somebody wished it (Unix seconds).
+    """
+
+    ids: dict[str, float]
 
 
 class Over(msgspec.Struct, frozen=True, tag="over"):
     """These messages, which somebody wanted cancelled, had ended by then: what comes of them again was redriven, and is handled.
 
     Parameters:
-        of: the identity of a worker → the ids of messages that are its dead letters.
+        of: the identity of a worker → the ids of messages that are its dead letters → the time of the last wish that this ends.
     """
 
-    of: dict[str, tuple[str, ...]]
+    of: dict[str, dict[str, float]]
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """Somebody has come: tell under the topic to what there is to know."""
 
     to: str
+
+
+class Known(msgspec.Struct, frozen=True, tag="known"):
+    """What there is to know: the answer to a Hello, by somebody who has been informed himself.
+
+    Parameters:
+        switches: which queues are paused, or not.
+        cancelled: as in a Cancel.
+        over: as in an Over.
+    """
+
+    switches: dict[str, Switch]
+    cancelled: dict[str, float] = {}
+    over: dict[str, dict[str, float]] = {}
 
 
 class Report(msgspec.Struct, frozen=True, tag="report"):
@@ -90,7 +108,7 @@ class Report(msgspec.Struct, frozen=True, tag="report"):
     switches: dict[str, Switch] = {}
 
 
-Order = Turn | Cancel | Over | Hello | Report
+Order = Turn | Cancel | Over | Hello | Known | Report
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -185,8 +203,8 @@ async def _nothing_to_do() -> None:
     """Where nobody cares, in a coroutine."""
 
 
-def _no_ids() -> Sequence[str]:
-    return ()
+def _no_wishes() -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    return {}, {}
 
 
 def _message(topic: str, content: Order | Status) -> Message:
@@ -203,13 +221,16 @@ async def tell(broker: Broker, order: Order) -> bool:
     return not await broker.publish([_message(CONTROL, order)])
 
 
-async def cancel(broker: Broker, ids: Sequence[str]) -> bool:
+async def cancel(broker: Broker, ids: Mapping[str, float]) -> bool:
     """Tell every runner not to handle these messages. Returns whether there is one.
+
+    Parameters:
+        ids: theirs → when somebody wished it (Unix seconds).
 
     Raises:
         BrokerError: it could not be sent.
     """
-    return await tell(broker, Cancel(tuple(ids)))
+    return await tell(broker, Cancel(dict(ids)))
 
 
 class Control:
@@ -232,12 +253,12 @@ class Control:
         self.switches: Switches = dict(switches or {})
         self.on_turn: Callable[[], Awaitable[object]] = _nothing_to_do
         """Called when a queue is paused that was not, or the reverse; what is asked meanwhile is answered afterwards."""
-        self.on_cancel: Callable[[Sequence[str]], object] = _nothing
-        """Called with the ids of messages that shall not be handled."""
-        self.on_over: Callable[[Mapping[str, Sequence[str]]], object] = _nothing
-        """Called with what is not to be cancelled any more: the identity of a worker → ids."""
-        self.to_cancel: Callable[[], Sequence[str]] = _no_ids
-        """Gives the ids that a runner which starts has to be told."""
+        self.on_cancel: Callable[[Mapping[str, float]], object] = _nothing
+        """Called with messages that shall not be handled: their ids → when somebody wished it."""
+        self.on_over: Callable[[Mapping[str, Mapping[str, float]]], object] = _nothing
+        """Called with wishes that mean nothing any more: the identity of a worker → ids → the time of the last such wish."""
+        self.wishes: Callable[[], tuple[dict[str, float], dict[str, dict[str, float]]]] = _no_wishes
+        """Gives what a runner that starts has to be told, as on_cancel and on_over take it."""
         self.status: Callable[[int], Status] | None = None
         """Gives this runner's status, with its failures behind a number; None where there is nothing to tell."""
         self.problem: str | None = None
@@ -261,6 +282,7 @@ class Control:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PEERS_SECONDS):
                 await self._informed.wait()
+        self._informed.set()  # nobody there knows more, and whoever starts next need not wait
 
     async def close(self) -> None:
         """Hear no more."""
@@ -300,9 +322,13 @@ class Control:
 
     async def _obey(self, order: Order) -> None:
         match order:
-            case Turn(switches):
+            case Known(switches, cancelled, over):
+                self.on_over(over)
+                self.on_cancel(cancelled)
                 await self._learn(switches)
                 self._informed.set()
+            case Turn(switches):
+                await self._learn(switches)
             case Report(switches=switches):
                 await self._learn(switches)
             case Cancel(ids):
@@ -326,10 +352,9 @@ class Control:
         answers: dict[str, Message] = {}
         """By asker: whoever asked several times meanwhile gets one answer."""
         for order in orders:
-            if isinstance(order, Hello) and order.to != self._own_topic:
-                if ids := self.to_cancel():  # first: with the other answer it begins to work
-                    answers[f"{order.to} cancel"] = _message(order.to, Cancel(tuple(ids)))
-                answers[order.to] = _message(order.to, Turn(dict(self.switches)))
+            # Whoever begins by what he is told has to be told everything: who does not know it himself is silent.
+            if isinstance(order, Hello) and order.to != self._own_topic and self._informed.is_set():
+                answers[order.to] = _message(order.to, Known(dict(self.switches), *self.wishes()))
             if isinstance(order, Report) and self.status is not None:
                 answers[order.to] = _message(order.to, self.status(order.seen.get(self.runner, 0)))
         if answers:

@@ -9,17 +9,18 @@ import logging
 import os
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, Self, TypeVar
 
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Settlement
-from conveyor.core.journal import ENDS, Entry, Job, Kind, Status, jobs_of, to_be_let_go
+from conveyor.core.journal import ENDS, Entry, Job, Kind, is_for_one, jobs_of, wish_of
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
+from conveyor.core.wishes import latest
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
 from conveyor.runtime.archive import Archive, fit
@@ -33,6 +34,7 @@ log = logging.getLogger("conveyor.keeper")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+K = TypeVar("K")
 
 FETCH: Final = 32
 """Batches, or questions, taken from the broker at once."""
@@ -65,6 +67,19 @@ _batch: Final = msgspec.msgpack.Decoder(list[Entry]).decode
 _parts: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _part: Final = msgspec.msgpack.Decoder(Entry).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
+
+
+def _by_worker(over: Mapping[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    """As an Over has it."""
+    found: dict[str, dict[str, float]] = {}
+    for (worker, id), at in over.items():
+        found.setdefault(worker, {})[id] = at
+    return found
+
+
+def _forget_oldest(of: dict[K, float]) -> None:
+    for key in list(of)[: max(0, len(of) - MOST_CANCELLED)]:
+        del of[key]
 
 
 class _Wait:
@@ -103,10 +118,12 @@ class Keeper:
         self._writing = ThreadPoolExecutor(1, "conveyor archive")
         self._reading = self._writing if self._reader is archive else ThreadPoolExecutor(1, "conveyor archive reader")
         self._waits: dict[str, set[_Wait]] = {}
-        self._cancelled: dict[str, None] = {}
-        """The ids of messages that are cancelled and have not ended: whichever runner starts is told of them."""
+        self._cancelled: dict[str, float] = {}
+        """The ids of messages that are cancelled and have not ended → when somebody wished it: whichever runner starts is told of them."""
+        self._over: dict[tuple[str, str], float] = {}
+        """Worker and message → up to when wishes mean nothing any more, because it was given up."""
         self._control = Control(broker, app)
-        self._control.to_cancel = lambda: tuple(self._cancelled)
+        self._control.wishes = lambda: (dict(self._cancelled), _by_worker(self._over))
         self._ended: set[str] = set()
         """Messages that may have ended, and are waited for: whoever does is still to be answered."""
         self._orders: deque[Order] = deque(maxlen=ORDERS)
@@ -120,7 +137,9 @@ class Keeper:
             await self._write(self.archive.open)
             if self._reader is not self.archive:
                 await self._read(functools.partial(self._reader.open, create=False))
-            self._cancelled = dict.fromkeys(reversed(await self._write(self.archive.cancelled, MOST_CANCELLED)))
+            wishes = await self._write(self.archive.cancelled, MOST_CANCELLED)
+            self._cancelled = {id: wishes[id].at for id in reversed(wishes)}
+            self._over = {(worker, id): wish.at for id, wish in wishes.items() for worker in wish.over}
             await self._broker.declare([self._queue])
             await self._mailbox.declare()
             # First what waits: cancellations may be in it, and a runner that starts asks for them once.
@@ -128,7 +147,8 @@ class Keeper:
             self._loops.start("tell", self._tell)
             await self._until_drained(INTAKE_SECONDS)
             await self._control.start()
-            self._order(Cancel(tuple(self._cancelled)))
+            self._order(Over(_by_worker(self._over)))
+            self._order(Cancel(dict(self._cancelled)))
         except BaseException:
             await self._loops.stop()
             await self._control.close()
@@ -239,24 +259,28 @@ class Keeper:
 
     async def _heed_cancellations(self, entries: Sequence[Entry]) -> None:
         """Remember what is cancelled until it has ended; runners are told once more, also those that missed it the first time."""
-        wished = dict.fromkeys(entry.message_id for entry in entries if entry.kind is Kind.CANCELLING)
+        wished = latest(*({entry.message_id: entry.at} for entry in entries if entry.kind is Kind.CANCELLING))
         if not wished and not self._cancelled:
             return
-        over = [entry for entry in entries if entry.message_id in self._cancelled and entry.kind in ENDS]
-        for entry in over:
-            self._cancelled.pop(entry.message_id, None)
-        dead = {(entry.worker, entry.message_id) for entry in over if entry.kind is Kind.DEAD}
+        over: dict[tuple[str, str], float] = {}
+        for entry in entries:
+            if entry.kind in ENDS and (at := self._cancelled.get(entry.message_id)) is not None:
+                if entry.kind is Kind.DEAD:
+                    over[entry.worker, entry.message_id] = at
+                if is_for_one(entry):  # an event may still be on its way to other workers
+                    del self._cancelled[entry.message_id]
         if wished:
-            known = await self._known(wished)
-            for id in [id for id, own in known.items() if not to_be_let_go(own)]:  # it came too late
-                del wished[id]
-            jobs = jobs_of(entry for own in known.values() for entry in own)
-            dead |= {(job.worker, job.id) for job in jobs if job.status in (Status.DEAD, Status.FAILED)}
+            for id, own in (await self._known(wished)).items():
+                if (wish := wish_of(own)) is not None:
+                    over.update({(worker, id): max(wish.at, wished[id]) for worker in wish.over})
+                    if not wish.holds:  # it came too late
+                        del wished[id]
             self._cancelled.update(wished)
-            for id in list(self._cancelled)[: max(0, len(self._cancelled) - MOST_CANCELLED)]:
-                del self._cancelled[id]
-            self._order(Cancel(tuple(wished)))
-        self._order(Over({who: tuple(id for worker, id in dead if worker == who) for who in {who for who, _ in dead}}))
+            _forget_oldest(self._cancelled)
+            self._order(Cancel(wished))
+        self._over.update(over)
+        _forget_oldest(self._over)
+        self._order(Over(_by_worker(over)))
 
     async def _known(self, ids: Iterable[str]) -> dict[str, list[Entry]]:
         """The entries of those of these messages that are known; of none, where that cannot be read."""

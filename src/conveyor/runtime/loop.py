@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from conveyor.core.retry import RetryPolicy
 from conveyor.core.settle import describe
 from conveyor.errors import BrokerUnavailable, LedgerUnavailable
 
 log = logging.getLogger("conveyor.loop")
+T = TypeVar("T")
 
 DEFAULT_GRACE_SECONDS: Final = 25.0
 """Less than the 30 seconds after which Kubernetes kills, and the 90 of systemd."""
@@ -19,6 +20,22 @@ RESTARTS: Final = RetryPolicy(initial=0.05, maximum=5.0, jitter=0.0)
 """A loop that fails is started again, soon at first, and at most five seconds later."""
 CALM_SECONDS: Final = 30.0
 """A loop that ran so long before it failed starts with a fresh back-off."""
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do work that no cancellation interrupts: who is cancelled meanwhile, is so when it has ended."""
+    task = asyncio.get_running_loop().create_task(work, name="what is not interrupted")
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.warning("what was to be done at the end failed: %s", describe(failure))
+        raise cancelled
+    return task.result()
 
 
 class Loops:

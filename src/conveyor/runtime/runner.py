@@ -16,6 +16,7 @@ from typing import Final
 from conveyor.broker import Broker, Clock, Delivery, QueueInfo
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Release, RetryAt, describe
+from conveyor.core.wishes import latest
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
@@ -23,7 +24,7 @@ from conveyor.runtime.consumer import Consumer
 from conveyor.runtime.control import Control, Failure, Status, WorkerStatus
 from conveyor.runtime.health import Health
 from conveyor.runtime.journal import Running
-from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS, Loops
+from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS, Loops, to_its_end
 from conveyor.runtime.metrics import Metrics, Snapshot, resident_bytes
 from conveyor.runtime.settler import Settler
 from conveyor.runtime.worker import Worker
@@ -95,7 +96,7 @@ class Runner:
             control.status = self.status
             control.on_cancel = self.cancel
             control.on_over = self.forget_cancelled
-            control.to_cancel = lambda: tuple({id for each in self.consumers.values() for id in each.cancelled})
+            control.wishes = self._wishes
             control.on_turn = self._heed_pauses
         self.consumers = {worker.name: self._consumer(worker) for worker in workers}
 
@@ -159,6 +160,17 @@ class Runner:
         self._around.shutting_down.set()
         if self._around.pool is not None:
             self._around.pool.drain()
+        try:
+            await self._finish(grace_seconds)
+            await self._flush(max(LONGEST_FLUSH_SECONDS, grace_seconds or 0.0))
+        except (Exception, asyncio.CancelledError):  # whoever drains it wants to wait no longer
+            await to_its_end(self._give_up())
+            raise
+        await to_its_end(self._close())
+        return not self.was_cut
+
+    async def _finish(self, grace_seconds: float | None) -> None:
+        """Fetch no more, give back what has not started, and wait for what runs."""
         consumers = self.consumers.values()
         for consumer in consumers:
             consumer.gate.clear()
@@ -173,10 +185,23 @@ class Runner:
             self.cut()
             if was_cut or not await self._all_still(CANCEL_SECONDS):
                 log.error("some handlers ignore being cancelled; they are left behind")
+
+    async def _flush(self, seconds: float) -> None:
+        """Settle what has ended; wait no longer for the broker."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(LONGEST_FLUSH_SECONDS, grace_seconds or 0.0)):
+            async with asyncio.timeout(seconds):
                 await self._settler.flush()
-        for consumer in consumers:
+
+    async def _give_up(self) -> None:
+        """Cancel and release what runs, and close all the same."""
+        self.cut()
+        await self._all_still(CANCEL_SECONDS)
+        await self._flush(CANCEL_SECONDS)
+        await self._close()
+
+    async def _close(self) -> None:
+        """Let go of everything."""
+        for consumer in self.consumers.values():
             with contextlib.suppress(BrokerError):
                 await consumer.close()
         if self.control is not None:
@@ -185,7 +210,6 @@ class Runner:
         if self._around.journal is not None and self._at_work in self._around.journal.at_work:
             self._around.journal.at_work.remove(self._at_work)
         self._state = "stopped"
-        return not self.was_cut
 
     def cut(self) -> None:
         """Cancel what still runs, and release it; a drain that is under way ends with it, or soon gives up waiting."""
@@ -195,27 +219,35 @@ class Runner:
             self.was_cut = self.was_cut or consumer.busy > 0
             consumer.cancel_all()
 
-    def cancel(self, ids: Sequence[str]) -> None:
-        """Let go of the messages with these ids, now and whenever one of them arrives."""
-        wished = dict.fromkeys(ids)
+    def cancel(self, wished: Mapping[str, float]) -> None:
+        """Let go of messages, now and whenever one of them arrives.
+
+        Parameters:
+            wished: their ids → when somebody wished it (Unix seconds).
+        """
         for consumer in self.consumers.values():
             consumer.cancel(wished)
         suspects, self._suspects = self._suspects, deque()
         for consumer, delivery in suspects:
-            if delivery.message.id in wished:
+            if delivery.message.id in consumer.cancelled:
                 consumer.let_go(delivery)
             else:
                 self._suspects.append((consumer, delivery))
 
-    def forget_cancelled(self, of: Mapping[str, Sequence[str]]) -> None:
+    def forget_cancelled(self, of: Mapping[str, Mapping[str, float]]) -> None:
         """Handle messages again that somebody had cancelled.
 
         Parameters:
-            of: the identity of a worker → their ids.
+            of: the identity of a worker → their ids → the time of the last wish that means nothing any more.
         """
         for consumer in self.consumers.values():
-            for id in of.get(consumer.worker.identity, ()):
-                consumer.cancelled.pop(id, None)
+            consumer.wishes.end(of.get(consumer.worker.identity, {}))
+
+    def _wishes(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """What whoever starts has to be told."""
+        consumers = self.consumers.values()
+        over = {each.worker.identity: dict(each.wishes.over) for each in consumers if each.wishes.over}
+        return latest(*(each.cancelled for each in consumers)), over
 
     # --- health -------------------------------------------------------------------------------------------------------
 

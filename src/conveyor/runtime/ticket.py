@@ -195,7 +195,7 @@ class Ticket(Generic[T]):
             raise _unknown(self.id)
         at = connection.journal.clock()
         # The order first: what the keeper then has to say about it (it has ended, say) has to come behind it.
-        await cancel(connection.broker, (self.id,))
+        await cancel(connection.broker, {self.id: at})
         connection.journal.cancelling(self.id, about.topic, about.correlation_id, at=at)
         await connection.journal.flush()
 
