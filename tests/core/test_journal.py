@@ -236,6 +236,17 @@ def test_what_others_died_of_is_given_up_and_runs_again_when_it_is_redriven() ->
     assert job_of([*died, dead, entry(Kind.RETRIED, 9.0, attempt=1, started=8.0)]).status is Status.RETRYING
 
 
+def test_what_the_broker_did_not_take_as_done_is_a_dead_letter_until_it_is_redriven() -> None:
+    done = entry(Kind.SUCCEEDED, 5.0, attempt=1, started=4.0, result="1", process="a/1")
+    refused = entry(Kind.DEAD, 5.5, attempt=1, reason="rejected", error="the broker refuses it", process="a/1")
+    job = job_of([done, refused])
+    assert (job.status, job.error, job.result, job.ended) == (Status.FAILED, "the broker refuses it", None, 5.5)
+    again = entry(Kind.SUCCEEDED, 9.0, attempt=1, started=8.0, result="2", process="a/1")
+    assert (job_of([done, refused, again]).status, job_of([done, refused, again]).result) == (Status.DONE, "2")
+    elsewhere = [msgspec.structs.replace(refused, process="b/1"), msgspec.structs.replace(refused, crashes=1)]
+    assert all(job_of([done, other]).status is Status.DONE for other in elsewhere)  # what is repeated changes nothing
+
+
 def test_the_result_is_that_of_the_last_attempt_that_was_done() -> None:
     first = entry(Kind.SUCCEEDED, 5.0, attempt=1, result="1")  # its lease was lost, and its clock is ahead
     second = entry(Kind.SUCCEEDED, 3.0, attempt=1, crashes=1, result="2", process="b/1")

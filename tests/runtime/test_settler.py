@@ -9,7 +9,7 @@ import pytest
 from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, Settlement
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.message import Message
-from conveyor.core.settle import DONE, Dead
+from conveyor.core.settle import DONE, Dead, Verdict
 from conveyor.runtime.settler import Settler
 
 QUEUE: Final = Queue(name="q", topics=("t",))
@@ -68,6 +68,25 @@ async def test_a_single_message_survives_a_mistake_of_a_broker_that_passes() -> 
     broker = FaultyBroker(lambda batch: len(batch) > 1 or broker.calls < 8)
     settler, lost, dead, in_flight = await settled(broker)
     assert (lost, dead, in_flight, settler.problem) == ([], [], 0, None)
+
+
+async def test_what_the_broker_took_instead_of_a_verdict_is_told() -> None:
+    broker = FaultyBroker(lambda batch: any(each.verdict is DONE for each in batch))
+    await broker.open()
+    await broker.declare([QUEUE])
+    await broker.publish([Message("1", "t", b"")])
+    (delivery,) = await (await broker.subscribe("q", 1)).fetch(1)
+    told: list[tuple[Delivery, Verdict, Dead]] = []
+    settler = Settler(broker, lambda _: None, lambda *refused: told.append(refused))
+    settler.add(delivery, DONE)
+    running = asyncio.create_task(settler.run())
+    async with asyncio.timeout(60):
+        await settler.flush()
+    running.cancel()
+    await asyncio.wait([running])
+    await broker.close()
+    why = "the broker refuses what its handler decided: RuntimeError: a driver's mistake"
+    assert told == [(delivery, DONE, Dead("rejected", why))]
 
 
 async def test_only_the_message_that_a_broker_fails_at_becomes_a_dead_letter() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -32,7 +32,9 @@ from conveyor import (
     RetryPolicy,
     Ticket,
 )
-from conveyor.broker import DeadFilter
+from conveyor.broker import DeadFilter, Delivery, Settlement
+from conveyor.brokers.memory import MemoryBroker
+from conveyor.core.settle import Done
 from conveyor.errors import (
     BrokerError,
     BrokerFull,
@@ -305,6 +307,37 @@ async def test_the_result_of_a_dead_job_is_its_error_with_the_remote_traceback()
         assert isinstance(caught.value.__cause__, RemoteTraceback)
         assert "in guilty" in "".join(traceback.format_exception(caught.value))
         assert (await ticket.status()).status == "dead"
+
+
+async def test_a_job_whose_end_the_broker_refuses_is_a_dead_letter_for_everybody() -> None:
+    class Picky(MemoryBroker):
+        async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+            if any(isinstance(each.verdict, Done) and each.delivery.queue == "t.give" for each in settlements):
+                raise BrokerError("it cannot be told apart")
+            return await super().settle(settlements)
+
+    broker = Picky()
+    await broker.open()
+    app = Conveyor("t", broker=broker, journal=True)
+
+    @app.task
+    async def give() -> int:
+        return 3
+
+    async with app.running() as runner:
+        ticket = await give.send()
+        job = await until(ticket, "failed")
+        assert (job.reason, job.result) == ("rejected", None)
+        assert job.error == "the broker refuses what its handler decided: BrokerError: it cannot be told apart"
+        with pytest.raises(JobFailed, match="cannot be told apart"):
+            await ticket.result(SECONDS)
+        metrics = app.metrics.worker("give")
+        assert (metrics.dead, metrics.failed) == (1, 1)
+        (failure,) = runner.status().failures
+        assert (failure.dead, failure.message_id) == (True, ticket.id)
+        (letter,) = await broker.dead_letters(DeadFilter(), limit=9)
+        assert letter.error == job.error
+    await broker.close()
 
 
 async def test_progress_is_seen_while_the_job_runs() -> None:

@@ -46,6 +46,8 @@ BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING})
 """What happens to a message itself, whichever workers it is for."""
 ENDS: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.CANCELLED, Kind.DEAD})
 """Behind one of these nothing more happens by itself."""
+GOOD_ENDS: Final = ENDS - {Kind.DEAD}
+"""Those that leave no dead letter."""
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -350,7 +352,7 @@ def _order(entry: Entry) -> tuple[object, ...]:
 
 def _handled(job: Job, handled: Sequence[Entry]) -> Job:
     """A job with what became of it."""
-    handled = _as_they_happened(handled)
+    handled = _without_refused(_as_they_happened(handled))
     last = handled[-1]
     succeeded = next((e for e in reversed(handled) if e.kind is Kind.SUCCEEDED), None)
     duplicate = next((e for e in handled if e.kind is Kind.DUPLICATE), None)
@@ -390,6 +392,20 @@ def _holds(wish: Entry, handled: Sequence[Entry]) -> bool:
     before = [entry for entry in handled if entry.at <= wish.at]
     after = handled[len(before) :]
     return not (before and before[-1].kind is Kind.DEAD) and all(entry.kind is not Kind.DEAD for entry in after)
+
+
+def _without_refused(handled: Sequence[Entry]) -> list[Entry]:
+    """Without the good ends that the broker did not take: whoever told of one tells next that the same attempt is a dead letter."""
+    refused = {
+        (*_attempt(entry), entry.process): place
+        for place, entry in enumerate(handled)
+        if entry.kind is Kind.DEAD and entry.reason == Reason.REJECTED and entry.started is None
+    }
+    return [
+        entry
+        for place, entry in enumerate(handled)
+        if entry.kind not in GOOD_ENDS or refused.get((*_attempt(entry), entry.process), -1) < place
+    ]
 
 
 def _as_they_happened(handled: Sequence[Entry]) -> list[Entry]:

@@ -730,6 +730,16 @@ class Consumer:
             self._tell(delivery, verdict)
         self._settler.add(delivery, verdict)
 
+    def note_refused(self, delivery: Delivery, decided: Verdict, dead: Dead) -> None:
+        """The broker did not take what was decided on a delivery, and told: it is a dead letter instead."""
+        if self._journal is not None:
+            self._journal.settled(self.worker.identity, delivery, dead, None, soon=self._is_job)
+        # What was counted stays so: counters do not go back.
+        self.metrics.dead += 1
+        if not isinstance(decided, RetryAt):
+            self.metrics.failed += 1
+        self._note_failure(self, delivery, dead)
+
     def _tell(self, delivery: Delivery, verdict: RetryAt | Dead) -> None:
         self._speak_of(delivery)
         self._note_failure(self, delivery, verdict)

@@ -15,7 +15,7 @@ from typing import Final
 
 from conveyor.broker import Broker, Clock, Delivery, QueueInfo
 from conveyor.core.message import Message
-from conveyor.core.settle import Dead, Release, RetryAt, describe
+from conveyor.core.settle import Dead, Release, RetryAt, Verdict, describe
 from conveyor.core.wishes import latest
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError
@@ -74,7 +74,7 @@ class Runner:
         self._around = around
         self._metrics = metrics
         self._loops = Loops()
-        self._settler = Settler(broker, self._lose)
+        self._settler = Settler(broker, self._lose, self._note_refused)
         self._suspects: deque[tuple[Consumer, Delivery]] = deque()
         self._suspected = asyncio.Event()
         self._waits_alone: Delivery | None = None
@@ -356,6 +356,11 @@ class Runner:
             if consumer is of:
                 self._settler.add(delivery, Release())
         self._suspects = deque(kept)
+
+    def _note_refused(self, delivery: Delivery, decided: Verdict, dead: Dead) -> None:
+        for consumer in self.consumers.values():
+            if consumer.worker.queue.name == delivery.queue:
+                consumer.note_refused(delivery, decided, dead)
 
     def _note_failure(self, consumer: Consumer, delivery: Delivery, verdict: RetryAt | Dead) -> None:
         failure = Failure(

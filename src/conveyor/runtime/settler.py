@@ -30,11 +30,18 @@ class Settler:
     Parameters:
         broker: who carries the settlements out.
         lost: called with each delivery whose lease was lost.
+        refused: called with each delivery whose verdict the broker did not take, with that one and with the one that it took instead.
     """
 
-    def __init__(self, broker: Broker, lost: Callable[[Delivery], None]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        lost: Callable[[Delivery], None],
+        refused: Callable[[Delivery, Verdict, Dead], None] = lambda *_: None,
+    ) -> None:
         self._broker = broker
         self._lost = lost
+        self._refused = refused
         self._waiting: list[Settlement] = []
         self._wanted = asyncio.Event()
         self._idle = asyncio.Event()
@@ -70,6 +77,7 @@ class Settler:
     async def _settle(self, batch: list[Settlement]) -> list[Delivery]:
         """Settle these, whatever the broker raises; the deliveries whose lease is lost."""
         failures = 0
+        refused: tuple[Delivery, Verdict, Dead] | None = None
         while True:
             try:
                 lost = await self._broker.settle(batch)
@@ -102,10 +110,14 @@ class Settler:
                 else:
                     why = f"the broker refuses what its handler decided: {describe(error)}"
                     log.error("dead letter (%s): %s", Reason.REJECTED, why)
-                    batch = [Settlement(batch[0].delivery, Dead(Reason.REJECTED, why))]
+                    (settlement,) = batch
+                    refused = settlement.delivery, settlement.verdict, Dead(Reason.REJECTED, why)
+                    batch = [Settlement(settlement.delivery, refused[-1])]
                     failures = 0
             else:
                 if failures:
                     log.info("settling works again after %s", counted(failures, "try", "tries"))
                 self.problem = None
+                if refused is not None and not lost:
+                    self._refused(*refused)
                 return lost
