@@ -86,6 +86,32 @@ async def test_queues_that_are_deleted_on_rabbitmq_are_declared_again(
         await eventually(lambda: site.runner.health().ready, site.runner.health)
 
 
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+async def test_what_is_given_back_into_a_queue_that_is_gone_is_told_once(
+    rabbitmq: RabbitMQ, queue_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = Conveyor("faults", broker=f"{await asyncio.to_thread(rabbitmq.url)}?queue_type={queue_type}")
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    @app.worker(concurrency=1)
+    async def take(_: Numbered) -> None:
+        begun.set()
+        await go.wait()
+
+    async with app.running() as runner:
+        for number in range(5):
+            await app.publish(Numbered(number))
+        await begun.wait()
+        broker = (await app.connect()).broker
+        assert isinstance(broker, RabbitBroker)
+        await broker.topology.delete(QUEUE)
+        asyncio.get_running_loop().call_soon(go.set)
+        assert await runner.drain()
+    said = [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert not [line for line in said if "dead letter" in line]
+    assert len([line for line in said if "was deleted, and with it" in line]) <= 1
+
+
 async def test_a_virtual_host_that_is_made_anew_gets_its_queues_again(
     rabbitmq: RabbitMQ, eventually: Eventually
 ) -> None:

@@ -108,6 +108,11 @@ class Link(Generic[Session]):
             self.connection = self._session = None
             await connection.close()
 
+    def give_up(self, why: str) -> None:
+        """Cut the connection, where there is one, without taking leave of a server that does not listen."""
+        if self.connection is not None:
+            self.connection.give_up(why)
+
     async def close(self) -> None:
         """Take leave."""
         self._open = False

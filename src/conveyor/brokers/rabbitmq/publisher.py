@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Final, NamedTuple
 
 from conveyor.brokers.rabbitmq.address import Options
@@ -121,6 +121,7 @@ class Publisher:
         self._link: Link[Channel] = Link(options, name, self._begin, heartbeat_seconds)
         self.open = self._link.open
         self.close = self._link.close
+        self.give_up = self._link.give_up
 
     @property
     def blocked(self) -> str | None:
@@ -212,22 +213,31 @@ class Publisher:
             if fate is not None:
                 raise _error(fate)
 
-    async def send_named(self, ids: Sequence[str], batch: Sequence[Outgoing]) -> None:
+    async def send_named(
+        self, ids: Sequence[str], batch: Sequence[Outgoing], may_be_gone: Container[int] = ()
+    ) -> list[int]:
         """Publish what has to be there.
 
         Parameters:
             ids: of the messages, as the error names them.
+            may_be_gone: positions of those whose queue need not be there any more.
+
+        Returns:
+            Those of may_be_gone whose queue is gone.
 
         Raises:
             BrokerUnavailable, BrokerFull: not all of them are confirmed, and another try may succeed.
             PublishFailed: not all of them are confirmed; names which.
         """
         fates = await self.send(batch)
+        gone = [place for place, fate in enumerate(fates) if isinstance(fate, Unrouted) and place in may_be_gone]
+        for place in gone:
+            fates[place] = None
         if all(fate is None or (isinstance(fate, Refused) and fate.for_now) for fate in fates):
             for fate in fates:
                 if isinstance(fate, Refused):
                     raise _error(fate)
-            return
+            return gone
         refused = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Refused | Unrouted)}
         unknown = {id_: str(fate) for id_, fate in zip(ids, fates, strict=True) if isinstance(fate, Unknown)}
         raise PublishFailed(refused, unknown)

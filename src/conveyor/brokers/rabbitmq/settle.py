@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
+from conveyor.core.words import counted
 from conveyor.errors import BrokerError
 
 if TYPE_CHECKING:
@@ -99,13 +101,20 @@ class Settling:
         """Publish what the verdicts ask for; return when all of it is confirmed."""
         batch: list[Outgoing] = []
         ids: list[str] = []
+        back: dict[int, str] = {}
+        """The positions of what goes back to the queue that it came from: with that, it is gone as well."""
         for held, verdict in taken:
             if verdict is not DONE:
                 for id_, outgoing in self._asked(held, verdict, self._broker.clock()):
+                    if isinstance(verdict, Release) and outgoing.routing_key == held.queue:
+                        back[len(batch)] = held.queue
                     ids.append(id_)
                     batch.append(outgoing)
         if batch:
-            await self._broker.publisher.send_named(ids, batch)
+            gone = await self._broker.publisher.send_named(ids, batch, back)
+            for queue, number in Counter(back[place] for place in gone).items():
+                said = counted(number, "message", "messages")
+                log.warning("the queue %s was deleted, and with it %s that were to go back into it", queue, said)
 
     def _asked(self, held: Held, verdict: Verdict, now: float) -> list[tuple[str, Outgoing]]:
         """What a verdict has published, each with the id that it is known by."""
