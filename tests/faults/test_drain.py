@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from collections import Counter
@@ -11,8 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from tests.faults.conftest import World
+
 if TYPE_CHECKING:
-    from tests.faults.conftest import Eventually, World
+    from pathlib import Path
+
+    from servers.rabbitmq import RabbitMQ
+    from tests.faults.conftest import Eventually
 
 PARTS: Final = 5
 ROUNDS: Final = 10
@@ -109,6 +115,30 @@ async def test_what_swallows_its_cancellation_at_the_end_goes_back_uncounted(
     assert await program.ended() == 1, program.said()
     assert "did not drain" not in program.said()
     assert [(each.state, each.deliveries, each.attempts) for each in world.waiting] == [(0, 0, 0)] * 2
+
+
+@pytest.mark.parametrize("at_work", [False, True], ids=["idle", "at work"])
+async def test_sigterm_while_rabbitmq_is_silent_ends_in_time_and_without_being_killed(
+    at_work: bool, tmp_path: Path, rabbitmq: RabbitMQ, eventually: Eventually
+) -> None:
+    world = World(tmp_path, broker=await asyncio.to_thread(rabbitmq.url))
+    try:
+        program = world.run("steady", "--grace=5", "--workers=lingering,slow,quick")
+        await eventually(lambda: "steady is ready" in program.said(), program.said)
+        if at_work:
+            await world.publish("slow", *numbered(0, 2))
+            await eventually(lambda: len(world.lines("begun")) == 2, program.said)
+        rabbitmq.pause()
+        (tmp_path / "release").touch()
+        if at_work:
+            await eventually(lambda: len(world.lines("handled")) == 2, program.said)
+        program.send(signal.SIGTERM)
+        assert await program.ended() == 0, program.said()
+        assert program.said().count("ended in order") == 1
+        assert "left without a word" in program.said()
+    finally:
+        rabbitmq.resume()
+        world.close()
 
 
 def grown(world: World, files: Sequence[str], before: Sequence[int]) -> bool:

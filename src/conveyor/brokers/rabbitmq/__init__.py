@@ -53,6 +53,8 @@ log: Final = logging.getLogger("conveyor.rabbitmq")
 
 CLOSE_SECONDS: Final = 10.0
 """How long closing may take to give back what is held; the server gives back the rest, counted."""
+FAREWELL_SECONDS: Final = 2.0
+"""Whoever ends a fetch or a subscription waits for the server's answer, unless it says nothing at all for so long."""
 TEMPORARY_AGAIN_SECONDS: Final = 1.0
 SHORTEST_HEARTBEAT_SECONDS: Final = 2.0
 
@@ -88,6 +90,10 @@ class RabbitBroker:
         self.leases = Leases(self._settling.leases_ended)
         self.subscriptions: set[RabbitSubscription] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._farewells: set[asyncio.Task[None]] = set()
+        """Ends that the server was told of, and has not answered."""
+        self._heard_last = -1
+        """What had been heard when the server was found silent."""
         self.keys: dict[str, Keyed] = {}
         self.positions = dead.Positions()
         self._is_open = False
@@ -131,15 +137,13 @@ class RabbitBroker:
             subscription.end(why)
         self.leases.stop()
         try:
-            async with asyncio.timeout(CLOSE_SECONDS):
-                for subscription in list(self.subscriptions):
-                    await subscription.close()
-                await self._give_back_all()
-                for keyed in self.keys.values():
-                    await keyed.close()
-                for spec in [each for each in self.specs.values() if each.temporary]:
-                    for queue in (spec.name, spec.later):
-                        await self.topology.delete(queue)
+            if self._farewells and not await self._answers():
+                log.warning("RabbitMQ does not answer: left without a word; what it gives back for that, it counts")
+                self._link.give_up("the server did not answer at the end")
+                self.publisher.give_up("the server did not answer at the end")
+            else:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._take_leave()
         except (TimeoutError, BrokerError, AmqpError) as error:
             log.warning("closed without giving back everything: %s; the server does that, and counts it", error)
         finally:
@@ -148,9 +152,35 @@ class RabbitBroker:
                 task.cancel()
             if self._tasks:
                 await asyncio.wait(self._tasks)
-            await self._link.close()
-            await self.publisher.close()
+            await asyncio.gather(self._link.close(), self.publisher.close())
             await self._settling.close()
+
+    async def _take_leave(self) -> None:
+        """Give back what is held, and remove what is only ours."""
+        for subscription in list(self.subscriptions):
+            await subscription.close()
+        if self._farewells:
+            await asyncio.wait(self._farewells)
+        await self._give_back_all()
+        for keyed in self.keys.values():
+            await keyed.close()
+        for spec in [each for each in self.specs.values() if each.temporary]:
+            for queue in (spec.name, spec.later):
+                await self.topology.delete(queue)
+
+    async def _answers(self) -> bool:
+        """Whether the server says anything at all on the connection that consumes, where that lives."""
+        connection = self._link.connection
+        if connection is None or connection.closed.done():
+            return True
+        try:
+            async with asyncio.timeout(FAREWELL_SECONDS / 4):
+                (await connection.channel()).begin_close()
+        except TimeoutError:
+            return False
+        except AmqpError:
+            pass
+        return True
 
     async def _give_back_all(self) -> None:
         held = [each for each in self.leases.all() if each.state is State.HELD]
@@ -206,6 +236,28 @@ class RabbitBroker:
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
+
+    async def farewell(self, what: Coroutine[Any, Any, None], name: str) -> None:
+        """Tell the server of an end, and wait until it knows; where it has fallen silent, that goes on beside.
+
+        Once it was waited for in vain, nobody does again before it has said something.
+        """
+        task = self.spawn(what, name)
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+        while not task.done():
+            before = self._heard
+            await asyncio.wait([task], timeout=0.0 if before == self._heard_last else FAREWELL_SECONDS)
+            if before == self._heard and not task.done():
+                self._heard_last = before
+                return
+        if not task.cancelled():
+            task.result()
+
+    @property
+    def _heard(self) -> int:
+        """How often the server has said something, on the connections that live."""
+        return sum(each.heard for each in (self._link.connection, self.publisher.connection) if each is not None)
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

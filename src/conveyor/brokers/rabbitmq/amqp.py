@@ -285,7 +285,10 @@ class Connection(asyncio.Protocol):
         self._unsent_bytes = 0
         self._writable = True
         self._waiters: set[asyncio.Future[None]] = set()
-        self._heard = self._sent = True
+        self.heard = 0
+        """How often the server has said something."""
+        self._heard_before = -1
+        self._sent = True
         self._silent_ticks = 0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -412,7 +415,7 @@ class Connection(asyncio.Protocol):
         self.wake()
 
     def data_received(self, data: bytes) -> None:
-        self._heard = True
+        self.heard += 1
         if self.closed.done():
             return
         if self._tail:
@@ -513,14 +516,15 @@ class Connection(asyncio.Protocol):
 
     def _tick(self) -> None:
         """Twice an interval: say that this side lives, and see whether the other does."""
-        self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
+        self._silent_ticks = 0 if self.heard != self._heard_before else self._silent_ticks + 1
         # The third tick in a row comes between 1.5 and 2 intervals after the last sign of life.
         if self._silent_ticks >= 3:
             self.give_up(f"the server was silent for two heartbeats of {self.heartbeat_seconds} s")
             return
         if not self._sent and self._transport is not None and self._writable:
             self._transport.write(HEARTBEAT_FRAME)
-        self._heard = self._sent = False
+        self._heard_before = self.heard
+        self._sent = False
         self._timer = self._loop.call_later(self.heartbeat_seconds / 2, self._tick)
 
     def _set_blocked(self, reason: str | None) -> None:

@@ -36,6 +36,7 @@ class Stream:
         ended: whether the subscription is at its end.
         give_back: puts back, uncounted, what came for nobody.
         spawn: runs what happens beside the fetches.
+        farewell: runs what tells the server of an end, and waits for its answer, within reason.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Stream:
         ended: Callable[[], bool],
         give_back: Callable[[Work, list[Incoming]], Coroutine[Any, Any, None]],
         spawn: Callable[[Coroutine[Any, Any, Any], str], Awaitable[Any]],
+        farewell: Callable[[Coroutine[Any, Any, None], str], Awaitable[None]],
     ) -> None:
         self._queue = queue
         self._bound = bound
@@ -53,6 +55,7 @@ class Stream:
         self._ended = ended
         self._give_back = give_back
         self._spawn = spawn
+        self._farewell = farewell
         self._tap: Tap | None = None
         self._changing = asyncio.Lock()
         self._news = asyncio.Event()
@@ -90,7 +93,7 @@ class Stream:
             return [] if self._ended() or work.lost else tap.take(limit)
         except asyncio.CancelledError:
             if self._fetching == 1:
-                await asyncio.shield(self._spawn(self.close(), f"giving back what came of {self._queue}"))
+                await self._farewell(self.close(), f"giving back what came of {self._queue}")
             raise
         finally:
             self._fetching -= 1

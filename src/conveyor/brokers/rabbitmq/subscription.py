@@ -20,7 +20,7 @@ from conveyor.brokers.rabbitmq.order import Keyed, is_keyed
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec
 from conveyor.brokers.rabbitmq.stream import Stream
-from conveyor.brokers.rabbitmq.tap import FIRST, Tap, draw
+from conveyor.brokers.rabbitmq.tap import FIRST, Tap, come
 from conveyor.brokers.rabbitmq.work import Work
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError, BrokerUnavailable
@@ -67,6 +67,7 @@ class RabbitSubscription:
             lambda: self._ended is not None,
             self._untouched,
             broker.spawn,
+            broker.farewell,
         )
 
     async def fetch(self, limit: int) -> list[Delivery]:
@@ -91,6 +92,10 @@ class RabbitSubscription:
         """See conveyor.broker.Subscription."""
         self.end(BrokerUnavailable(f"this subscription of {self.queue!r} is closed"))
         mover, self.mover = self.mover, None
+        await self.broker.farewell(self._take_leave(mover), f"closing a subscription of {self.queue}")
+        self.broker.forget(self)
+
+    async def _take_leave(self, mover: Mover | None) -> None:
         try:
             await self.stream.close()
             if self._waiting:
@@ -101,7 +106,6 @@ class RabbitSubscription:
                 self._work.retire()
         except AmqpError:
             pass  # the server has taken back what it had
-        self.broker.forget(self)
 
     @property
     def aside(self) -> int:
@@ -276,18 +280,27 @@ class RabbitSubscription:
                 # A consumer that could be sent more while it ends has that counted, though nobody gets it: so it asks for what is there.
                 room = max(1, min(room, (await work.channel.queue_declare(spec.name, passive=True)).messages))
             tap = Tap(work, queues, room, news, late, tidily=tidily)
-            await draw(tap, news, until=until)
+            await come(tap, news, until=until)
+            await tap.close()
         except asyncio.CancelledError:
-            if tap is not None and tap.arrived:
-                await asyncio.shield(self.broker.spawn(self._untouched(work, tap.arrived), "release"))
+            if tap is not None:
+                await self.broker.farewell(self._abandon(work, tap), f"giving back what came of {self.queue}")
             raise
         except AmqpError as error:
+            if tap is not None:
+                await tap.close()
             self._explain(work, error)
             return []
         if self._ended is not None:
             await self._untouched(work, tap.arrived)
             return []
         return await self._accept(work, spec, tap.arrived)
+
+    async def _abandon(self, work: Work, tap: Tap) -> None:
+        """Nobody waits any more for what this tap brings."""
+        await tap.close()
+        if tap.arrived:
+            await self._untouched(work, tap.arrived)
 
     def _explain(self, work: Work, error: AmqpError) -> None:
         """Consuming failed: raise what makes it useless to try again at once."""
@@ -315,7 +328,7 @@ class RabbitSubscription:
             except asyncio.CancelledError:
                 if come:
                     staying = [incoming for incoming, _ in come]
-                    await asyncio.shield(self.broker.spawn(self._untouched(work, staying), "release"))
+                    await self.broker.farewell(self._untouched(work, staying), f"giving back what came of {self.queue}")
                 raise
         counts_itself = spec.replicated
         since = asyncio.get_running_loop().time()

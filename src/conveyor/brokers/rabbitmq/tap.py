@@ -171,18 +171,23 @@ class Tap:
                 self._arriving()
 
 
-async def draw(tap: Tap, news: asyncio.Event, *, until: Callable[[], bool] = lambda: False, whole: int = 1) -> None:
-    """Consume until the first messages are there, then stop: what has arrived is in the tap, and none stays in between.
+async def come(tap: Tap, news: asyncio.Event, *, until: Callable[[], bool] = lambda: False, whole: int = 1) -> None:
+    """Consume until the first messages are there; whoever calls closes the tap.
 
     Parameters:
         news: the tap's; whoever changes what until sees sets it, too.
         until: looked at when there is news: stop now.
         whole: wait for so many.
     """
+    await tap.open()
+    while len(tap.arrived) < whole and not tap.over and not until():
+        news.clear()
+        await news.wait()
+
+
+async def draw(tap: Tap, news: asyncio.Event, *, whole: int = 1) -> None:
+    """Consume until so many messages are there, then stop: what has arrived is in the tap, and none stays in between."""
     try:
-        await tap.open()
-        while len(tap.arrived) < whole and not tap.over and not until():
-            news.clear()
-            await news.wait()
+        await come(tap, news, whole=whole)
     finally:
         await tap.close()
