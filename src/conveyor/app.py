@@ -867,7 +867,7 @@ class Conveyor:
         if on_cores := [worker for worker in workers if worker.plan.mode is Mode.PROCESS]:
             from conveyor.runtime.pool import CpuPool
 
-            pool = CpuPool(max(worker.concurrency for worker in on_cores), max_rss_bytes=self.max_rss_bytes)
+            pool = CpuPool(_processes([worker.concurrency for worker in on_cores]), max_rss_bytes=self.max_rss_bytes)
             stack.push_async_callback(pool.close)
         around = Surroundings(
             self._outgoing,
@@ -971,6 +971,11 @@ def _native(function: Callable[..., Any], native: Native) -> dict[str, str]:
         if not isinstance(value, bool if name == "passive" else str) or value == "":
             raise HandlerError(f"handler {getattr(function, '__qualname__', function)}: {name} cannot be {value!r}")
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in native.items()}
+
+
+def _processes(concurrency: Sequence[int]) -> int:
+    """How many processes these cpu=True workers need together: one for each that may run, within the cores, or as one of them says."""
+    return max(*concurrency, min(sum(concurrency), DEFAULT_CONCURRENCY[Mode.PROCESS]), 1)
 
 
 def _at_least_one(function: Callable[..., Any], **values: int | None) -> None:

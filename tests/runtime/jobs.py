@@ -175,7 +175,7 @@ class Counting:
 
     def __call__(self, function: Callable[..., Any]) -> Any:
         assert pool.inside is not None
-        return function(pool.inside.progress)
+        return function(pool.inside.tell())
 
 
 def report_often(progress: Callable[[float, float | None, str], None]) -> str:
@@ -195,7 +195,7 @@ class At(msgspec.Struct, frozen=True):
 
 def report_and_meet(path: str) -> str:
     assert pool.inside is not None
-    pool.inside.progress(1, None, "half")
+    pool.inside.tell()(1, None, "half")
     return meet(path)
 
 
@@ -211,10 +211,12 @@ def await_the_nod(path: str) -> str:
 def leave_a_thread_that_reports() -> None:
     """Such as a handler that does not wait for the threads it has started."""
 
+    assert pool.inside is not None
+    tell = pool.inside.tell()
+
     def report() -> None:
         while True:
-            if pool.inside is not None:
-                pool.inside.progress(99, 100, "I am still here")
+            tell(99, 100, "I am still here")
             time.sleep(0.001)
 
     threading.Thread(target=report, daemon=True).start()

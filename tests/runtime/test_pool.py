@@ -143,6 +143,24 @@ async def test_a_thread_that_a_job_left_behind_harms_no_later_job() -> None:
     await pool.close()
 
 
+async def test_what_a_job_left_behind_says_is_not_said_of_the_next_one(meeting: Meeting) -> None:
+    pool, said = CpuPool(1), list[tuple[float, float | None, str]]()
+    await run(pool, "jobs:leave_a_thread_that_reports")
+    for _ in range(3):
+        job = asyncio.create_task(
+            pool.call("jobs:report_and_meet", jobs.At(meeting.path), tell=lambda *news: said.append(news))
+        )
+        with await meeting.arrival() as line:
+            async with asyncio.timeout(60):
+                while not said:  # the thread goes on as before
+                    await asyncio.sleep(0.01)
+            line.send(b"on")
+        assert await job == "on"
+        assert set(said) == {(1, None, "half")}
+        said.clear()
+    await pool.close()
+
+
 async def test_a_job_is_told_that_the_runner_stops(pool: CpuPool, meeting: Meeting) -> None:
     job = asyncio.create_task(run(pool, "jobs:await_the_nod", (meeting.path,)))
     with await meeting.arrival() as line:

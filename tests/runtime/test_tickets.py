@@ -12,7 +12,7 @@ from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -34,6 +34,7 @@ from conveyor import (
 )
 from conveyor.broker import DeadFilter, Delivery, Settlement
 from conveyor.brokers.memory import MemoryBroker
+from conveyor.core.handler import Mode
 from conveyor.core.settle import Done
 from conveyor.errors import (
     BrokerError,
@@ -48,6 +49,8 @@ from conveyor.runtime import ticket as tickets
 from conveyor.runtime.ask import Asker
 from conveyor.runtime.call import RESULT_LIMIT
 from conveyor.runtime.control import cancel
+from conveyor.runtime.pool import CpuPool
+from conveyor.runtime.worker import DEFAULT_CONCURRENCY
 from tests.runtime import jobs
 from tests.runtime.meeting import Meeting
 
@@ -952,6 +955,48 @@ async def test_progress_of_a_job_in_a_process_is_seen_while_it_runs(meeting: Mee
             assert (job.status, job.done, job.total, job.note) == ("running", 1, 2, "half")
             line.send(b"on")
         assert await ticket.result(SECONDS) == "on"
+
+
+async def test_a_job_that_waits_for_a_process_does_not_run_yet(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cast("dict[Mode, int]", DEFAULT_CONCURRENCY), Mode.PROCESS, 1)
+    app = make()
+    meet, report = app.task(cpu=True)(jobs.meet), app.task(cpu=True)(jobs.report_half)
+    async with app.running() as runner, asyncio.timeout(SECONDS):
+        first = await meet.send(meeting.path)
+        with await meeting.arrival() as line:
+            second = await report.send(meeting.path)
+            while not runner.consumers["report_half"].busy:
+                await asyncio.sleep(0.005)
+            await until(first, "running")
+            assert [each.delivery.message.id for each in runner._at_work()] == [first.id]
+            assert (await second.status()).status == "waiting"
+            line.send(b"on")
+        with await meeting.arrival() as line:
+            while not (found := list(runner._at_work())) or found[0].delivery.message.id != second.id:
+                await asyncio.sleep(0.005)
+            line.send(b"on")
+        assert await second.result(SECONDS) == "on"
+
+
+@pytest.mark.parametrize(("concurrency", "processes"), [((1, 1), 2), ((1, 1, 1, 1), 3), ((3, 3), 3), ((8, 1), 8)])
+async def test_workers_on_cores_share_as_many_processes_as_they_need_within_the_cores(
+    concurrency: tuple[int, ...], processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cast("dict[Mode, int]", DEFAULT_CONCURRENCY), Mode.PROCESS, 3)
+    sizes: list[int] = []
+
+    def noted(size: int, **options: Any) -> CpuPool:
+        sizes.append(size)
+        return CpuPool(size, **options)
+
+    monkeypatch.setattr("conveyor.runtime.pool.CpuPool", noted)
+    app = make()
+    for number, lanes in enumerate(concurrency):
+        app.worker(name=f"w{number}", topic=f"t{number}", cpu=True, concurrency=lanes)(jobs.look_at_raw)
+    async with app.running():
+        assert sizes == [processes]
 
 
 async def test_a_job_whose_process_dies_fails_with_what_is_known() -> None:

@@ -187,6 +187,6 @@ def _context(message: Message, wanted: Wanted, emitter: Emitter) -> Context:
         wanted.identity,
         emitter,
         inside.shutting_down.is_set,
-        inside.progress,
+        inside.tell(),
         None,
     )

@@ -118,6 +118,8 @@ class Caller:
         """By receipt: of the attempts that run now and have one."""
         self._committing: set[Any] = set()
         """The receipts of attempts whose handlers have ended, and whose transactions are being committed."""
+        self.on_begin: Callable[[Delivery], object] = lambda _: None
+        """Called where a process of the pool begins with an attempt that has waited for it, with its (first) delivery."""
         self._forms = self._portable_forms()
         self.takes_body: Final = bool(self._forms)
         """Its payload is the message's body as it came: a process of the pool decodes it."""
@@ -291,6 +293,7 @@ class Caller:
                 self._attempt(arguments, call),
                 timeout_seconds=self._worker.timeout_seconds,
                 tell=None if context is None else context.progress,
+                began=functools.partial(self.on_begin, call.deliveries[0]),
             )
             if isinstance(result, Ran):
                 emitter.adopt(result.emits)

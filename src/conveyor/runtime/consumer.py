@@ -85,12 +85,14 @@ HOW_STOPPED: Final = {
 class Lane:
     """One place where messages are handled, one (or one batch) after the other."""
 
-    __slots__ = ("cancels", "deadline", "deliveries", "ended", "lost", "started", "task", "why")
+    __slots__ = ("begun", "cancels", "deadline", "deliveries", "ended", "lost", "started", "task", "why")
 
     def __init__(self) -> None:
         self.task: asyncio.Task[None] | None = None
         self.deliveries: tuple[Delivery, ...] = ()
         self.started = 0.0
+        self.begun: Any = None
+        """The receipt of what a process of the pool has begun with; elsewhere an attempt begins at once."""
         self.deadline = FOREVER
         self.why: str | None = None
         self.cancels = 0
@@ -186,7 +188,9 @@ class Consumer:
         self._plain = caller.plain if worker.batch == 1 else None
         self._silent = worker.plan.silent
         # A process of the pool has its own clock, which starts when the attempt does and not while it waits for a free one.
-        self._timeout_seconds = None if worker.plan.mode is Mode.PROCESS else worker.timeout_seconds
+        self._in_process = worker.plan.mode is Mode.PROCESS
+        self._timeout_seconds = None if self._in_process else worker.timeout_seconds
+        caller.on_begin = self._begin_in_process
 
     # --- what the runner sees -----------------------------------------------------------------------------------------
 
@@ -205,10 +209,17 @@ class Consumer:
         return [*self._ready, *(delivery for lane in self._lanes for delivery in lane.deliveries)]
 
     def at_work(self) -> Iterator[Running]:
-        """What runs now."""
+        """What runs now; what waits for a process of the pool does not."""
         for lane in self._lanes:
+            if self._in_process and lane.deliveries and lane.begun != lane.deliveries[0].receipt:
+                continue
             for delivery in lane.deliveries:
                 yield Running(self.worker.identity, delivery, lane.started)
+
+    def _begin_in_process(self, delivery: Delivery) -> None:
+        for lane in self._lanes:
+            if lane.deliveries and lane.deliveries[0].receipt == delivery.receipt:
+                lane.started, lane.begun = time.monotonic(), delivery.receipt
 
     async def open(self) -> None:
         """Subscribe, and start the lanes."""

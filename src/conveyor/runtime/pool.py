@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import functools
 import importlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -57,11 +58,13 @@ class Job(msgspec.Struct, frozen=True):
         target: "module:qualified name" of a function, from the application's own registration, never from a message.
         call: calls it.
         about: what its log records are about.
+        number: tells it from the jobs that the process has run before.
     """
 
     target: str
     call: Invocation
     about: logs.Current | None
+    number: int
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -69,8 +72,13 @@ class Started(msgspec.Struct, frozen=True):
 
 
 class Progressed(msgspec.Struct, frozen=True):
-    """How far it has come, as Context.progress was told."""
+    """How far a job has come, as Context.progress was told.
 
+    Parameters:
+        number: the job's; what an earlier one has left behind may still tell of that.
+    """
+
+    number: int
     done: float
     total: float | None
     note: str
@@ -114,9 +122,16 @@ class CpuPool:
         self._reaping: set[asyncio.Task[None]] = set()
         self._max_rss_bytes = max_rss_bytes
         self._draining = False
+        self._numbers = itertools.count(1)
 
     async def call(
-        self, target: str, call: Invocation, *, timeout_seconds: float | None = None, tell: Tell | None = None
+        self,
+        target: str,
+        call: Invocation,
+        *,
+        timeout_seconds: float | None = None,
+        tell: Tell | None = None,
+        began: Callable[[], object] | None = None,
     ) -> Any:
         """Run a function in a process and give its result. Cancelling kills the process.
 
@@ -124,7 +139,8 @@ class CpuPool:
             target: "module:qualified name" of the function, or of what keeps it as its ``function`` (a task).
             call: called with the function in the process; what it returns is the result.
             timeout_seconds: for the run itself: not for the wait for a free process, nor for its start.
-            tell: called with the progress that the function reports by ``inside.progress``.
+            tell: called with the progress that the function reports by ``inside.tell()``.
+            began: called when a process begins to run it.
 
         Raises:
             HandlerTimeout: it ran too long, and was killed.
@@ -133,8 +149,9 @@ class CpuPool:
             Exception: what the function raised.
         """
         async with self._free:
+            number = next(self._numbers)
             try:
-                job = frames.pack(Job(target, call, logs.current.get()))
+                job = frames.pack(Job(target, call, logs.current.get(), number))
             except Exception as error:
                 raise HandlerError(
                     f"the arguments of {target} cannot be sent to another process: {describe(error)}"
@@ -142,7 +159,7 @@ class CpuPool:
             del call
             process = self._take()
             try:
-                reply = await process.run(job, target, timeout_seconds, self._max_rss_bytes, tell)
+                reply = await process.run(job, number, target, timeout_seconds, self._max_rss_bytes, tell, began)
             except BaseException:
                 self._discard(process, "it was given up")
                 raise
@@ -248,10 +265,12 @@ class _Process:
     async def run(
         self,
         job: list[frames.Part],
+        number: int,
         target: str,
         timeout_seconds: float | None,
         max_rss_bytes: int | None,
         tell: Tell | None,
+        on_begin: Callable[[], object] | None,
     ) -> Returned | Raised:
         """Run one job; after an error the process is of no more use."""
         self._busy = True
@@ -268,9 +287,11 @@ class _Process:
             if not isinstance(first, Started):
                 return first
             began = True
+            if on_begin is not None:
+                on_begin()
             async with _within(timeout_seconds, f"{target} ran too long"):
                 while isinstance(reply := await self._receive(), Progressed):
-                    if tell is not None:
+                    if tell is not None and reply.number == number:
                         tell(reply.done, reply.total, reply.note)
             assert not isinstance(reply, Started)
             return reply
@@ -376,6 +397,8 @@ class Inside:
         self._latest: deque[Progressed] = deque(maxlen=1)
         self._told = threading.Event()
         self._teller: threading.Thread | None = None
+        self.number = 0
+        """The job that runs."""
 
     def listen(self) -> NoReturn:
         """Take jobs from the line; in a thread, so that the end of the pool ends the process whatever it is doing."""
@@ -389,9 +412,17 @@ class Inside:
                 del frame
         os._exit(0)
 
-    def progress(self, done: float, total: float | None, note: str) -> None:
-        """Report how far the job has come: the first word at once, then the latest every NEWS_SECONDS. Never waits."""
-        self._latest.append(Progressed(done, total, note))
+    def tell(self) -> Tell:
+        """What reports how far the job has come that runs now; for nobody any more once another one runs.
+
+        The first word goes at once, then the latest every NEWS_SECONDS. It never waits.
+        """
+        return functools.partial(self._progress, self.number)
+
+    def _progress(self, number: int, done: float, total: float | None, note: str) -> None:
+        if number != self.number:
+            return
+        self._latest.append(Progressed(number, done, total, note))
         if self._teller is None:
             self._teller = threading.Thread(target=self._tell, name="progress", daemon=True)
             self._teller.start()
@@ -435,15 +466,15 @@ def _serve(line: socket.socket, settings: logs.Settings | None) -> NoReturn:
     inside = Inside(line)
     threading.Thread(target=inside.listen, name="pool", daemon=True).start()
     while True:
-        _do(inside.jobs.get(), inside.reply)
+        _do(inside.jobs.get(), inside)
 
 
 def _ignore(_number: int, _frame: object) -> None:
     pass
 
 
-def _do(frame: frames.Frame, send: Callable[[Started | Returned | Raised], None]) -> None:
-    target = "?"
+def _do(frame: frames.Frame, inside: Inside) -> None:
+    target, send = "?", inside.reply
     try:
         job: Job = frame.value()
         target = job.target
@@ -451,6 +482,7 @@ def _do(frame: frames.Frame, send: Callable[[Started | Returned | Raised], None]
     except BaseException as error:  # an import may do anything, sys.exit() too
         send(Raised(HandlerError(f"{target} cannot be run in another process: {describe(error)}"), _trace_of(error)))
         return
+    inside.number = job.number
     send(Started())
     logs.current.set(job.about)
     try:
