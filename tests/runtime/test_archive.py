@@ -73,6 +73,38 @@ def test_a_journey_is_found_by_each_of_its_messages_and_by_its_own_id(path: Path
     archive.close()
 
 
+def test_of_a_journey_that_is_too_long_its_beginning_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "LONGEST_JOURNEY", 5)
+    archive = Archive(path).open()
+    children = [entry(Kind.PUBLISHED, f"child {n}", float(n), correlation_id="root") for n in range(10)]
+    archive.write([("1", children[:4]), ("2", [entry(Kind.PUBLISHED, "root", -1.0)]), ("3", children[4:])])
+    for asked in ("root", "child 7"):
+        found = archive.journey(asked)
+        assert ([e.message_id for e in found.entries], found.more) == (
+            ["root", *(f"child {n}" for n in range(4))],
+            True,
+        )
+    archive.close()
+
+
+def test_of_a_journey_that_is_too_large_for_an_answer_tracebacks_go_before_entries(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "LARGEST_ANSWER_BYTES", 10_000)
+    archive = Archive(path).open()
+    tries = [entry(Kind.RETRIED, "root", float(n), error="boom", traceback="x" * 1_000) for n in range(8)]
+    archive.write([("1", tries), ("2", [entry(Kind.SUCCEEDED, "root", 9.0, result="y" * 4_000)])])
+    answer = archive.answer("", JourneyOf("root"))
+    assert (len(answer.entries), answer.more) == (9, False)
+    assert {(e.error, e.traceback) for e in answer.entries} == {("boom", ""), ("", "")}
+    assert answer.entries[-1].unkept == archives.CUT
+    archive.write([("3", [entry(Kind.PUBLISHED, "child", 10.0 + n, correlation_id="root") for n in range(40)])])
+    answer = archive.answer("", JourneyOf("root"))
+    assert (answer.entries[0].message_id, answer.more) == ("root", True)
+    assert len(answer.entries) > 20
+    archive.close()
+
+
 def test_jobs_are_found_by_status_worker_topic_and_age_the_newest_first(path: Path) -> None:
     archive = Archive(path).open()
     archive.write(
@@ -261,7 +293,7 @@ def test_a_question_that_takes_too_long_is_answered_with_what_was_found(
 
 def test_an_answer_is_bounded_and_says_that_there_is_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = Archive(path).open()
-    archive.write([("batch", [entry(Kind.RETRIED, "m", float(n), traceback="x" * 4_000) for n in range(50)])])
+    archive.write([("batch", [entry(Kind.RETRIED, "m", float(n), error="x" * 4_000) for n in range(50)])])
     monkeypatch.setattr(archives, "LARGEST_ANSWER_BYTES", 40_000)
     answer = archive.answer("", JourneyOf("m"))
     assert 5 < len(answer.entries) < 15

@@ -47,6 +47,8 @@ PAGE: Final = 200
 """Jobs that are looked at in one step."""
 LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
 """Bytes of texts and results in an answer."""
+CUT: Final = "left out here: the whole journey would not fit into an answer"
+"""Why there is no result in it."""
 KEPT_FREE_BYTES: Final = 2 * queue_file.LOW_DISK_BYTES
 KEPT_FREE_SHARE: Final = 2 * queue_file.LOW_DISK_SHARE
 """Nothing is written while less than both of the disk is free: the queue file may be on it, and needs the room more."""
@@ -258,12 +260,11 @@ class Archive:
             return Found([], len(journeys) > 10, tuple(journey for (journey,) in journeys[:10]))
         if not journeys:
             return Found([])
-        entries = self._entries(
-            f"SELECT {COLUMNS} FROM entries WHERE correlation_id = ?1"
-            f" UNION ALL SELECT {COLUMNS} FROM entries WHERE message_id = ?1 AND correlation_id IS NOT ?1"
-            f" LIMIT {LONGEST_JOURNEY + 1}",
-            journeys[0][0],
-        )
+        # What began it comes first: without that nobody can tell what the rest is about.
+        entries: list[Entry] = []
+        for belongs in ("message_id = ?1 AND correlation_id IS NOT ?1", "correlation_id = ?1"):
+            selection = f"SELECT {COLUMNS} FROM entries WHERE {belongs} ORDER BY seq LIMIT ?2"
+            entries += self._entries(selection, journeys[0][0], LONGEST_JOURNEY + 1 - len(entries))
         return Found(entries[:LONGEST_JOURNEY], len(entries) > LONGEST_JOURNEY)
 
     def of(self, ids: Iterable[str], *, results: bool = True) -> list[Entry]:
@@ -352,6 +353,8 @@ class Archive:
         if isinstance(request, JourneyOf):
             entries, more, others = self.journey(request.id)
             fitting, cut = fit(entries)
+            if cut:  # what happened is worth more than where in the code
+                fitting, cut = fit(map(_shortened, entries))
             return Answer(to, entries=fitting, others=others, more=more or cut)
         jobs, more = self.jobs(request.which, request.limit)
         wanted, cut = fit(jobs)
@@ -477,6 +480,11 @@ def fit(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
             return tuple(fitting), True
         fitting.append(each)
     return tuple(fitting), False
+
+
+def _shortened(entry: Entry) -> Entry:
+    unkept = entry.unkept if entry.result is None else CUT
+    return msgspec.structs.replace(entry, traceback="", result=None, unkept=unkept)
 
 
 def _insert(rows: int) -> str:
