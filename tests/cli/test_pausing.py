@@ -13,7 +13,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+import pytest
+
+from conveyor import Conveyor
 from conveyor.broker import Queue
+from conveyor.brokers.sqlite import SqliteBroker
+from conveyor.cli.queues import _turn
+from conveyor.cli.terminal import Output
+from conveyor.runtime.control import Operator, Status
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -129,6 +136,50 @@ def test_without_a_runner_there_is_nobody_to_keep_a_pause(conveyor: Program) -> 
     assert "no runner answers" in conveyor.refused("queues", "pause", "shop.charge", *HERE, code=1)
     told = conveyor.json("queues", "resume", "shop.charge", *HERE, code=1)
     assert (told["runners"], told["working"]) == (0, {"shop.charge": []})
+
+
+async def test_runners_that_were_told_and_have_not_confirmed_it_yet_are_named(
+    conveyor: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(conveyor.folder)
+    broker = SqliteBroker(conveyor.folder / "shop.queue")
+    await broker.open()
+    app = Conveyor("shop", broker=broker)
+    app.switches = {}
+
+    @app.worker(topic="order.created")
+    async def charge(order: dict[str, str]) -> None: ...
+
+    hear_all = Operator.hear_all
+    try:
+        async with app.running() as runner:
+            for late, also_json in ((True, False), (True, True), (False, False)):
+                told = False
+
+                async def impatient(self: Operator, late: bool = late) -> list[Status]:
+                    nonlocal told
+                    found = [] if told and late else await hear_all(self)
+                    told = True
+                    return found
+
+                monkeypatch.setattr(Operator, "hear_all", impatient)
+                output = Output(json=also_json)
+                assert await _turn("sqlite:///shop.queue", ["shop.charge"], output, paused=True) == 0
+                said = capsys.readouterr()
+                me = {"process": f"{socket.gethostname()}/{os.getpid()}", "pid": os.getpid()}
+                if also_json:
+                    assert json.loads(said.out)["unconfirmed"] == [me]
+                elif late:
+                    assert said.out == "shop.charge is paused: 0 runners\n"
+                    name = f"{me['process']} (pid {me['pid']})"
+                    assert f"told, and not confirmed yet: {name}" in " ".join(said.err.split())
+                else:
+                    assert (said.out, said.err) == ("shop.charge is paused: 1 runner\n", "")
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not runner.consumers["charge"].paused:
+                    await asyncio.sleep(0.01)
+    finally:
+        await broker.close()
 
 
 def test_a_queue_that_is_paused_has_to_exist(conveyor: Program) -> None:

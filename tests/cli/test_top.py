@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import apsw
+import msgspec
 import pyte
 import pytest
 from hypothesis import given
@@ -44,7 +45,7 @@ from conveyor.cli.screen import (
 )
 from conveyor.cli.top import Rates, RunnerRow, Watcher, queue_rows
 from conveyor.core.message import Message
-from conveyor.runtime.control import Operator, Status, WorkerStatus
+from conveyor.runtime.control import Failure, Operator, Status, WorkerStatus
 from conveyor.runtime.health import Health
 
 if TYPE_CHECKING:
@@ -503,6 +504,31 @@ async def test_a_runner_that_answers_after_it_was_forgotten_is_not_counted_twice
             assert await failed(status(1.0, failed=2), 0.0) == 2
             assert await failed(status(1.0, failed=2), 1000.0) == 2
             assert await failed(status(1000.0, failed=3), 0.0) == 3
+    finally:
+        await broker.close()
+
+
+async def test_what_runners_that_are_gone_have_done_stays_counted_and_takes_little_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("conveyor.cli.top.GONE", 3)
+    broker, watcher = MemoryBroker(), Watcher("memory://", 1.0)
+    await broker.open()
+    try:
+        await broker.declare([Queue(name="bank.charge")])
+        async with Operator(broker) as operator:
+            for number in range(20):
+                failure = Failure(
+                    number=1, at=1.0, worker="charge", queue="bank.charge", message_id="m", attempt=1, error="e"
+                )
+                seen = msgspec.structs.replace(status(1.0, failed=2), runner=f"r{number}", failures=(failure,))
+                operator.statuses[seen.runner] = seen
+                operator.heard[seen.runner] = time.monotonic() - 1000.0
+                watcher._note(seen)
+                picture = await watcher._look(broker, operator)
+                assert picture.queues[0].failed == 2 * (number + 1)
+        assert len(watcher._gone) == len(watcher._known) == 3
+        assert len(watcher._gone_before) == 1
     finally:
         await broker.close()
 

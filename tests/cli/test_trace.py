@@ -20,7 +20,7 @@ import pytest
 
 from conveyor import brokers
 from conveyor.cli.asking import journal_queues
-from conveyor.cli.trace import as_text, told
+from conveyor.cli.trace import as_json, as_text, told
 from conveyor.core.journal import Entry, Kind, Stop, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer
@@ -153,6 +153,14 @@ async def test_the_journey_over_all_hops_is_told_while_runners_run_and_when_they
     assert shop.run("trace", id).stdout == shop.run("trace", id, "--file", "shop.queue.journal").stdout
     listed = shop.json("queues", "--all", "--broker", shop.queue_url)["queues"]
     assert [(queue["ready"], queue["dead"]) for queue in listed if queue["name"] == "conveyor.journal.shop"] == [(0, 0)]
+
+
+def test_progress_that_is_nothing_yet_is_told_to_programs() -> None:
+    entry = Entry(Kind.PROGRESSED, 1.0, "m", "shop.count", "shop.count", attempt=1, done=0.0, total=10.0)
+    [message] = as_json(Answer("q", (entry,)))["messages"]
+    [told] = message["entries"]
+    assert (told["done"], told["total"], told["attempt"]) == (0.0, 10.0, 1)
+    assert told.keys() == {"kind", "at", "worker", "attempt", "done", "total"}
 
 
 async def test_without_a_broker_said_the_keepers_of_the_journals_here_are_asked_and_that_is_said(shop: Program) -> None:

@@ -19,7 +19,7 @@ from conveyor.config import masked
 from conveyor.core.pause import paused_in
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, QueueInUse
-from conveyor.runtime.control import Operator, internal
+from conveyor.runtime.control import Operator, Status, internal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,33 +121,42 @@ async def _turn(url: str, names: Sequence[str], output: Output, *, paused: bool)
             if name not in there:
                 raise not_there(name, there)
         async with Operator(broker) as operator:
-            told = await operator.hear_all()  # a decision has to be later than what they know
+            told = by_runner(await operator.hear_all())  # a decision has to be later than what they know
+            answered: dict[str, Status] = {}
             if told:
                 for name in names:
                     await operator.turn(name, paused=paused)
-                told = await operator.hear_all()
+                answered = by_runner(await operator.hear_all())
     heeding = {
-        name: [each for each in told if (name in paused_in(each.switches)) == paused and name in each.queues]
+        name: [
+            each for each in answered.values() if (name in paused_in(each.switches)) == paused and name in each.queues
+        ]
         for name in names
     }
+    silent = [each for runner, each in told.items() if runner not in answered]
     if output.json:
         output.document(
             {
                 "queues": list(names),
                 "paused": paused,
-                "runners": len(told),
+                "runners": len(answered),
                 "working": {
                     name: [{"process": each.process, "pid": each.pid} for each in found]
                     for name, found in heeding.items()
                 },
+                "unconfirmed": [{"process": each.process, "pid": each.pid} for each in silent],
             }
         )
     elif told:
         for name, found in heeding.items():
+            nobody = not found and not any(name in each.queues for each in silent)
             runners = (
-                counted(len(found), "runner") if found else "no runner works on it now; those that do later will know"
+                "no runner works on it now; those that do later will know" if nobody else counted(len(found), "runner")
             )
             output.say(f"{name} is {word}: {runners}")
+    if silent:
+        who = ", ".join(f"{each.process} (pid {each.pid})" for each in silent)
+        output.note(f"told, and not confirmed yet: {who}; the same command asks again", "yellow")
     if not told:
         output.note("no runner answers, and only runners keep a pause: nothing was changed", "red")
     return OK if told else FAILED
@@ -236,6 +245,11 @@ async def _remove(url: str, names: Collection[str], kept: _Kept, output: Output,
     else:
         output.say(f"{what} would be removed" if dry_run else f"{what} removed" if removed else "nothing removed")
     return OK if removed or dry_run else FAILED
+
+
+def by_runner(statuses: Sequence[Status]) -> dict[str, Status]:
+    """The same, by what names a runner among all."""
+    return {status.runner: status for status in statuses}
 
 
 def messages_of(queue: QueueInfo) -> int:

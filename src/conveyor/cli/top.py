@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Final
 
+import msgspec
 from cyclopts import App, Parameter, validators
 
 from conveyor.broker import Broker, DeadFilter, QueueInfo
@@ -44,6 +45,8 @@ AGAIN_SECONDS: Final = 1.0
 """Between two tries while the broker is away."""
 FAILURES: Final = 200
 """Errors that are kept."""
+GONE: Final = 100
+"""Runners that are remembered by name after they are gone: one that was only silent comes back."""
 
 command = App(
     name="top",
@@ -271,6 +274,19 @@ def queue_rows(
     return tuple(rows)
 
 
+def _together(one: WorkerStatus | None, other: WorkerStatus) -> WorkerStatus:
+    """What two that are gone have done."""
+    if one is None:
+        return other
+    return msgspec.structs.replace(
+        other,
+        handled=one.handled + other.handled,
+        failed=one.failed + other.failed,
+        retried=one.retried + other.retried,
+        dead=one.dead + other.dead,
+    )
+
+
 class Watcher:
     """Looks at a broker and its runners again and again, and does what its operator wants.
 
@@ -293,7 +309,9 @@ class Watcher:
         self._rates = Rates()
         self._failures: deque[tuple[str, Failure]] = deque(maxlen=FAILURES)
         self._gone: dict[str, tuple[WorkerStatus, ...]] = {}
-        """Runner → what its workers had done when it was forgotten."""
+        """Runner → what its workers had done when it was forgotten; of the latest ones."""
+        self._gone_before: dict[tuple[str, str], WorkerStatus] = {}
+        """Queue and worker → what those had done that were forgotten before these."""
         self._known: dict[str, int] = {}
         """Runner → the number of its latest failure that is known."""
         self._at: tuple[Broker, Operator] | None = None
@@ -358,7 +376,7 @@ class Watcher:
         runners.sort(key=lambda row: (row.status.app, len(row.status.process), row.status.process, row.status.pid))
         answering = [row.status for row in runners if not row.silent_seconds]
         return Picture(
-            queue_rows(infos, answering, self._rates, operator.paused, list(itertools.chain(*self._gone.values()))),
+            queue_rows(infos, answering, self._rates, operator.paused, self._done_by_the_gone()),
             tuple(runners),
             tuple(sorted(self._failures, key=lambda each: each[1].at, reverse=True)),
             looked=True,
@@ -385,6 +403,15 @@ class Watcher:
         operator.forget(status.runner)
         self._rates.forget(status.runner)
         self._gone[status.runner] = status.workers
+        while len(self._gone) > GONE:
+            oldest = next(iter(self._gone))
+            for worker in self._gone.pop(oldest):
+                key = worker.queue, worker.name
+                self._gone_before[key] = _together(self._gone_before.get(key), worker)
+            self._known.pop(oldest, None)
+
+    def _done_by_the_gone(self) -> list[WorkerStatus]:
+        return [*self._gone_before.values(), *itertools.chain(*self._gone.values())]
 
     # --- what its operator wants ------------------------------------------------------------------------------------------
 

@@ -100,14 +100,12 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 def _entry(entry: Entry) -> dict[str, Any]:
     """What there is to tell; what is empty is left out."""
+    empty = dict(zip(reversed(entry.__struct_fields__), reversed(entry.__struct_defaults__), strict=False))
     known = {name: getattr(entry, name) for name in entry.__struct_fields__}
+    known = {name: value for name, value in known.items() if name not in empty or value != empty[name]}
     for name in ("message_id", "topic", "correlation_id", "causation_id"):
-        del known[name]
-    for name in TIMES:
-        known[name] = _moment(known[name]) if known[name] else None
-    return {name: value for name, value in known.items() if value is not None and value not in ("", 0)} | {
-        "kind": entry.kind.value
-    }
+        known.pop(name, None)
+    return known | {name: _moment(known[name]) for name in TIMES if name in known} | {"kind": entry.kind.value}
 
 
 # --- text -----------------------------------------------------------------------------------------------------------------
