@@ -413,7 +413,7 @@ class Conveyor:
         unrouted = await connection.broker.publish((message,))
         self.metrics.published += 1
         if connection.journal is not None:
-            connection.journal.published(message)
+            connection.journal.published(message, nowhere=bool(unrouted))
         if unrouted:
             self._note_unrouted(message, required=require_subscriber)
         return message

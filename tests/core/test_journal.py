@@ -9,7 +9,20 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from conveyor.core.journal import Entry, JobFilter, Kind, Status, Stop, Wish, in_order, job_of, jobs_of, stops, wish_of
+from conveyor.core.journal import (
+    NOWHERE,
+    Entry,
+    JobFilter,
+    Kind,
+    Status,
+    Stop,
+    Wish,
+    in_order,
+    job_of,
+    jobs_of,
+    stops,
+    wish_of,
+)
 
 MOMENTS = st.integers(0, 5).map(float)
 ENTRIES = st.builds(
@@ -274,6 +287,14 @@ def test_several_workers_of_one_message_are_several_jobs_and_none_is_one_that_wa
         ("other", "", Status.WAITING),
     }
     assert jobs[0].worker == "shop.mail"
+
+
+def test_what_no_queue_received_is_no_job_unless_it_was_published_again() -> None:
+    nowhere = entry(Kind.PUBLISHED, reason=NOWHERE)
+    assert jobs_of([nowhere]) == []
+    assert [job.status for job in jobs_of([nowhere, entry(Kind.PUBLISHED, 2.0)])] == [Status.WAITING]
+    assert [job.status for job in jobs_of([nowhere, entry(Kind.SUCCEEDED, 2.0)])] == [Status.DONE]
+    assert [stop.message_id for stop in stops([nowhere])] == ["m"]
 
 
 def test_of_nothing_there_is_no_job() -> None:

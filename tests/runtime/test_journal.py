@@ -259,6 +259,32 @@ async def test_what_is_published_at_once_and_what_the_ledger_sends_is_told_with_
     }
 
 
+async def test_what_no_queue_receives_is_on_the_journey_and_no_job_that_waits() -> None:
+    app = Conveyor("shop", broker="memory://", journal=True)
+
+    @app.worker(name="first", topic="a")
+    async def first(_: dict[str, int], context: Context) -> None:
+        await context.publish_now({}, topic="now")
+        context.publish({}, topic="then")
+
+    async with app.running():
+        sent = await app.publish({}, topic="a")
+        alone = await app.publish({}, topic="nobody")
+        asker = (await app.connect()).asker
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            answer = await found(asker, sent.id, 1)
+            while len({entry.topic for entry in answer.entries}) < 3:
+                answer = await asker.journey(sent.id)
+            while not (await asker.journey(alone.id)).entries:
+                await asyncio.sleep(0.02)
+        assert {e.topic: e.reason for e in answer.entries if e.kind is Kind.PUBLISHED} == {
+            "a": "",
+            "now": "unrouted",
+            "then": "unrouted",
+        }
+        assert {job.id for job in await asker.jobs()} == {sent.id}
+
+
 async def test_what_the_ledger_knew_already_is_told_as_a_duplicate(tmp_path: Path) -> None:
     app = Conveyor(
         "shop", broker="memory://", journal=True, database=f"sqlite+aiosqlite:///{tmp_path / 'shop.db'}", migrate=True

@@ -207,7 +207,7 @@ async def _publish(
         if app is not None and app.journal_place(broker) is not None:
             await broker.declare([journal_queue(app.name)])
             journal = Journal(app.name, broker, app.metrics, time.time)
-            journal.published(message)
+            journal.published(message, nowhere=nowhere)
             await journal.close()
         hint = await _nowhere(broker, message.topic) if nowhere else ""
     if output.json:

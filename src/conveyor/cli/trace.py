@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.asking import Kept
 from conveyor.cli.terminal import FAILED, OK, Output, moment, out, safe, span
-from conveyor.core.journal import Entry, Kind, Stop, stops
+from conveyor.core.journal import NOWHERE, Entry, Kind, Stop, stops
 from conveyor.core.questions import Answer, JourneyOf
 from conveyor.core.words import counted, far
 
@@ -154,6 +154,7 @@ def _line(entry: Entry) -> str:
         case Kind.PUBLISHED:
             said = f"published by {entry.worker}" if entry.worker else "published"
             said += f", due {_moment(entry.due)}" if entry.due else ""
+            said += "; no queue received it" if entry.reason == NOWHERE else ""
         case Kind.SUCCEEDED:
             said = f"{attempt} succeeded in {took}"
         case Kind.DUPLICATE:

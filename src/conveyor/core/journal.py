@@ -42,6 +42,8 @@ NEVER_BEGUN: Final = frozenset({Reason.CRASHED, Reason.EXPIRED})
 """The reasons of dead letters whose last attempt did not begin."""
 LOST: Final = "what it returned got lost with the process that had done it"
 """Why a result is not kept where the ledger knows that the message was handled, and the journal does not."""
+NOWHERE: Final = "unrouted"
+"""The reason with which a message was published that no queue received: nobody waits for it."""
 BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING})
 """What happens to a message itself, whichever workers it is for."""
 ENDS: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.CANCELLED, Kind.DEAD})
@@ -64,7 +66,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         causation_id: of the message whose handler published it; None where no handler did.
         started: Unix seconds when the attempt began; None where none was made.
         due: Unix seconds before which nobody receives the message; 0.0 is at once.
-        reason: why it is dead; see conveyor.core.settle.Reason.
+        reason: why it is dead, see conveyor.core.settle.Reason; or NOWHERE.
         error: what the attempt failed with, its type and what it says.
         traceback: where, bounded.
         done: progress: so much, in any unit.
@@ -237,7 +239,10 @@ def job_of(entries: Iterable[Entry]) -> Job:
 
 
 def jobs_of(entries: Iterable[Entry]) -> list[Job]:
-    """The jobs that these entries tell of, the newest first: one for each message and worker that had it."""
+    """The jobs that these entries tell of, the newest first: one for each message and worker that had it.
+
+    What no queue received is none.
+    """
     published: dict[str, list[Entry]] = {}
     handled: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
@@ -247,7 +252,7 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
             handled.setdefault((entry.message_id, entry.worker), []).append(entry)
     had = {id for id, _ in handled}
     jobs = [job_of([*published.get(id, ()), *own]) for (id, _), own in handled.items()]
-    jobs += [job_of(own) for id, own in published.items() if id not in had]
+    jobs += [job_of(own) for id, own in published.items() if id not in had and not _went_nowhere(own)]
     return sorted(jobs, key=lambda job: (-(job.ended or job.started or job.created or 0.0), job.id, job.worker))
 
 
@@ -288,6 +293,11 @@ def wish_of(entries: Iterable[Entry]) -> Wish | None:
 def is_for_one(entry: Entry) -> bool:
     """Whether the message is a job, which no other worker gets: its topic is the worker's identity."""
     return entry.worker == entry.topic and entry.kind not in BY_NO_WORKER
+
+
+def _went_nowhere(entries: Iterable[Entry]) -> bool:
+    told = [entry.reason == NOWHERE for entry in entries if entry.kind is Kind.PUBLISHED]
+    return bool(told) and all(told)
 
 
 class Stop(msgspec.Struct, frozen=True):

@@ -259,7 +259,7 @@ class Caller:
     async def _publish_now(self, message: Message) -> bool:
         unrouted = await self._around.broker.publish((message,))
         if self._around.journal is not None:
-            self._around.journal.published(message, self._worker.identity)
+            self._around.journal.published(message, self._worker.identity, nowhere=bool(unrouted))
         return not unrouted
 
     def _progressed(self, journal: Journal, delivery: Delivery, done: float, total: float | None, note: str) -> None:

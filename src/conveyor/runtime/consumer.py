@@ -637,7 +637,7 @@ class Consumer:
         failures = 0
         while emits:
             try:
-                await self._broker.publish(emits)
+                unrouted = await self._broker.publish(emits)
             except (BrokerUnavailable, BrokerFull) as error:
                 failures += 1
                 log.log(
@@ -650,7 +650,7 @@ class Consumer:
                 self._note_emits(emits)
                 if self._journal is not None:
                     for message in emits:
-                        self._journal.published(message, self.worker.identity)
+                        self._journal.published(message, self.worker.identity, nowhere=message.id in unrouted)
                 return
 
     def _verdict_on_arrival(self, delivery: Delivery) -> Dead | None:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
-from conveyor.core.journal import NEVER_BEGUN, Entry, Kind
+from conveyor.core.journal import NEVER_BEGUN, NOWHERE, Entry, Kind
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
@@ -108,6 +108,8 @@ class Journal:
         self.process: Final = process_name(number)
         self.at_work: list[Callable[[], Iterable[Running]]] = []
         """Each gives what runs now; runners add themselves."""
+        self.is_received: Callable[[str], bool] = lambda _: True
+        """Whether some queue receives a topic; a runner says what it knows."""
         self.clock: Final = clock
         self._queue = journal_queue(app)
         self._keeper = keeper_topic(app)
@@ -148,16 +150,20 @@ class Journal:
         if soon:
             self._soon.set()
 
-    def published(self, message: Message, worker: str = "") -> None:
+    def published(self, message: Message, worker: str = "", *, nowhere: bool = False) -> None:
         """A message was published.
 
         Parameters:
             worker: the identity of the worker whose handler did it; "" is a program.
+            nowhere: no queue received it.
         """
         id, journey = message.id, message.correlation_id
         cause = None if journey == id else journey, message.causation_id
         row = ("published", message.created, id, message.topic, worker, self.process, "", 0, 0, *cause)
-        self._note_row((*row, None, message.due) if message.due else row)
+        if nowhere:
+            self._note_row((*row, None, message.due, NOWHERE))
+        else:
+            self._note_row((*row, None, message.due) if message.due else row)
 
     def _note_row(self, row: Row) -> None:
         if len(self._entries) >= CAPACITY:
@@ -226,7 +232,7 @@ class Journal:
             elif verdict.cancelled:
                 kind, attempt = Kind.CANCELLED, attempt if started is not None else delivery.attempts
             for emitted in verdict.emits:
-                self.published(emitted, worker)
+                self.published(emitted, worker, nowhere=not self.is_received(emitted.topic))
         elif type(verdict) is RetryAt:
             kind, due, error, traceback = Kind.RETRIED, verdict.due, verdict.error, verdict.traceback
         elif type(verdict) is Dead:

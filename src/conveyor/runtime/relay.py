@@ -297,7 +297,7 @@ class Relay:
             outcome = self._routed(rows, nowhere)
             if self._journal is not None:
                 for row in rows:
-                    self._journal.published(row.message)
+                    self._journal.published(row.message, nowhere=row.message.id in nowhere)
         point(f"{where}.published")
         return outcome
 

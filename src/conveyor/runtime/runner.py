@@ -138,6 +138,7 @@ class Runner:
         self._loops.start("stalls", self._watch_stalls)
         if self._around.journal is not None:
             self._around.journal.at_work.append(self._at_work)
+            self._around.journal.is_received = lambda topic: topic in self._bound
         self._state = "running"
         paused = self._paused()
         for consumer in self.consumers.values():
