@@ -66,7 +66,8 @@ PAUSING = f"""What runs is finished; what was fetched and not begun goes back, u
 Runners keep a pause among themselves: it lasts until conveyor queues resume, or
 until none of them is left that knows it.
 
-Fails where no runner answers: then nothing was changed.
+Fails where no runner answers: then nothing was changed. Those that were told and
+have not confirmed it in time are named.
 
 {EXIT_CODES}"""
 Names = Annotated[str, Parameter(name="QUEUE")]

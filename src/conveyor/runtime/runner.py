@@ -201,12 +201,14 @@ class Runner:
         await self._close()
 
     async def _close(self) -> None:
-        """Let go of everything."""
-        for consumer in self.consumers.values():
-            with contextlib.suppress(BrokerError):
-                await consumer.close()
+        """Let go of everything; a broker that is silent holds nothing up for long, because nobody can interrupt this."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LONGEST_FLUSH_SECONDS):
+                await asyncio.gather(*map(_closed, self.consumers.values()))
         if self.control is not None:
-            await self.control.close()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LONGEST_FLUSH_SECONDS):
+                    await self.control.close()
         await self._loops.stop()
         if self._around.journal is not None and self._at_work in self._around.journal.at_work:
             self._around.journal.at_work.remove(self._at_work)
@@ -537,6 +539,11 @@ class Runner:
         for consumer in self.consumers.values():
             if consumer.worker.queue.name == delivery.queue:
                 consumer.lose(delivery)
+
+
+async def _closed(consumer: Consumer) -> None:
+    with contextlib.suppress(BrokerError):
+        await consumer.close()
 
 
 def _topics(queues: Sequence[QueueInfo]) -> frozenset[str]:
