@@ -21,6 +21,7 @@ from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscriptio
 from conveyor.core.message import Message as Envelope
 from conveyor.core.settle import Done, Release
 from conveyor.errors import BrokerUnavailable, PayloadError, PublishFailed
+from conveyor.runtime import runner as runner_module
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.worker import room_for
 from conveyor.testing.harness import Harness
@@ -665,6 +666,7 @@ async def test_a_message_that_processes_died_of_runs_alone_and_is_given_up_at_th
 async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_its_queue_paused(
     told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(runner_module, "GIVEN_BACK", 0)
     store = MemoryStore()
     app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
     holding, go = asyncio.Event(), asyncio.Event()
@@ -707,6 +709,54 @@ async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_i
         info = next(info for info in await broker.queues() if info.name == queue)
     assert ran == []
     assert info.ready == (1 if told == "paused" else 0)
+
+
+async def test_a_suspect_is_not_charged_for_the_death_of_a_process_in_which_others_were_at_work_when_it_came() -> None:
+    store = MemoryStore()
+    app = Conveyor("t", broker=(broker := MemoryBroker(store=store)))
+    holding, go, ran = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    beside: list[bool] = []
+
+    @app.worker
+    async def charge(_: Order) -> None:
+        beside.append(not go.is_set())
+        ran.set()
+
+    @app.worker(name="hold", topic="hold")
+    async def hold(_: dict[str, int]) -> None:
+        holding.set()
+        await go.wait()
+
+    async with opened(broker), app:
+        queue = app.workers["charge"].queue.name
+        await app.publish(Order(0))
+        for _ in range(2):
+            victim = MemoryBroker(store=store)
+            await victim.open()
+            await (await victim.subscribe(queue, 1)).fetch(1)
+            await broker.reclaim(victim.owner, "killed by SIGKILL")
+        subscription = await broker.subscribe(queue, 1)
+        (held,) = await subscription.fetch(1)
+        async with app.running() as runner, asyncio.timeout(60):
+            await app.publish({}, topic="hold")
+            await holding.wait()
+            await broker.settle([Settlement(held, Release())])
+            await subscription.close()
+            while not runner.consumers["charge"].metrics.suspects or (await ready(broker, queue)) != 1:
+                await asyncio.sleep(0)
+            subscription = await broker.subscribe(queue, 1)
+            (given_back,) = await subscription.fetch(1)  # by what would be the crash, nobody holds it
+            assert given_back.crashes == 2
+            await broker.settle([Settlement(given_back, Release())])
+            await subscription.close()
+            go.set()
+            await ran.wait()
+    assert beside == [False]
+
+
+async def ready(broker: MemoryBroker, queue: str) -> int:
+    [info] = [info for info in await broker.queues() if info.name == queue]
+    return info.ready
 
 
 async def test_a_cancelled_message_that_became_a_dead_letter_all_the_same_is_handled_when_it_is_redriven() -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
@@ -37,6 +37,12 @@ STALL_SECONDS: Final = 30.0
 """A queue with ready messages of which nothing was fetched for so long is a stall."""
 QUIET_SECONDS: Final = 10.0
 """How long the runner waits for other handlers to finish before a suspect has to wait for a better moment."""
+GIVEN_BACK: Final = 5
+"""So often a suspect that comes while others are at work is given back; the next time it is held until they have finished."""
+HEAD_START_SECONDS: Final = 0.25
+"""So much sooner than all others the worker of a suspect fetches, when they have finished: to get it while nothing is at work."""
+MOST_GIVEN_BACK: Final = 10_000
+"""Suspects that are remembered for having been given back."""
 LONGEST_FLUSH_SECONDS: Final = 5.0
 """At the end, settlements wait so long (or for the grace) for a broker that is away; then their leases end by themselves."""
 CANCEL_SECONDS: Final = 1.0
@@ -79,6 +85,10 @@ class Runner:
         self._suspected = asyncio.Event()
         self._waits_alone: Delivery | None = None
         self._alone: str | None = None
+        self._given_back: Counter[str] = Counter()
+        """How often each suspect, by its id, came while others were at work."""
+        self._noisy_until = 0.0
+        """Until then (Unix seconds) no suspect is waited for: the others took too long just now."""
         self._bound: frozenset[str] = frozenset()
         """Topics that some queue receives."""
         self._unrouted: set[str] = set()
@@ -461,27 +471,86 @@ class Runner:
 
     def _suspect(self, consumer: Consumer, delivery: Delivery) -> None:
         consumer.metrics.suspects += 1
+        if self._noisy_until > self._clock() and self._at_work_now:
+            self._settler.add(delivery, Release(self._noisy_until))
+            return
         self._suspects.append((consumer, delivery))
         self._suspected.set()
+        for other in self.consumers.values():  # what has come with it, or comes now, is not begun
+            other.gate.clear()
+
+    @property
+    def _at_work_now(self) -> bool:
+        return any(consumer.busy for consumer in self.consumers.values())
 
     async def _run_suspects(self) -> None:
         """Run messages that processes died of one by one, with nothing else in this process that could be hurt."""
         while True:
             await self._suspected.wait()
-            self._suspected.clear()
-            while self._suspects:
-                consumer, delivery = self._suspects.popleft()
-                self._waits_alone = delivery
-                self._alone_at_work = True
-                # A fetch that waits in the broker would take back at once what is released now, and hold it at the crash.
-                await self._loops.stop(*(f"fetch {name}" for name in self.consumers))
+            self._alone_at_work = True
+            given_back: set[Consumer] = set()
+            try:
                 try:
+                    # A fetch that waits in the broker would take back at once what is released now, and hold it at the crash.
+                    await self._loops.stop(*(f"fetch {name}" for name in self.consumers))
+                    self._suspected.clear()
+                    given_back = self._give_back_suspects()
                     await asyncio.gather(*(other.unsubscribe() for other in self.consumers.values()))
-                    await self._run_alone(consumer, delivery)
+                    if given_back:
+                        await self._wait_for_quiet()
+                    elif self._suspects:
+                        await self._run_alone(*self._suspects.popleft())
                 finally:
                     self._alone_at_work = False
+                if given_back:
+                    await self._go_on_first(given_back)
+            finally:
+                if not self._suspected.is_set():
                     for other in self.consumers.values():
                         self._go_on(other)
+
+    def _give_back_suspects(self) -> set[Consumer]:
+        """Where others are at work, give back the suspects: one of the others may be the end of this process.
+
+        A suspect that waited here would be charged for that, and what is given back is not. But not for ever: a broker that puts
+        it behind all others may bring it only when some are at work again.
+
+        Returns:
+            Whose suspects were given back; none where the first of them is to run as soon as the others have finished.
+        """
+        if not self._at_work_now:
+            return set()
+        for position, (_, delivery) in enumerate(self._suspects):
+            if self._given_back[delivery.message.id] >= GIVEN_BACK:
+                self._suspects.rotate(-position)
+                return set()
+        if len(self._given_back) > MOST_GIVEN_BACK:
+            self._given_back.clear()
+        consumers: set[Consumer] = set()
+        while self._suspects:
+            consumer, delivery = self._suspects.popleft()
+            self._given_back[delivery.message.id] += 1
+            self._settler.add(delivery, Release())
+            consumers.add(consumer)
+        return consumers
+
+    async def _wait_for_quiet(self) -> None:
+        """Begin nothing until what runs has finished, or takes too long."""
+        for other in self.consumers.values():
+            other.gate.clear()
+            other.release_unstarted()
+        if not await self._all_still(QUIET_SECONDS):
+            self._noisy_until = self._clock() + QUIET_SECONDS
+            log.info("messages have to run alone, but others take long: they are given back for %g s", QUIET_SECONDS)
+        await self._settler.flush()
+
+    async def _go_on_first(self, consumers: set[Consumer]) -> None:
+        """Let these fetch a moment before all others, unless something else is at work again."""
+        for consumer in consumers:
+            self._go_on(consumer)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HEAD_START_SECONDS):
+                await self._suspected.wait()
 
     async def _run_alone(self, consumer: Consumer, delivery: Delivery) -> None:
         for other in self.consumers.values():
@@ -491,6 +560,7 @@ class Runner:
         waiting, self._suspects = self._suspects, deque()
         for _, other_suspect in waiting:
             self._settler.add(other_suspect, Release())
+        self._waits_alone = delivery
         try:
             quiet = await self._all_still(QUIET_SECONDS)
             await self._settler.flush()
@@ -501,8 +571,10 @@ class Runner:
             self._waits_alone = None
         if not quiet:
             log.info("message %s has to run alone, but others take long: given back for later", delivery.message.id)
-            self._settler.add(delivery, Release(self._clock() + QUIET_SECONDS))
+            self._noisy_until = self._clock() + QUIET_SECONDS
+            self._settler.add(delivery, Release(self._noisy_until))
             return
+        self._given_back.pop(delivery.message.id, None)
         if delivery.message.id in consumer.cancelled:  # somebody told while it waited
             consumer.let_go(delivery)
             return
