@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from decimal import Decimal
@@ -20,7 +21,7 @@ from conveyor.brokers import from_url
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
 from conveyor.core.message import Message
-from conveyor.core.questions import Answer, JourneyOf
+from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import (
     BrokerError,
     BrokerFull,
@@ -854,6 +855,34 @@ async def test_an_answer_that_takes_long_to_get_out_holds_up_no_entry(
         assert not waiting.done()
         may_go.set()
         assert (await waiting)["m"].result == "7"
+
+
+async def test_a_listing_that_takes_long_holds_up_nobody_who_waits_for_a_job(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go = asyncio.Event(), threading.Event()
+    loop, answer = asyncio.get_running_loop(), Archive.answer
+
+    def slow(self: Archive, to: str, request: JourneyOf | JobsOf) -> Answer:
+        if request == JobsOf(JobFilter()):
+            loop.call_soon_threadsafe(begun.set)
+            may_go.wait(PATIENCE_SECONDS)
+        return answer(self, to, request)
+
+    kept.journal.note(Entry(Kind.SUCCEEDED, 1.0, "m", "t", "shop.charge", result="7"))
+    await kept.journal.flush()
+    async with kept.keeper(), asyncio.timeout(PATIENCE_SECONDS):
+        await kept.until_known("m")
+        monkeypatch.setattr(Archive, "answer", slow)
+        listing = asyncio.create_task(kept.asker.jobs(limit=100, timeout_seconds=PATIENCE_SECONDS))
+        try:
+            await begun.wait()
+            assert (await kept.asker.wait(["m"], timeout_seconds=PATIENCE_SECONDS))["m"].result == "7"
+            assert [job.id for job in await kept.asker.jobs(JobFilter(ids=("m",)))] == ["m"]
+            assert not listing.done()
+        finally:
+            may_go.set()
+        assert [job.id for job in await listing] == ["m"]
 
 
 async def test_an_order_for_runners_that_meets_an_outage_is_given_when_it_is_over(

@@ -16,7 +16,7 @@ from typing import Final, ParamSpec, Self, TypeVar
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Settlement
-from conveyor.core.journal import ENDS, Entry, Job, Kind, is_for_one, jobs_of, wish_of
+from conveyor.core.journal import ENDS, Entry, Job, JobFilter, Kind, is_for_one, jobs_of, wish_of
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
@@ -50,6 +50,8 @@ LINGER_SECONDS: Final = 0.1
 """While nobody waits for an end, what comes in so long is taken together: each commit costs the queue's file, and its users, something."""
 TIDY_SECONDS: Final = 10.0
 """Between two looks at what is too old, or too much."""
+LISTINGS: Final = 100
+"""Questions that may take long and wait for each other at most."""
 MOST_WAITS: Final = 10_000
 """Ids that are waited for at most, over all questions."""
 INTAKE_SECONDS: Final = 3.0
@@ -113,10 +115,13 @@ class Keeper:
         self._queue = journal_queue(app)
         name = f"{ASK}.{app}.{uuid.uuid4().hex[:12]}"
         self._mailbox = Mailbox(broker, name, (ASK, keeper_topic(app)), msgspec.msgpack.Decoder(Question).decode)
-        # A question may take long, and must hold up no entry.
+        # A question may take long, and must hold up no entry; nor a listing anybody who waits for a job.
         self._reader = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
         self._writing = ThreadPoolExecutor(1, "conveyor archive")
         self._reading = self._writing if self._reader is archive else ThreadPoolExecutor(1, "conveyor archive reader")
+        self._lister = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
+        self._listing = self._writing if self._lister is archive else ThreadPoolExecutor(1, "conveyor archive lister")
+        self._listings: asyncio.Queue[tuple[Question, JourneyOf | JobsOf]] = asyncio.Queue(LISTINGS)
         self._waits: dict[str, set[_Wait]] = {}
         self._cancelled: dict[str, float] = {}
         """The ids of messages that are cancelled and have not ended → when somebody wished it: whichever runner starts is told of them."""
@@ -137,6 +142,7 @@ class Keeper:
             await self._write(self.archive.open)
             if self._reader is not self.archive:
                 await self._read(functools.partial(self._reader.open, create=False))
+                await self._list(functools.partial(self._lister.open, create=False))
             wishes = await self._write(self.archive.cancelled, MOST_CANCELLED)
             self._cancelled = {id: wishes[id].at for id in reversed(wishes)}
             self._over = {(worker, id): wish.at for id, wish in wishes.items() for worker in wish.over}
@@ -155,6 +161,7 @@ class Keeper:
             self._close()
             raise
         self._loops.start("questions", self._hear)
+        self._loops.start("listings", self._answer_listings)
         self._loops.start("tidy", self._tidy)
         log.info("the journal of %s is kept in %s", self._app, self.archive.path)
         return self
@@ -175,7 +182,11 @@ class Keeper:
         return Health(unready=tuple(unready))
 
     def _close(self) -> None:
-        for thread, archive in ((self._reading, self._reader), (self._writing, self.archive)):
+        for thread, archive in (
+            (self._listing, self._lister),
+            (self._reading, self._reader),
+            (self._writing, self.archive),
+        ):
             with contextlib.suppress(RuntimeError):  # in memory there is one thread, and it has ended by then
                 thread.submit(archive.close).result()
             thread.shutdown()
@@ -196,6 +207,9 @@ class Keeper:
 
     async def _read(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._reading, functools.partial(work, *args, **kwargs))
+
+    async def _list(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._listing, functools.partial(work, *args, **kwargs))
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
@@ -343,11 +357,26 @@ class Keeper:
                     except JournalError as error:
                         await self._reply(question, Answer(question.id, problem=str(error)))
 
+    async def _answer_listings(self) -> None:
+        """Answer what may take long, one after the other, for ever: nobody who waits for an end waits behind it."""
+        while True:
+            question, request = await self._listings.get()
+            try:
+                answer = await self._list(self._lister.answer, question.id, request)
+            except JournalError as error:
+                answer = Answer(question.id, problem=str(error))
+            await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
+
     async def _consider(self, question: Question) -> None:
         match question.request:
-            case JourneyOf() | JobsOf() as request:
+            case JobsOf(JobFilter(ids=tuple())) as request:
                 answer = await self._read(self._reader.answer, question.id, request)
                 await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
+            case JourneyOf() | JobsOf() as request:
+                try:
+                    self._listings.put_nowait((question, request))
+                except asyncio.QueueFull:
+                    raise JournalError("the keeper of the journal is asked too much at once; ask again") from None
             case EndOf(ids, seconds):
                 await self._wait(_Wait(question, ids[:MOST_WAITS]), min(seconds, LONGEST_WAIT_SECONDS))
 
