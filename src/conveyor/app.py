@@ -42,14 +42,12 @@ from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
-from conveyor.runtime.control import Control
 from conveyor.runtime.journal import LAST_FLUSH_SECONDS
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
 from conveyor.runtime.providers import Provider, open_all, provider_of
 from conveyor.runtime.pull import HELD, Pull
-from conveyor.runtime.runner import Runner
 from conveyor.runtime.task import Task
 from conveyor.runtime.ticket import Ticket, gather
 from conveyor.runtime.watch import BUFFER, Watch
@@ -65,6 +63,7 @@ from conveyor.runtime.worker import (
 if TYPE_CHECKING:
     from conveyor.runtime.keeper import Keeper
     from conveyor.runtime.ledger import Ledger
+    from conveyor.runtime.runner import Runner
     from conveyor.runtime.transaction import Transaction
 
 log = logging.getLogger("conveyor.app")
@@ -858,6 +857,9 @@ class Conveyor:
 
     async def _runner(self, connection: Connection, workers: list[Worker], stack: contextlib.AsyncExitStack) -> Runner:
         """A runner for these workers; stack closes what their handlers are given."""
+        from conveyor.runtime.control import Control  # here: a program that only publishes needs neither
+        from conveyor.runtime.runner import Runner
+
         for worker in workers:
             if connection.ledger is None and any(is_transaction(p.type) for p in worker.plan.injected):
                 raise ConfigurationError(f"worker {worker.name} takes a Transaction, but {self._lacks_database}")
