@@ -495,8 +495,9 @@ class Consumer:
         started = self._begin(lane)
         if (first := deliveries[0]).deliveries == 1:
             message = first.message
-            waited = self._clock() - (message.created if message.created > message.due else message.due)
-            self.metrics.wait.observe(waited if waited > 0.0 else 0.0)
+            # For every message, where max() costs twice as much.
+            waited = self._clock() - (message.created if message.created > message.due else message.due)  # noqa: FURB136
+            self.metrics.wait.observe(waited if waited > 0.0 else 0.0)  # noqa: FURB136
         try:
             if len(deliveries) == 1:
                 self._settle_in(lane, first, await self._attempt(lane, first))
