@@ -226,9 +226,9 @@ async def test_what_was_held_of_partitions_that_were_taken_anew_is_lost_and_eras
         assert await broker.settle([Settlement(each, RetryAt(0.0, "again")) for each in others]) == []
         keyed, send_named = broker.keyed("q"), publisher.Publisher.send_named
 
-        async def meanwhile(self: publisher.Publisher, *what: Any) -> None:
+        async def meanwhile(self: publisher.Publisher, *what: Any) -> list[int]:
             await anew(keyed)
-            await send_named(self, *what)
+            return await send_named(self, *what)
 
         with monkeypatch.context() as patched:
             patched.setattr(publisher.Publisher, "send_named", meanwhile)

@@ -410,12 +410,25 @@ class RabbitSubscription:
         """What came for a fetch that is no more goes back as if it had never come."""
         spec = self.broker.specs[self.queue]
         try:
-            copies = [moved_copy(each, self.broker.read(each, spec), spec.name) for each in arrived]
+            copies = [self._as_it_came(work, spec, each) for each in arrived]
             await self.broker.publisher.send_all(copies)
             work.ack([each.delivery_tag for each in arrived])
         except (BrokerError, AmqpError):
             if not work.lost:  # else the server has them back already
                 work.give_back([each.delivery_tag for each in arrived])
+
+    def _as_it_came(self, work: Work, spec: Spec, incoming: Incoming) -> Outgoing:
+        """A copy for its own queue, counted as what came: the server's own counts end with the original."""
+        what = self.broker.read(incoming, spec)
+        counted = what.noted
+        if not self._early:
+            counted = what.deliveries if spec.replicated else what.noted + incoming.redelivered
+            if spec.replicated and counted - what.attempts == 1 and counted > what.noted and work.doubt(self.queue):
+                counted -= 1
+        if counted <= what.noted:
+            return moved_copy(incoming, what, spec.name)
+        notes: dict[str, FieldValue] = {DELIVERIES: counted, ATTEMPTS: what.attempts, ERROR: CRASHED, DUE: what.due}
+        return Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
 
 
 def when(message: Message, due: float) -> Message:
