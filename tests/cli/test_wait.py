@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
+from math import inf
 from typing import TYPE_CHECKING
 
 import pytest
 
 from conveyor.broker import Queue
+from conveyor.brokers.memory import MemoryBroker
+from conveyor.cli import wait
+from conveyor.cli.terminal import Output
+from conveyor.core.journal import Job, Status
+from conveyor.errors import BrokerFull, BrokerUnavailable, ConveyorError, NoKeeper, PublishFailed
+from conveyor.runtime.ask import Asker
 
 if TYPE_CHECKING:
     from tests.cli.conftest import Program
@@ -153,3 +161,28 @@ def test_while_nobody_keeps_the_journal_that_is_said_and_somebody_is_waited_for(
 
 def test_without_ids_it_says_what_is_missing(conveyor: Program) -> None:
     assert "wait for which jobs?" in conveyor.refused("wait", "--broker", "sqlite:///jobs.queue")
+
+
+async def test_the_wait_outlives_every_outage_of_the_broker_but_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Job(id="m", topic="t", status=Status.DONE)
+    news: list[dict[str, Job] | ConveyorError] = [
+        NoKeeper("nobody"),
+        BrokerUnavailable("away"),
+        BrokerFull("no room"),
+        PublishFailed({}, {"q": "who knows?"}),
+        {"m": done},
+    ]
+
+    class Stub(Asker):
+        async def wait(self, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
+            if isinstance(said := news.pop(0), ConveyorError):
+                raise said
+            return said
+
+    monkeypatch.setattr(wait, "LOOK_SECONDS", 0.0)
+    asker = Stub(MemoryBroker(), time.time)
+    ended = [job async for _, jobs in wait._looks(asker, ["m"], inf, Output()) for job in jobs]
+    assert (ended, news) == ([done], [])
+    news.append(PublishFailed({"q": "refused"}))
+    with pytest.raises(PublishFailed):
+        await anext(aiter(wait._looks(asker, ["m"], inf, Output())))

@@ -137,6 +137,17 @@ async def test_on_every_broker_the_whole_journey_is_told_with_every_attempt_and_
     archive.close()
 
 
+async def test_on_every_broker_whoever_ships_can_tell_whether_anybody_keeps_the_journal(
+    url: str, tmp_path: Path
+) -> None:
+    app = shop(url, tmp_path / "shop.journal")
+    for keeper in (True, False):
+        async with app.running(keeper=keeper):
+            journal = (await app.connect()).journal
+            assert journal is not None
+            assert await journal._is_kept() is keeper
+
+
 async def test_where_it_is_off_there_is_no_queue_and_nobody_to_ask(tmp_path: Path) -> None:
     app = shop(f"sqlite:///{tmp_path / 'shop.queue'}", journal=False)
     async with app.running():
