@@ -227,6 +227,35 @@ async def test_an_end_of_the_runner_in_between_leaves_a_cancelled_job_cancelled(
         assert (metrics.cancelled, metrics.released) == (1, 0)
 
 
+async def test_a_handler_that_is_left_behind_while_its_worker_closes_leaves_no_lane() -> None:
+    app, go, begun = make(), asyncio.Event(), asyncio.Event()
+
+    @app.task(concurrency=1, timeout=None)
+    async def deaf() -> None:
+        begun.set()
+        while not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go.wait()
+
+    async with app.running(grace_seconds=0.0) as runner:
+        await deaf.send()
+        await begun.wait()
+        at_work = runner.consumers["deaf"]
+        at_work.gate.clear()
+        closing = asyncio.create_task(at_work.close())
+        await asyncio.sleep(0)
+        for _ in range(consumer.CANCELS):
+            at_work.cancel_all()
+        at_work.cancel_overdue(float("inf"))
+        assert at_work.stuck == 1
+        await closing
+        go.set()
+        async with asyncio.timeout(SECONDS):
+            while at_work.stuck:
+                await asyncio.sleep(0.005)
+        assert "deaf lane" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
 async def test_an_async_handler_is_cancelled_and_sees_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "conveyor")
     app, saw = make(), list[bool]()

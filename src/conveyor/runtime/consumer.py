@@ -785,7 +785,7 @@ class Consumer:
         lane.task.add_done_callback(self._left_behind.discard)
         self._end(lane, lane.started)
         lane.task = None
-        if lane.ended is None:
+        if lane.ended is None and not self._closing:
             self._add_lane()
 
 
