@@ -61,9 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def process(given: argparse.Namespace) -> int:
     """Process a folder."""
-    settings = from_parsed(Settings, given)
+    log = logging.getLogger("conveyor.consumer")
+    level = log.level
     if not logging.getLogger().isEnabledFor(logging.INFO):  # what becomes of each image is in the report
-        logging.getLogger("conveyor.consumer").setLevel(logging.CRITICAL)
+        log.setLevel(logging.CRITICAL)
+    try:
+        return _process(given)
+    finally:
+        log.setLevel(level)
+
+
+def _process(given: argparse.Namespace) -> int:
+    settings = from_parsed(Settings, given)
     if given.sheet:
         format_for(Path(given.sheet))  # before the work, not after it
     source, target = Path(given.source), Path(given.target)
