@@ -175,7 +175,7 @@ async def test_all_poisons_at_once_take_nobody_else_with_them(world: World, even
 
 
 @pytest.mark.parametrize("broker", ["sqlite", "rabbitmq-quorum", "rabbitmq-classic", "redis"])
-async def test_several_that_kill_at_once_are_given_up_and_none_of_many_neighbours_is(
+async def test_two_that_kill_at_once_are_given_up_and_none_of_many_neighbours_is(
     broker: str, tmp_path: Path, request: pytest.FixtureRequest, eventually: Eventually
 ) -> None:
     world = await asyncio.to_thread(world_on, broker, tmp_path, request)
@@ -184,10 +184,11 @@ async def test_several_that_kill_at_once_are_given_up_and_none_of_many_neighbour
         await eventually(lambda: "poison is ready" in program.said(), program.said)
         poisons: set[str] = set()
         neighbours: set[str] = set()
-        for part in range(4):  # one of each kind among many
+        # Each kills beside others twice: so two of them charge nobody else more often than the default policy has room for.
+        for part in range(4):  # one for each worker, among many
             for topic in ("dose", "thread_dose"):
                 fine = [f"{topic}-{part}-{number}" for number in range(MANY)]
-                if part < 2:
+                if part == 0:
                     poisons.update(await world.publish(topic, dose("exit")))
                 await world.publish(topic, *map(dose, fine))
                 neighbours.update(fine)

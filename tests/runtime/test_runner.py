@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -662,6 +662,26 @@ async def test_a_message_that_processes_died_of_runs_alone_and_is_given_up_at_th
     assert "killed by SIGKILL" in letters[0].error
 
 
+@contextlib.asynccontextmanager
+async def a_suspect_that_comes_later(
+    broker: MemoryBroker, store: MemoryStore, queue: str
+) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Two processes die of the only message of a queue; it is held until the function is called that this gives."""
+    for _ in range(2):
+        victim = MemoryBroker(store=store)
+        await victim.open()
+        await (await victim.subscribe(queue, 1)).fetch(1)
+        await broker.reclaim(victim.owner, "killed by SIGKILL")
+    subscription = await broker.subscribe(queue, 1)
+    (held,) = await subscription.fetch(1)
+
+    async def come() -> None:
+        await broker.settle([Settlement(held, Release())])
+        await subscription.close()
+
+    yield come
+
+
 @pytest.mark.parametrize("told", ["cancelled", "paused"])
 async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_its_queue_paused(
     told: str, monkeypatch: pytest.MonkeyPatch
@@ -684,18 +704,14 @@ async def test_a_message_that_waits_to_run_alone_hears_that_it_is_cancelled_or_i
     async with opened(broker), app:
         queue = app.workers["charge"].queue.name
         message = await app.publish(Order(0))
-        for _ in range(2):
-            victim = MemoryBroker(store=store)
-            await victim.open()
-            await (await victim.subscribe(queue, 1)).fetch(1)
-            await broker.reclaim(victim.owner, "killed by SIGKILL")
-        subscription = await broker.subscribe(queue, 1)
-        (held,) = await subscription.fetch(1)
-        async with app.running() as runner, asyncio.timeout(60):
+        async with (
+            a_suspect_that_comes_later(broker, store, queue) as come,
+            app.running() as runner,
+            asyncio.timeout(60),
+        ):
             await app.publish({}, topic="hold")
             await holding.wait()
-            await broker.settle([Settlement(held, Release())])
-            await subscription.close()
+            await come()
             while runner._waits_alone is None:
                 await asyncio.sleep(0)
             if told == "cancelled":
@@ -730,18 +746,14 @@ async def test_a_suspect_is_not_charged_for_the_death_of_a_process_in_which_othe
     async with opened(broker), app:
         queue = app.workers["charge"].queue.name
         await app.publish(Order(0))
-        for _ in range(2):
-            victim = MemoryBroker(store=store)
-            await victim.open()
-            await (await victim.subscribe(queue, 1)).fetch(1)
-            await broker.reclaim(victim.owner, "killed by SIGKILL")
-        subscription = await broker.subscribe(queue, 1)
-        (held,) = await subscription.fetch(1)
-        async with app.running() as runner, asyncio.timeout(60):
+        async with (
+            a_suspect_that_comes_later(broker, store, queue) as come,
+            app.running() as runner,
+            asyncio.timeout(60),
+        ):
             await app.publish({}, topic="hold")
             await holding.wait()
-            await broker.settle([Settlement(held, Release())])
-            await subscription.close()
+            await come()
             while not runner.consumers["charge"].metrics.suspects or (await ready(broker, queue)) != 1:
                 await asyncio.sleep(0)
             subscription = await broker.subscribe(queue, 1)

@@ -35,6 +35,25 @@ class FaultyBroker(MemoryBroker):
         return await super().settle(settlements)
 
 
+async def one_delivery(broker: MemoryBroker) -> Delivery:
+    """The only message of a broker that is opened for it."""
+    await broker.open()
+    await broker.declare([QUEUE])
+    await broker.publish([Message("1", "t", b"")])
+    (delivery,) = await (await broker.subscribe("q", 1)).fetch(1)
+    return delivery
+
+
+async def all_settled(settler: Settler) -> None:
+    """Have a settler settle what it has been given."""
+    running = asyncio.create_task(settler.run())
+    async with asyncio.timeout(60):
+        await settler.flush()
+    assert not running.done()
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def settled(broker: FaultyBroker) -> tuple[Settler, list[Delivery], list[DeadLetter], int]:
     """What becomes of messages that are settled together: the settler, what it lost, the dead letters, and how many are still held."""
     lost: list[Delivery] = []
@@ -46,12 +65,7 @@ async def settled(broker: FaultyBroker) -> tuple[Settler, list[Delivery], list[D
         settler = Settler(broker, lost.append)
         for delivery in await subscription.fetch(NUMBER):
             settler.add(delivery, DONE)
-        running = asyncio.create_task(settler.run())
-        async with asyncio.timeout(60):
-            await settler.flush()
-        assert not running.done()
-        running.cancel()
-        await asyncio.wait([running])
+        await all_settled(settler)
         (info,) = await broker.queues()
         return settler, lost, await broker.dead_letters(DeadFilter(), limit=NUMBER), info.in_flight
     finally:
@@ -72,18 +86,11 @@ async def test_a_single_message_survives_a_mistake_of_a_broker_that_passes() -> 
 
 async def test_what_the_broker_took_instead_of_a_verdict_is_told() -> None:
     broker = FaultyBroker(lambda batch: any(each.verdict is DONE for each in batch))
-    await broker.open()
-    await broker.declare([QUEUE])
-    await broker.publish([Message("1", "t", b"")])
-    (delivery,) = await (await broker.subscribe("q", 1)).fetch(1)
+    delivery = await one_delivery(broker)
     told: list[tuple[Delivery, Verdict, Dead]] = []
     settler = Settler(broker, lambda _: None, lambda *refused: told.append(refused))
     settler.add(delivery, DONE)
-    running = asyncio.create_task(settler.run())
-    async with asyncio.timeout(60):
-        await settler.flush()
-    running.cancel()
-    await asyncio.wait([running])
+    await all_settled(settler)
     await broker.close()
     why = "the broker refuses what its handler decided: RuntimeError: a driver's mistake"
     assert told == [(delivery, DONE, Dead("rejected", why))]
@@ -115,17 +122,10 @@ async def test_while_a_broker_fails_as_it_should_not_the_problem_is_told() -> No
         return len(told) < 4
 
     broker = FaultyBroker(at_fault)
-    await broker.open()
-    await broker.declare([QUEUE])
-    await broker.publish([Message("1", "t", b"")])
-    (delivery,) = await (await broker.subscribe("q", 1)).fetch(1)
+    delivery = await one_delivery(broker)
     settler = Settler(broker, lambda _: None)
     settler.add(delivery, Dead("rejected", "no"))
-    running = asyncio.create_task(settler.run())
-    async with asyncio.timeout(60):
-        await settler.flush()
-    running.cancel()
-    await asyncio.wait([running])
+    await all_settled(settler)
     await broker.close()
     assert told == [None, *["settling fails: RuntimeError: a driver's mistake"] * 3]
     assert settler.problem is None
@@ -139,19 +139,12 @@ async def test_what_waits_is_settled_when_the_loop_starts_anew() -> None:
         raise RuntimeError("whoever hears of it breaks")
 
     broker = MemoryBroker()
-    await broker.open()
-    await broker.declare([QUEUE])
-    await broker.publish([Message("1", "t", b"")])
-    (delivery,) = await (await broker.subscribe("q", 1)).fetch(1)
+    delivery = await one_delivery(broker)
     await broker.settle([Settlement(delivery, DONE)])
     settler = Settler(broker, lost)
     settler.add(delivery, DONE)
     with pytest.raises(RuntimeError):
         await settler.run()
-    running = asyncio.create_task(settler.run())
-    async with asyncio.timeout(60):
-        await settler.flush()
-    running.cancel()
-    await asyncio.wait([running])
+    await all_settled(settler)
     await broker.close()
     assert broken == [delivery]

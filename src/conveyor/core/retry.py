@@ -32,8 +32,8 @@ class RetryPolicy:
         maximum: seconds (or timedelta) that no wait exceeds.
         factor: growth of the wait from one attempt to the next; at least 1.
         jitter: random share of the wait, 0 to 1.
-        crashes: deliveries that may end with the death of the process before the message is given up; so often at most runs one that
-            kills whoever runs it. From the third on it runs alone. Fewer than the default leave little room for bystanders.
+        crashes: deliveries that may end with the death of the process before the message is given up; so often runs one that kills
+            whoever runs it. From the third on it runs alone. Fewer than the default leave little room for bystanders.
         rules: exception type → the policy for it, or None for no retry; the type nearest in the exception's
             inheritance decides.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf
-from typing import Final
+from typing import Final, TypeVar
+
+K = TypeVar("K")
 
 MOST: Final = 10_000
 """Wishes, and ends of wishes, that are remembered: the latest ones."""
@@ -24,14 +26,13 @@ class Wishes:
         self.over: Final[dict[str, float]] = {}
         """Ids → the time up to which wishes mean nothing any more."""
 
-    def add(self, wished: Mapping[str, float]) -> set[str]:
+    def add(self, wished: Mapping[str, float]) -> Collection[str]:
         """Take wishes in; gives the ids of those that mean something."""
-        found = {id for id, at in wished.items() if at > self.over.get(id, -inf)}
-        for id in wished:
-            if id in found:
-                self.cancelled[id] = max(wished[id], self.cancelled.pop(id, wished[id]))
-        _forget_oldest(self.cancelled)
-        return found
+        found = {id: at for id, at in wished.items() if at > self.over.get(id, -inf)}
+        for id, at in found.items():
+            self.cancelled[id] = max(at, self.cancelled.pop(id, at))
+        forget_oldest(self.cancelled)
+        return found.keys()
 
     def end(self, over: Mapping[str, float]) -> None:
         """The wishes for these messages up to these times mean nothing any more."""
@@ -39,7 +40,7 @@ class Wishes:
             self.over[id] = max(at, self.over.pop(id, at))
             if self.cancelled.get(id, inf) <= at:
                 del self.cancelled[id]
-        _forget_oldest(self.over)
+        forget_oldest(self.over)
 
 
 def latest(*known: Mapping[str, float]) -> dict[str, float]:
@@ -51,6 +52,7 @@ def latest(*known: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def _forget_oldest(of: dict[str, float]) -> None:
-    for id in list(of)[: len(of) - MOST] if len(of) > MOST else ():
-        del of[id]
+def forget_oldest(of: dict[K, float]) -> None:
+    """Keep the latest ones, as many as are remembered."""
+    while len(of) > MOST:
+        del of[next(iter(of))]

@@ -11,7 +11,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, ParamSpec, Self, TypeVar
+from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 
 import msgspec
 
@@ -20,7 +20,7 @@ from conveyor.core.journal import ENDS, Entry, Job, JobFilter, Kind, is_for_one,
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
-from conveyor.core.wishes import latest
+from conveyor.core.wishes import MOST, forget_oldest, latest
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
 from conveyor.runtime.archive import Archive, fit
@@ -34,7 +34,6 @@ log = logging.getLogger("conveyor.keeper")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-K = TypeVar("K")
 
 FETCH: Final = 32
 """Batches, or questions, taken from the broker at once."""
@@ -58,8 +57,6 @@ INTAKE_SECONDS: Final = 3.0
 """A keeper that starts takes in so long what waits in its queue before it tells runners what is cancelled."""
 DRAIN_SECONDS: Final = 3.0
 """How long the keeper takes in what is still in its queue when it is asked to end."""
-MOST_CANCELLED: Final = 10_000
-"""Cancellations that are remembered, for messages that no runner has come to."""
 RESULTS_AT_ONCE: Final = 50
 """Jobs whose results are read at once, until an answer is full."""
 LONGEST_WAIT_SECONDS: Final = 60.0
@@ -79,9 +76,22 @@ def _by_worker(over: Mapping[tuple[str, str], float]) -> dict[str, dict[str, flo
     return found
 
 
-def _forget_oldest(of: dict[K, float]) -> None:
-    for key in list(of)[: max(0, len(of) - MOST_CANCELLED)]:
-        del of[key]
+class _Desk:
+    """An archive, and the thread that does what is asked of it, one after the other."""
+
+    def __init__(self, archive: Archive, name: str) -> None:
+        self._archive = archive
+        self._thread = ThreadPoolExecutor(1, name)
+
+    async def do(self, work: Callable[Concatenate[Archive, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Have a method of the archive called; its result."""
+        call = functools.partial(work, self._archive, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def close(self) -> None:
+        """Close the archive, and end the thread."""
+        self._thread.submit(self._archive.close).result()
+        self._thread.shutdown()
 
 
 class _Wait:
@@ -115,12 +125,12 @@ class Keeper:
         self._queue = journal_queue(app)
         name = f"{ASK}.{app}.{uuid.uuid4().hex[:12]}"
         self._mailbox = Mailbox(broker, name, (ASK, keeper_topic(app)), msgspec.msgpack.Decoder(Question).decode)
-        # A question may take long, and must hold up no entry; nor a listing anybody who waits for a job.
-        self._reader = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
-        self._writing = ThreadPoolExecutor(1, "conveyor archive")
-        self._reading = self._writing if self._reader is archive else ThreadPoolExecutor(1, "conveyor archive reader")
-        self._lister = archive if archive.path == IN_MEMORY else Archive(archive.path, clock=clock)
-        self._listing = self._writing if self._lister is archive else ThreadPoolExecutor(1, "conveyor archive lister")
+        self._writer = self._reader = self._lister = _Desk(archive, "conveyor archive")
+        if (
+            archive.path != IN_MEMORY
+        ):  # a question may take long, and must hold up no entry; nor a listing anybody who waits for a job
+            self._reader = _Desk(Archive(archive.path, clock=clock), "conveyor archive reader")
+            self._lister = _Desk(Archive(archive.path, clock=clock), "conveyor archive lister")
         self._listings: asyncio.Queue[tuple[Question, JourneyOf | JobsOf]] = asyncio.Queue(LISTINGS)
         self._waits: dict[str, set[_Wait]] = {}
         self._cancelled: dict[str, float] = {}
@@ -139,11 +149,11 @@ class Keeper:
 
     async def __aenter__(self) -> Self:
         try:
-            await self._write(self.archive.open)
-            if self._reader is not self.archive:
-                await self._read(functools.partial(self._reader.open, create=False))
-                await self._list(functools.partial(self._lister.open, create=False))
-            wishes = await self._write(self.archive.cancelled, MOST_CANCELLED)
+            await self._writer.do(Archive.open)
+            for desk in (self._reader, self._lister):
+                if desk is not self._writer:
+                    await desk.do(Archive.open, create=False)
+            wishes = await self._writer.do(Archive.cancelled, MOST)
             self._cancelled = {id: wishes[id].at for id in reversed(wishes)}
             self._over = {(worker, id): wish.at for id, wish in wishes.items() for worker in wish.over}
             await self._broker.declare([self._queue])
@@ -182,14 +192,8 @@ class Keeper:
         return Health(unready=tuple(unready))
 
     def _close(self) -> None:
-        for thread, archive in (
-            (self._listing, self._lister),
-            (self._reading, self._reader),
-            (self._writing, self.archive),
-        ):
-            with contextlib.suppress(RuntimeError):  # in memory there is one thread, and it has ended by then
-                thread.submit(archive.close).result()
-            thread.shutdown()
+        for desk in dict.fromkeys((self._lister, self._reader, self._writer)):
+            desk.close()
 
     async def _until_drained(self, seconds: float) -> None:
         """Wait until nothing is left in the queue, and all is told, or nothing can be kept; no longer than that."""
@@ -201,15 +205,6 @@ class Keeper:
                     if (left is None or not left.ready + left.in_flight) and not self._news.is_set():
                         return
                     await asyncio.sleep(0.05)
-
-    async def _write(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._writing, functools.partial(work, *args, **kwargs))
-
-    async def _read(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._reading, functools.partial(work, *args, **kwargs))
-
-    async def _list(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._listing, functools.partial(work, *args, **kwargs))
 
     # --- keeping ------------------------------------------------------------------------------------------------------
 
@@ -257,8 +252,8 @@ class Keeper:
         """Write batches, however long it takes until that is possible."""
         while True:
             try:
-                await self._write(self.archive.write, batches)
-                await self._write(self.archive.prune, always=False)
+                await self._writer.do(Archive.write, batches)
+                await self._writer.do(Archive.prune, always=False)
             except JournalError as error:
                 if self.problem is None:
                     log.error("%s", error)
@@ -290,17 +285,17 @@ class Keeper:
                     if not wish.holds:  # it came too late
                         del wished[id]
             self._cancelled.update(wished)
-            _forget_oldest(self._cancelled)
+            forget_oldest(self._cancelled)
             self._order(Cancel(wished))
         self._over.update(over)
-        _forget_oldest(self._over)
+        forget_oldest(self._over)
         self._order(Over(_by_worker(over)))
 
     async def _known(self, ids: Iterable[str]) -> dict[str, list[Entry]]:
         """The entries of those of these messages that are known; of none, where that cannot be read."""
         known: dict[str, list[Entry]] = {}
         with contextlib.suppress(JournalError):
-            for entry in await self._write(self.archive.of, ids, results=False):
+            for entry in await self._writer.do(Archive.of, ids, results=False):
                 known.setdefault(entry.message_id, []).append(entry)
         return known
 
@@ -341,7 +336,7 @@ class Keeper:
     async def _tidy(self) -> None:
         while True:
             with contextlib.suppress(JournalError):  # writing says the same
-                while await self._write(self.archive.prune):
+                while await self._writer.do(Archive.prune):
                     pass
             await asyncio.sleep(TIDY_SECONDS)
 
@@ -362,7 +357,7 @@ class Keeper:
         while True:
             question, request = await self._listings.get()
             try:
-                answer = await self._list(self._lister.answer, question.id, request)
+                answer = await self._lister.do(Archive.answer, question.id, request)
             except JournalError as error:
                 answer = Answer(question.id, problem=str(error))
             await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
@@ -370,7 +365,7 @@ class Keeper:
     async def _consider(self, question: Question) -> None:
         match question.request:
             case JobsOf(JobFilter(ids=tuple())) as request:
-                answer = await self._read(self._reader.answer, question.id, request)
+                answer = await self._reader.do(Archive.answer, question.id, request)
                 await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
             case JourneyOf() | JobsOf() as request:
                 try:
@@ -408,7 +403,7 @@ class Keeper:
         Raises:
             JournalError: it cannot be read.
         """
-        jobs = jobs_of(await self._read(self._reader.of, wait.ids, results=False))
+        jobs = jobs_of(await self._reader.do(Archive.of, wait.ids, results=False))
         if not at_once and not any(job.status.ended for job in jobs):
             return wait.is_over
         fitting, cut = await self._fitting(jobs)
@@ -424,7 +419,7 @@ class Keeper:
         ended = list(dict.fromkeys(job.id for job in jobs if job.status.ended))
         found: list[Job] = []
         for first in range(0, len(ended), RESULTS_AT_ONCE):
-            found += jobs_of(await self._read(self._reader.of, ended[first : first + RESULTS_AT_ONCE]))
+            found += jobs_of(await self._reader.do(Archive.of, ended[first : first + RESULTS_AT_ONCE]))
             fitting, cut = fit(found)
             if cut:
                 return fitting, True

@@ -182,12 +182,9 @@ class Runner:
 
     async def _finish(self, grace_seconds: float | None) -> None:
         """Fetch no more, give back what has not started, and wait for what runs."""
-        consumers = self.consumers.values()
-        for consumer in consumers:
-            consumer.gate.clear()
-            consumer.release_unstarted()
+        self._begin_nothing()
         await self._loops.stop("stalls", "suspects", *(f"fetch {name}" for name in self.consumers))
-        for consumer in consumers:
+        for consumer in self.consumers.values():
             consumer.gate.clear()
         while self._suspects:
             self._settler.add(self._suspects.popleft()[1], Release())
@@ -534,11 +531,15 @@ class Runner:
             consumers.add(consumer)
         return consumers
 
+    def _begin_nothing(self) -> None:
+        """Close all gates, and give back what waits behind them."""
+        for consumer in self.consumers.values():
+            consumer.gate.clear()
+            consumer.release_unstarted()
+
     async def _wait_for_quiet(self) -> None:
         """Begin nothing until what runs has finished, or takes too long."""
-        for other in self.consumers.values():
-            other.gate.clear()
-            other.release_unstarted()
+        self._begin_nothing()
         if not await self._all_still(QUIET_SECONDS):
             self._noisy_until = self._clock() + QUIET_SECONDS
             log.info("messages have to run alone, but others take long: they are given back for %g s", QUIET_SECONDS)
@@ -553,9 +554,7 @@ class Runner:
                 await self._suspected.wait()
 
     async def _run_alone(self, consumer: Consumer, delivery: Delivery) -> None:
-        for other in self.consumers.values():
-            other.gate.clear()
-            other.release_unstarted()
+        self._begin_nothing()
         # Nothing but this one may be in the hands of this process when it is run.
         waiting, self._suspects = self._suspects, deque()
         for _, other_suspect in waiting:

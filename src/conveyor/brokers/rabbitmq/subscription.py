@@ -330,7 +330,6 @@ class RabbitSubscription:
                     staying = [incoming for incoming, _ in come]
                     await self.broker.farewell(self._untouched(work, staying), f"giving back what came of {self.queue}")
                 raise
-        counts_itself = spec.replicated
         since = asyncio.get_running_loop().time()
         helds: list[Held] = []
         for incoming, what in come:
@@ -338,13 +337,12 @@ class RabbitSubscription:
             if counted > what.noted or self._early:
                 if self._early:
                     message = when(message, what.due)
-                    if not incoming.consumer_tag.endswith(FIRST):  # it was delayed: not delivered, but moved
-                        counted = what.noted
-                # What came for nobody is delivered first of all, and in one go: hardly to a cancelled consumer again. So a doubt
-                # explains a message's only crash; of one with several, none is explained away.
-                only = counted - what.attempts == 1 and counted > what.noted
-                if counts_itself and only and work.doubt(self.queue):
-                    counted -= 1
+                if self._early and not incoming.consumer_tag.endswith(
+                    FIRST
+                ):  # it was delayed: not delivered, but moved
+                    counted = what.noted
+                else:
+                    counted = self._counted(work, spec, incoming, what)
                 if counted > what.noted:
                     error = CRASHED
             helds.append(Held(self, work, incoming, message, counted + 1, what.attempts, error, what.due, since))
@@ -361,14 +359,23 @@ class RabbitSubscription:
             return moved_copy(incoming, what, spec.later)
         if incoming.redelivered and not spec.replicated and not waited:
             # A classic queue does not count. So the copy says what this delivery was, and is the next one.
-            notes: dict[str, FieldValue] = {
-                DELIVERIES: what.noted + 1,
-                ATTEMPTS: what.attempts,
-                ERROR: CRASHED,
-                DUE: 0.0,
-            }
-            return Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
+            return self._counted_copy(spec, incoming, what, what.noted + 1, due=0.0)
         return None
+
+    def _counted(self, work: Work, spec: Spec, incoming: Incoming, what: Arrived) -> int:
+        """How often it was handed over before, the deaths included that the server has counted since that was noted."""
+        if not spec.replicated:
+            return what.noted + incoming.redelivered
+        # What came for nobody is delivered first of all, and in one go: hardly to a cancelled consumer again. So a doubt
+        # explains a message's only crash; of one with several, none is explained away.
+        only = what.deliveries - what.attempts == 1 and what.deliveries > what.noted
+        return what.deliveries - (only and work.doubt(self.queue))
+
+    @staticmethod
+    def _counted_copy(spec: Spec, incoming: Incoming, what: Arrived, counted: int, *, due: float) -> Outgoing:
+        """A copy for its own queue that says how often it was handed over, the last time to somebody who died."""
+        notes: dict[str, FieldValue] = {DELIVERIES: counted, ATTEMPTS: what.attempts, ERROR: CRASHED, DUE: due}
+        return Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
 
     def _set_aside(self, work: Work, spec: Spec, early: list[tuple[Incoming, Arrived]], now: float) -> None:
         """A passive queue has no other place for what is not due: held for a moment, it goes to its end, and comes round again."""
@@ -420,15 +427,10 @@ class RabbitSubscription:
     def _as_it_came(self, work: Work, spec: Spec, incoming: Incoming) -> Outgoing:
         """A copy for its own queue, counted as what came: the server's own counts end with the original."""
         what = self.broker.read(incoming, spec)
-        counted = what.noted
-        if not self._early:
-            counted = what.deliveries if spec.replicated else what.noted + incoming.redelivered
-            if spec.replicated and counted - what.attempts == 1 and counted > what.noted and work.doubt(self.queue):
-                counted -= 1
+        counted = what.noted if self._early else self._counted(work, spec, incoming, what)
         if counted <= what.noted:
             return moved_copy(incoming, what, spec.name)
-        notes: dict[str, FieldValue] = {DELIVERIES: counted, ATTEMPTS: what.attempts, ERROR: CRASHED, DUE: what.due}
-        return Outgoing("", spec.name, incoming.body, copy_of(incoming, what.message, notes))
+        return self._counted_copy(spec, incoming, what, counted, due=what.due)
 
 
 def when(message: Message, due: float) -> Message:

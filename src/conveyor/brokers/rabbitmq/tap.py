@@ -10,9 +10,10 @@ from typing import Final
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Incoming
 from conveyor.brokers.rabbitmq.work import LARGEST_PREFETCH, Work
 
-LOOK_SECONDS: Final = 0.002
 TIDY_SECONDS: Final = 2.0
 """How long a tap that ends tidily waits for what is on its way, at most."""
+LOOK_SECONDS: Final = 0.002
+"""Between two looks whether all has come."""
 FIRST: Final = ".0"
 """How the consumer tag of a tap's first queue ends."""
 

@@ -35,7 +35,7 @@ WITNESS_SECONDS: Final = 2.0
 PYTHON_SWITCH_SECONDS, SWITCH_SECONDS = 0.005, 0.0002
 """How long a thread that wants the interpreter lets another one run on: as Python has it, and where this thread is.
 
-It needs the interpreter for a moment after each call of SQLite, a dozen times in a commit. Beside a busy event loop it would wait Python's
+It needs the interpreter for a moment after each call of SQLite, several times in a commit. Beside a busy event loop it would wait Python's
 5 ms for each; with the shorter time a worker consumes a third more.
 """
 FATAL: Final = (apsw.FullError, apsw.IOError, apsw.CorruptError)
