@@ -24,15 +24,21 @@ class ServerMissing(Exception):
     """A server's program is not on this machine, or does not come up; the text says what to do."""
 
 
+_given: Final[set[int]] = set()
+
+
 def find_free_port() -> int:
-    """A TCP port of loopback that nobody listens on."""
+    """A TCP port of loopback that nobody listens on, and that this process was not given before."""
     for port in random.sample(PORTS, 100):
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.add(port)
+        return port
     raise ServerMissing(f"none of a hundred ports of {PORTS} is free")
 
 

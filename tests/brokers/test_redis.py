@@ -30,6 +30,7 @@ from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, PublishFailed
 from servers.proxy import Proxy
 from servers.redis import Redis
+from servers.server import find_free_port
 
 if TYPE_CHECKING:
     from conveyor.broker import Subscription
@@ -743,17 +744,20 @@ async def test_a_replica_is_not_written_to(own_server: Redis, redis: Redis) -> N
 
 async def test_in_a_cluster_it_goes_where_its_keys_are(tmp_path: Path) -> None:
     nodes = []
-    for name in "ab":
-        folder = tmp_path / name
+    buses = [find_free_port(), find_free_port()]
+    for bus in buses:
+        folder = tmp_path / str(bus)
         folder.mkdir()
         nodes.append(Redis(folder))
         nodes[-1].configure("cluster-enabled", "yes")
         nodes[-1].configure("cluster-require-full-coverage", "no")
+        # By default it is the port + 10,000, which the kernel may have given away.
+        nodes[-1].configure("cluster-port", str(bus))
     one, other = nodes
     try:
         urls = [node.url() for node in nodes]
         with plain(one) as here, plain(other) as there:
-            here.execute_command("CLUSTER", "MEET", "127.0.0.1", str(other.port))
+            here.execute_command("CLUSTER", "MEET", "127.0.0.1", str(other.port), str(buses[1]))
             there.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
             while not (_is_ready(here) and _is_ready(there)):
                 await asyncio.sleep(0.02)
