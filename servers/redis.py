@@ -10,7 +10,8 @@ import uuid
 from pathlib import Path
 from typing import Final, Literal
 
-from servers.server import Server, ServerMissing
+from servers.certificate import Certificate
+from servers.server import Server, ServerMissing, find_free_port
 
 HELLO_SECONDS: Final = 1.0
 """A server that is up answers at once."""
@@ -60,6 +61,20 @@ class Redis(Server):
     def configure(self, name: str, value: str) -> None:
         """A directive of redis.conf, in force from the next start on."""
         self._settings[name] = value
+
+    def serve_tls(self, certificate: Certificate, *, ask_clients: bool = False) -> int:
+        """Speak TLS from the next start on, on a port of its own beside the plain one; that port.
+
+        Parameters:
+            ask_clients: let in only who has a certificate of the same authority.
+        """
+        port = find_free_port()
+        self.configure("tls-port", str(port))
+        self.configure("tls-cert-file", str(certificate.file))
+        self.configure("tls-key-file", str(certificate.key))
+        self.configure("tls-ca-cert-file", str(certificate.authority))
+        self.configure("tls-auth-clients", "yes" if ask_clients else "no")
+        return port
 
     def _serve(self) -> subprocess.Popen[bytes]:
         flags = [part for name, value in self._settings.items() for part in (f"--{name}", value)]

@@ -7,7 +7,6 @@ import gc
 import os
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from conveyor.brokers.rabbitmq.amqp import (
     Table,
     connect,
 )
+from servers.certificate import Certificate
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -162,44 +162,16 @@ async def test_whoever_gives_up_connecting_leaves_no_socket_behind(tls: ssl.SSLC
             assert await asyncio.to_thread(accepted.recv, 65_536) == b""
 
 
-def certificates(folder: Path) -> None:
-    """An authority, and a certificate of its for localhost."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    ca = [
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=ca",
-    ]
-    openssl("req", *ca, "-keyout", "ca.key", "-out", "ca.pem")
-    request = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost"]
-    openssl("req", *request, "-keyout", "key.pem", "-out", "request.pem")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    signing = ["-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names"]
-    openssl("x509", *signing, "-in", "request.pem", "-out", "cert.pem")
-
-
 async def test_messages_travel_encrypted_and_a_stranger_is_not_trusted(
     rabbitmq: RabbitMQ, tmp_path: Path, free_port: int
 ) -> None:
-    certificates(tmp_path)
+    certificate = Certificate.make(tmp_path)
     address = address_of(rabbitmq)
     listener = f'{{"127.0.0.1", {free_port}}}'
-    files = ", ".join(
-        f'{{{name}, "{tmp_path / file}"}}' for name, file in (("certfile", "cert.pem"), ("keyfile", "key.pem"))
-    )
+    files = f'{{certfile, "{certificate.file}"}}, {{keyfile, "{certificate.key}"}}'
     rabbitmq.evaluate(f"rabbit_networking:start_ssl_listener({listener}, [{files}], 1)")
     try:
-        trusting = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+        trusting = ssl.create_default_context(cafile=str(certificate.authority))
         there: dict[str, Any] = {"host": "localhost", "port": free_port, "virtual_host": address.virtual_host}
         async with connected(Address(**there, tls=trusting)) as (_, channel):
             await channel.queue_declare("q")
