@@ -28,6 +28,7 @@ from conveyor.brokers.redis.wire import fields_of, message_of
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, ConfigurationError, PublishFailed
+from servers.certificate import Certificate
 from servers.proxy import Proxy
 from servers.redis import Redis
 from servers.server import find_free_port
@@ -500,11 +501,125 @@ async def test_all_who_wait_for_a_connection_share_one_try(monkeypatch: pytest.M
         silent.close()
 
 
-async def test_tls_to_a_server_without_it_says_what_to_look_at(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    """What the server of a test shows."""
+    return made(tmp_path / "certificate")
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Certificate:
+    """A certificate of another authority."""
+    return made(tmp_path / "stranger")
+
+
+def made(folder: Path) -> Certificate:
+    """A certificate in a folder of its own."""
+    folder.mkdir()
+    return Certificate.make(folder)
+
+
+def over_tls(server: Redis, port: int, host: str = "localhost", /, **options: object) -> str:
+    """The URL of a new namespace at a port of TLS, with a password that nobody may be told."""
+    said = "".join(f"&{name}={value}" for name, value in options.items())
+    return server.url(port=port).replace("redis://127.0.0.1", f"rediss://default:s3cr3t@{host}") + said
+
+
+async def refused(url: str) -> str:
+    """Why a broker cannot be opened."""
+    broker = from_url(url)
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        with pytest.raises(BrokerUnavailable) as said:
+            await broker.open()
+    assert "s3cr3t" not in f"{said.value!r} {said.value.__cause__!r}"
+    return str(said.value)
+
+
+async def test_messages_go_round_over_tls_also_large_ones_and_when_the_server_comes_back(
+    own_server: Redis, certificate: Certificate
+) -> None:
+    port = own_server.serve_tls(certificate)
+    url = over_tls(own_server, port, cafile=certificate.authority)
+    async with opened(url, Queue(name="q", topics=("t",))) as broker:
+        subscription = await broker.subscribe("q", 10)
+        waiting = asyncio.create_task(take(subscription, 1))
+        await asyncio.sleep(0)
+        await broker.publish([Message("small", "t", b"x")])
+        [small] = await waiting
+        await broker.settle([Settlement(small, DONE)])
+        await broker.publish([Message("large", "t", bytes(3_000_000))])
+        await asyncio.to_thread(own_server.restart)
+        taken: list[Delivery] = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not taken:
+                with contextlib.suppress(BrokerUnavailable):
+                    taken = await subscription.fetch(10)
+        assert bodies(taken) == [bytes(3_000_000)]
+        assert await broker.settle([Settlement(taken[0], DONE)]) == []
+        [info] = await broker.queues()
+        assert (info.ready, info.in_flight) == (0, 0)
+
+
+async def test_a_server_whose_certificate_cannot_be_trusted_is_refused_in_words(
+    own_server: Redis, certificate: Certificate, stranger: Certificate
+) -> None:
+    port = own_server.serve_tls(certificate)
+    authority = "cafile= in the URL names the file with the certificate of the authority that signed it"
+    assert authority in await refused(over_tls(own_server, port, cafile=stranger.authority))
+    assert authority in await refused(over_tls(own_server, port))  # the system's authorities do not know it either
+    elsewhere = await refused(over_tls(own_server, port, "127.1", cafile=certificate.authority))
+    assert "certificate is not valid for '127.1'" in elsewhere
+    assert authority not in elsewhere
+    async with opened(over_tls(own_server, port, "127.1", verify="no")) as broker:
+        assert await broker.queues() == []
+
+
+async def test_a_server_that_asks_for_a_certificate_lets_in_who_has_one_and_the_others_are_told(
+    own_server: Redis, certificate: Certificate, stranger: Certificate
+) -> None:
+    port = own_server.serve_tls(certificate, ask_clients=True)
+    asked = "does it ask for a certificate that it trusts (certfile= and keyfile= in the URL)?"
+    assert asked in await refused(over_tls(own_server, port, cafile=certificate.authority))
+    files: dict[str, object] = {"certfile": stranger.file, "keyfile": stranger.key}
+    assert asked in await refused(over_tls(own_server, port, cafile=certificate.authority, **files))
+    files = {"certfile": certificate.file, "keyfile": certificate.key}
+    url = over_tls(own_server, port, cafile=certificate.authority, **files)
+    async with opened(url, Queue(name="q", topics=("t",))) as broker:
+        await broker.publish([Message("m", "t", b"x")])
+        assert bodies(await take(await broker.subscribe("q", 10), 1)) == [b"x"]
+
+
+async def test_where_only_one_side_speaks_tls_the_other_is_told(
+    own_server: Redis, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = own_server.serve_tls(certificate)
+    plain = over_tls(own_server, port).replace("rediss://", "redis://")
+    assert "is it Redis that listens there, without TLS (rediss:// is with)?" in await refused(plain)
     monkeypatch.setattr(link, "CONNECT_SECONDS", 0.5)
-    broker = from_url(redis.url().replace("redis://", "rediss://"))
-    with pytest.raises(BrokerUnavailable, match=r"does it speak TLS on this port \(tls-port\)\? redis:// is without"):
-        await broker.open()
+    encrypted = over_tls(own_server, own_server.port)
+    assert "does it speak TLS on this port (tls-port)? redis:// is without" in await refused(encrypted)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+async def test_an_opening_that_fails_has_tried_once_and_leaves_no_socket_behind(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "CONNECT_SECONDS", 0.3)
+    ends: list[asyncio.Event] = []
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends.append(asyncio.Event())
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        ends[-1].set()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        said = await refused(f"{scheme}://default:s3cr3t@127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        assert "no answer within 0.3 s" in said
+        [end] = ends
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await end.wait()
 
 
 async def test_the_server_may_forget_the_scripts(redis: Redis, client: Any) -> None:
@@ -785,7 +900,11 @@ def _is_ready(node: Any) -> bool:
         ("redis://localhost/0?namespace=a{b}", "namespace"),
         ("redis://localhost/0#x", "redis://"),
         ("unix://", "socket"),
-        ("rediss://localhost/0?ca=/does/not/exist", "TLS"),
+        ("rediss://localhost/0?cafile=/does/not/exist", "TLS"),
+        ("rediss://localhost/0?keyfile=/a/key", "certfile"),
+        ("rediss://localhost/0?verify=perhaps", "yes or no"),
+        ("redis://localhost/0?cafile=/an/authority", "cafile is for rediss://"),
+        ("rediss://localhost/0?ca=/an/authority", "cafile"),
     ],
 )
 def test_a_url_that_makes_no_sense_is_refused_without_its_password(url: str, said: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from conveyor import brokers
 from conveyor.broker import Queue
 from conveyor.core.message import Message
+from servers.certificate import Certificate
 from servers.redis import Redis
 from tests.cli.conftest import PATIENCE_SECONDS
 
@@ -103,6 +104,22 @@ def test_a_redis_that_evicts_is_refused_in_words(conveyor: Program, tmp_path: Pa
     with a_redis_with(tmp_path, maxmemory="100mb", maxmemory_policy="allkeys-lru") as evicting:
         said = conveyor.refused("doctor", "--broker", evicting.url(), "--only", NONE_PUBLISHED, code=1)
     assert "Redis deletes messages when its memory is full (maxmemory-policy allkeys-lru): set it to noeviction" in said
+
+
+def test_a_redis_is_examined_over_tls_and_one_that_cannot_be_trusted_is_named_without_the_password(
+    conveyor: Program, tmp_path: Path
+) -> None:
+    certificate = Certificate.make(tmp_path)
+    with closing(Redis(tmp_path)) as server:
+        port = server.serve_tls(certificate)
+        url = server.url(port=port).replace("redis://", "rediss://default:s3cr3t@")
+        found = conveyor.json("doctor", "--broker", f"{url}&cafile={certificate.authority}", "--only", FEW)
+        assert {each["verdict"] for each in found["promises"]} == {"passed"}
+        assert "s3cr3t" not in str(found)
+        said = conveyor.refused("doctor", "--broker", url, "--only", NONE_PUBLISHED, code=1)
+    assert f"no connection to Redis at 127.0.0.1:{port}: its certificate is refused" in said
+    assert "cafile= in the URL" in said
+    assert "s3cr3t" not in said
 
 
 def test_what_is_risky_about_a_rabbitmq_is_said_in_words(conveyor: Program, rabbitmq: RabbitMQ) -> None:

@@ -47,6 +47,8 @@ DEFAULT_NAMESPACE: Final = "conveyor"
 def from_url(url: str, *, owner: str | None = None, clock: Clock = time.time) -> RedisBroker:
     """``redis://[user:password@]host[:port][/database]``, ``rediss://…`` (TLS) or ``unix:///path``, with ``?namespace=conveyor``.
 
+    For TLS, ``cafile``, ``certfile``, ``keyfile`` and ``verify=no`` say whom to trust and what to show, as in a URL of RabbitMQ.
+
     Raises:
         ConfigurationError: the URL has parts that make no sense here.
     """
@@ -105,6 +107,8 @@ class RedisBroker:
             told = await said_by(self._link)
             refuse_danger(told)
         except BaseException:
+            if not self._link.is_ready:
+                self._link.close()  # nobody is there of whom to take leave, which would be tried for as long again
             await self.close()
             raise
         for risk in risks_of(told, self.clock()):

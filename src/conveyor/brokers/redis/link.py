@@ -35,6 +35,8 @@ _ELSEWHERE: Final = re.compile(r"\b(READONLY|MOVED|MASTERDOWN|CLUSTERDOWN)\b")
 """Another server has the data now: a new connection may find it."""
 _MOVED: Final = re.compile(r"\bMOVED \d+ (\S*):(\d+)")
 _MORE: Final = object()
+_NOT_THE_AUTHORITY: Final = frozenset({9, 10, 62, 64})
+"""Why a certificate is refused (openssl-verify(1)), other than for who signed it: not valid yet, or any more, or for this host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,13 +356,18 @@ def _why(error: BaseException, address: Address) -> str:
         if address.tls is not None:
             return f"{said} to the beginning of TLS; does it speak TLS on this port (tls-port)? redis:// is without"
         return f"{said}; is it Redis that listens there, without TLS (rediss:// is with)?"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        said = f"its certificate is refused: {error.verify_message.rstrip('.')}"
+        if error.verify_code in _NOT_THE_AUTHORITY:
+            return said
+        return f"{said}; cafile= in the URL names the file with the certificate of the authority that signed it"
     if isinstance(error, ssl.SSLError):
-        said = error.reason or str(error)
-        return (
-            f"TLS failed ({said}); look at the certificate, at ca= in the URL, and whether it speaks TLS on this port"
-        )
+        return f"TLS failed ({error.reason or error}); does it speak TLS on this port (tls-port)? redis:// is without"
     if f" to {address}" in str(error):  # it ended while it greeted
-        return f"{str(error).replace(f' to {address}', '')}; is it Redis that listens there?"
+        said = str(error).replace(f" to {address}", "")
+        if address.tls is not None:  # since TLS 1.3 a client's certificate is looked at behind the handshake
+            return f"{said}; does it ask for a certificate that it trusts (certfile= and keyfile= in the URL)?"
+        return f"{said}; is it Redis that listens there, without TLS (rediss:// is with)?"
     return str(error) or type(error).__name__
 
 
