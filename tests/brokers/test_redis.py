@@ -622,6 +622,52 @@ async def test_an_opening_that_fails_has_tried_once_and_leaves_no_socket_behind(
             await end.wait()
 
 
+async def test_who_takes_leave_of_a_server_that_has_fallen_silent_does_not_wait_for_it(
+    own_server: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(link, "ANSWER_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "FAREWELL_SECONDS", 0.2)
+    queue = Queue(name="q", topics=("t",))
+    async with opened(own_server.url(), queue) as broker, asyncio.timeout(PATIENCE_SECONDS):
+        subscription = await broker.subscribe("q", 10)
+        await broker.publish([Message("m", "t", b"x")])
+        [delivery] = await take(subscription, 1)
+        own_server.pause()
+        settling = asyncio.create_task(broker.settle([Settlement(delivery, Release())]))
+        await asyncio.sleep(0)
+        await subscription.close()
+        await broker.close()
+        with pytest.raises(BrokerUnavailable):
+            await settling
+    assert "left without a word" in caplog.text
+
+
+async def test_a_server_that_did_not_answer_a_new_connection_is_not_waited_for_at_the_end(
+    own_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_server.start()
+    async with (
+        Proxy(own_server.port) as proxy,
+        opened(own_server.url(port=proxy.port), Queue(name="q", topics=("t",))) as broker,
+        asyncio.timeout(PATIENCE_SECONDS),
+    ):
+        subscription = await broker.subscribe("q", 10)
+        await broker.publish([Message("m", "t", b"x")])
+        held = await take(subscription, 1)
+        own_server.pause()
+        proxy.cut()
+        monkeypatch.setattr(link, "CONNECT_SECONDS", 0.3)
+        said = ""
+        while "no answer within 0.3 s" not in said:
+            with pytest.raises(BrokerUnavailable) as away:
+                await broker.extend(held)
+            said = str(away.value)
+        monkeypatch.setattr(link, "CONNECT_SECONDS", 3600.0)
+        monkeypatch.setattr(module, "FAREWELL_SECONDS", 3600.0)
+        await subscription.close()
+        await broker.close()
+
+
 async def test_the_server_may_forget_the_scripts(redis: Redis, client: Any) -> None:
     async with opened(redis.url(), Queue(name="q", topics=("t",))) as broker:
         subscription = await broker.subscribe("q", 10)

@@ -37,6 +37,8 @@ BEAT_SECONDS: Final = 5.0
 """Between two signs of life of a broker object."""
 DEAD_AFTER_SECONDS: Final = 20.0
 """Without a sign of life for so long, a broker object's temporary queues vanish."""
+FAREWELL_SECONDS: Final = 2.0
+"""Whoever takes leave waits no longer for a server that says nothing."""
 PURGED_AT_ONCE: Final = 2_000
 """Messages of one step: the server does nothing else meanwhile."""
 FROM_THE_BEGINNING: Final = b"0"
@@ -127,6 +129,7 @@ class RedisBroker:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._beating
         try:
+            await self._knock()
             with contextlib.suppress(BrokerError):  # else the leases end by themselves, and the signs of life
                 await self._publishing.close()
                 await self._settling.close()
@@ -136,6 +139,17 @@ class RedisBroker:
             self._link.close()
             self._subscriptions.clear()
             self._held.clear()
+
+    async def _knock(self) -> None:
+        """Before closing: whom nobody answers, he leaves without a word."""
+        try:
+            async with asyncio.timeout(self._link.patience(FAREWELL_SECONDS)):
+                await self._link.call("EXISTS", self._prefix + "queues")
+        except TimeoutError:
+            log.warning("Redis does not answer: left without a word; what was held comes back when the leases end")
+            self._link.close()
+        except BrokerError:
+            pass  # it may be there in a moment, or it says why not
 
     async def declare(self, queues: Sequence[Queue]) -> None:
         """See conveyor.broker.Broker."""
@@ -269,8 +283,10 @@ class RedisBroker:
         """For a subscription: it is closed."""
         self._subscriptions.discard(subscription)
         if self._closed is None:
-            with contextlib.suppress(BrokerError):  # then it is gone with its queue, or with our next sign of life
-                await self._ask(scripts.ATTEND, subscription.queue, self.owner, -1)
+            # Else it is gone with its queue, or with our next sign of life.
+            with contextlib.suppress(BrokerError, TimeoutError):
+                async with asyncio.timeout(self._link.patience(FAREWELL_SECONDS)):
+                    await self._ask(scripts.ATTEND, subscription.queue, self.owner, -1)
 
     async def _greet(self, link: Link) -> None:
         """First on every connection: the scripts are there, the server knows who lives, and what was half done is undone."""

@@ -157,6 +157,8 @@ class Link:
         self._failures = 0
         self._not_before = 0.0
         self._elsewhere: tuple[str, int] | None = None
+        self._mute = False
+        """The connection was given up, or not made, because the server said nothing."""
         self._closed = False
 
     @property
@@ -209,12 +211,22 @@ class Link:
             self._not_before = loop.time() + longest * random.uniform(0.5, 1.0)
             said = f"no connection to {self._address}: {_why(error, self._address)}"
             self.drop(said)
+            self._mute = isinstance(error, TimeoutError)
             if isinstance(error, Refused):
                 raise BrokerError(said) from error
             if isinstance(error, BrokerUnavailable | OSError | TimeoutError):
                 raise NoConnection(said) from error
             raise
         self._failures = 0
+        self._mute = False
+
+    def patience(self, seconds: float) -> float:
+        """How much is left of a time for an answer, where the server has been silent for some of it already."""
+        if not self._greeted:
+            return 0.0 if self._mute else seconds
+        if self._wire is None or not self._wire.pending:
+            return seconds
+        return max(0.0, self._wire.pending[0][1] + seconds - asyncio.get_running_loop().time())
 
     async def call(self, *command: Any) -> Any:
         """Send a command; its answer.
@@ -341,6 +353,7 @@ class Link:
         if left > 0:
             self._watch = loop.call_later(left, self._look)
         else:
+            self._mute = True
             self.drop(f"{self._address} has not answered for {ANSWER_SECONDS:g} s")
 
 
