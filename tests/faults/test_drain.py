@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from servers.rabbitmq import RabbitMQ
+    from servers.redis import Redis
     from tests.faults.conftest import Eventually
 
 PARTS: Final = 5
@@ -117,18 +118,20 @@ async def test_what_swallows_its_cancellation_at_the_end_goes_back_uncounted(
     assert [(each.state, each.deliveries, each.attempts) for each in world.waiting] == [(0, 0, 0)] * 2
 
 
-@pytest.mark.parametrize("at_work", [False, True], ids=["idle", "at work"])
-async def test_sigterm_while_rabbitmq_is_silent_ends_in_time_and_without_being_killed(
-    at_work: bool, tmp_path: Path, rabbitmq: RabbitMQ, eventually: Eventually
+@pytest.mark.parametrize(("grace", "at_work"), [("0", False), ("5", True)], ids=["idle", "at work"])
+@pytest.mark.parametrize("kind", ["rabbitmq", "redis"])
+async def test_sigterm_while_the_server_is_silent_ends_in_time_and_without_being_killed(
+    kind: str, grace: str, at_work: bool, tmp_path: Path, request: pytest.FixtureRequest, eventually: Eventually
 ) -> None:
-    world = World(tmp_path, broker=await asyncio.to_thread(rabbitmq.url))
+    server: RabbitMQ | Redis = request.getfixturevalue(kind)
+    world = World(tmp_path, broker=await asyncio.to_thread(server.url))
     try:
-        program = world.run("steady", "--grace=5", "--workers=lingering,slow,quick")
+        program = world.run("steady", f"--grace={grace}", "--workers=lingering,slow,quick")
         await eventually(lambda: "steady is ready" in program.said(), program.said)
         if at_work:
             await world.publish("slow", *numbered(0, 2))
             await eventually(lambda: len(world.lines("begun")) == 2, program.said)
-        rabbitmq.pause()
+        server.pause()
         (tmp_path / "release").touch()
         if at_work:
             await eventually(lambda: len(world.lines("handled")) == 2, program.said)
@@ -137,7 +140,43 @@ async def test_sigterm_while_rabbitmq_is_silent_ends_in_time_and_without_being_k
         assert program.said().count("ended in order") == 1
         assert "left without a word" in program.said()
     finally:
-        rabbitmq.resume()
+        server.resume()
+        world.close()
+
+
+@pytest.mark.parametrize("grace", ["0", "0.5"])
+@pytest.mark.parametrize("kind", ["rabbitmq", "redis"])
+async def test_what_a_short_grace_cuts_while_the_server_is_silent_is_handled_when_it_is_back(
+    kind: str, grace: str, tmp_path: Path, request: pytest.FixtureRequest, eventually: Eventually
+) -> None:
+    server: RabbitMQ | Redis = request.getfixturevalue(kind)
+    world = World(tmp_path, broker=await asyncio.to_thread(server.url))
+    world.environment["LEASE_SECONDS"] = "10"  # what nobody could give back comes by its end
+    try:
+        program = world.run("steady", f"--grace={grace}", "--workers=slow")
+        await eventually(lambda: "steady is ready" in program.said(), program.said)
+        await world.publish("slow", *numbered(0, 5))
+        await eventually(lambda: len(world.lines("begun")) == 2, program.said)
+        server.pause()
+        try:
+            program.send(signal.SIGTERM)
+            assert await program.ended() == 1, program.said()
+        finally:
+            server.resume()
+        assert "exit code 1" in program.said()
+        assert "did not drain" not in program.said()
+        assert not world.lines("handled")
+
+        (tmp_path / "release").touch()
+        program = world.run("steady", "--workers=slow")
+        expected = {f"slow-{number}" for number in range(5)}
+        await eventually(lambda: set(world.lines("handled")) == expected, program.said)
+        await program.stop()
+        async with world.broker() as broker:
+            [queue] = [each for each in await broker.queues() if each.name == "steady.slow"]
+        assert (queue.ready, queue.in_flight, queue.delayed, queue.dead) == (0, 0, 0, 0)
+        assert not world.repeated("handled")
+    finally:
         world.close()
 
 

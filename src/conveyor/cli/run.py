@@ -46,6 +46,8 @@ GIVEN: Final = {"broker": "CONVEYOR_GIVEN_BROKER", "database": "CONVEYOR_GIVEN_D
 """Flags that may hold passwords, and the variables in which a child gets them: everybody can read a command line."""
 LEFTOVERS_SECONDS: Final = 1.0
 """How long, after the drain, a process waits for what its handlers left running."""
+LEAVE_SECONDS: Final = 4.0
+"""Beyond its grace period, a process waits so long for its broker; then it leaves by itself, before its supervisor kills it."""
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 KNOCKING: Final = RetryPolicy(initial=0.5, maximum=5.0)
 """How often a broker or database that is away is tried while nothing else can be done."""
@@ -417,7 +419,7 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
     asked = asyncio.Event()
     knocking = Knocking(asked)
     runner: Runner | None = None
-    hurry: asyncio.TimerHandle | None = None
+    deadlines = contextlib.ExitStack()
 
     def health() -> Health:
         return knocking.health if runner is None else runner.health()
@@ -429,12 +431,22 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
         if runner is not None:
             runner.cut()
 
+    def code() -> int:
+        return FAILED if runner is not None and runner.was_cut else OK
+
+    def leave() -> None:
+        log.warning(
+            "settling and closing take too long (is the broker silent?): left without a word; what was held comes back"
+        )
+        link.goodbye(health(), app.metrics.snapshot())
+        sys.stdout.flush()
+        os._exit(code())
+
     def drain(ask: Ask) -> None:
-        nonlocal hurry
-        if asked.is_set() and hurry is not None:
-            hurry.cancel()
+        deadlines.close()
         if ask.grace_seconds is not None:
-            hurry = loop.call_later(ask.grace_seconds, cut)
+            deadlines.callback(loop.call_later(ask.grace_seconds, cut).cancel)
+            deadlines.callback(loop.call_later(ask.grace_seconds + LEAVE_SECONDS, leave).cancel)
         asked.set()
 
     def on_signal(name: str) -> None:
@@ -459,10 +471,8 @@ async def _drained(app: Conveyor, workers: Sequence[str], settings: Config, link
                     await asked.wait()
             await app.close()
     finally:
-        if hurry is not None:
-            hurry.cancel()
+        deadlines.close()
         beats.cancel()
-    code = FAILED if runner is not None and runner.was_cut else OK
     link.goodbye(health(), app.metrics.snapshot())
-    end_soon(code)
-    return code
+    end_soon(code())
+    return code()

@@ -45,6 +45,8 @@ MOST_GIVEN_BACK: Final = 10_000
 """Suspects that are remembered for having been given back."""
 LONGEST_FLUSH_SECONDS: Final = 5.0
 """At the end, settlements wait so long (or for the grace) for a broker that is away; then their leases end by themselves."""
+CUT_FLUSH_SECONDS: Final = 2.0
+"""So long, where handlers were cut because the time was over."""
 CANCEL_SECONDS: Final = 1.0
 """How soon a cancelled handler has to end."""
 LONGEST_TICK_SECONDS: Final = 0.5
@@ -173,7 +175,7 @@ class Runner:
             self._around.pool.drain()
         try:
             await self._finish(grace_seconds)
-            await self._flush(max(LONGEST_FLUSH_SECONDS, grace_seconds or 0.0))
+            await self._flush(max(CUT_FLUSH_SECONDS if self.was_cut else LONGEST_FLUSH_SECONDS, grace_seconds or 0.0))
         except (Exception, asyncio.CancelledError):  # whoever drains it wants to wait no longer
             await to_its_end(self._give_up())
             raise
