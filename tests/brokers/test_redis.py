@@ -513,10 +513,10 @@ def stranger(tmp_path: Path) -> Certificate:
     return made(tmp_path / "stranger")
 
 
-def made(folder: Path) -> Certificate:
+def made(folder: Path, **options: Any) -> Certificate:
     """A certificate in a folder of its own."""
     folder.mkdir()
-    return Certificate.make(folder)
+    return Certificate.make(folder, **options)
 
 
 def over_tls(server: Redis, port: int, host: str = "localhost", /, **options: object) -> str:
@@ -903,32 +903,80 @@ async def test_a_replica_is_not_written_to(own_server: Redis, redis: Redis) -> N
             client.execute_command("REPLICAOF", "NO", "ONE")
 
 
-async def test_in_a_cluster_it_goes_where_its_keys_are(tmp_path: Path) -> None:
-    nodes = []
-    buses = [find_free_port(), find_free_port()]
-    for bus in buses:
-        folder = tmp_path / str(bus)
-        folder.mkdir()
-        nodes.append(Redis(folder))
-        nodes[-1].configure("cluster-enabled", "yes")
-        nodes[-1].configure("cluster-require-full-coverage", "no")
-        # By default it is the port + 10,000, which the kernel may have given away.
-        nodes[-1].configure("cluster-port", str(bus))
-    one, other = nodes
-    try:
-        urls = [node.url() for node in nodes]
-        with plain(one) as here, plain(other) as there:
-            here.execute_command("CLUSTER", "MEET", "127.0.0.1", str(other.port), str(buses[1]))
-            there.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
-            while not (_is_ready(here) and _is_ready(there)):
-                await asyncio.sleep(0.02)
-        async with opened(urls[0], Queue(name="q", topics=("t",))) as broker:
-            await broker.publish([Message("m", "t", b"x")])
-            held = await take(await broker.subscribe("q", 1), 1)
-            assert await broker.settle([Settlement(each, DONE) for each in held]) == []
-    finally:
-        for node in nodes:
-            node.close()
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[tuple[Redis, Redis]]:
+    """Two servers that may become a cluster."""
+    with contextlib.ExitStack() as stack:
+        yield (node(tmp_path / "one", stack), node(tmp_path / "other", stack))
+
+
+def node(folder: Path, stack: contextlib.ExitStack) -> Redis:
+    """One of them."""
+    folder.mkdir()
+    server = Redis(folder)
+    stack.callback(server.close)
+    server.configure("cluster-enabled", "yes")
+    server.configure("cluster-require-full-coverage", "no")
+    # By default it is the port + 10,000, which the kernel may have given away.
+    server.configure("cluster-port", str(find_free_port()))
+    return server
+
+
+async def join(one: Redis, other: Redis, port: int) -> None:
+    """Make a cluster of them, in which the other one has all keys.
+
+    Parameters:
+        port: the other one's, as the nodes know each other.
+    """
+    for server in (one, other):
+        server.start()
+    with plain(one) as here, plain(other) as there:
+        [bus] = there.config_get("cluster-port").values()
+        here.execute_command("CLUSTER", "MEET", "127.0.0.1", str(port), bus)
+        there.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+        while not (_is_ready(here) and _is_ready(there)):
+            await asyncio.sleep(0.02)
+
+
+async def test_in_a_cluster_it_goes_where_its_keys_are(two_nodes: tuple[Redis, Redis]) -> None:
+    one, other = two_nodes
+    await join(one, other, other.port)
+    async with opened(one.url(), Queue(name="q", topics=("t",))) as broker:
+        await broker.publish([Message("m", "t", b"x")])
+        held = await take(await broker.subscribe("q", 1), 1)
+        assert await broker.settle([Settlement(each, DONE) for each in held]) == []
+
+
+async def test_in_a_cluster_with_tls_each_node_shows_a_certificate_of_its_own_name(
+    two_nodes: tuple[Redis, Redis], tmp_path: Path
+) -> None:
+    one, other = two_nodes
+    certificate = made(tmp_path / "certificate", names="IP:127.0.0.1")
+    port = one.serve_tls(certificate)
+    other_port = other.serve_tls(made(tmp_path / "other certificate", names="DNS:localhost", beside=certificate))
+    other.configure("cluster-announce-hostname", "localhost")
+    for server in two_nodes:
+        server.configure("tls-cluster", "yes")
+        server.configure("cluster-preferred-endpoint-type", "hostname")
+    await join(one, other, other_port)
+    url = over_tls(one, port, "127.0.0.1", cafile=certificate.authority)
+    async with opened(url, Queue(name="q", topics=("t",))) as broker:
+        await broker.publish([Message("m", "t", b"x")])
+        assert bodies(await take(await broker.subscribe("q", 1), 1)) == [b"x"]
+
+
+@pytest.mark.parametrize(
+    ("host", "first", "name"),
+    [
+        ("node-2.example", "redis.example", "node-2.example"),
+        ("10.0.0.2", "redis.example", "redis.example"),
+        ("10.0.0.2", "10.0.0.1", "10.0.0.2"),
+        ("::1", "localhost", "localhost"),
+        ("localhost", "localhost", "localhost"),
+    ],
+)
+def test_a_node_that_is_known_by_its_address_alone_shows_the_name_of_the_url(host: str, first: str, name: str) -> None:
+    assert link.shown_by(host, first) == name
 
 
 def _is_ready(node: Any) -> bool:

@@ -7,6 +7,7 @@ command, and a publisher's message would wait for them on its way to a waiting h
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import random
 import re
 import ssl
@@ -309,7 +310,7 @@ class Link:
         if here.path is not None:
             _, wire = await loop.create_unix_connection(make, here.path)
         else:
-            name = here.host if here.tls is not None else None
+            name = shown_by(host, here.host) if here.tls is not None else None
             _, wire = await loop.create_connection(make, host, port, ssl=here.tls, server_hostname=name)
         self._wire = wire
         self._check_open()  # it may have been closed meanwhile
@@ -355,6 +356,24 @@ class Link:
         else:
             self._mute = True
             self.drop(f"{self._address} has not answered for {ANSWER_SECONDS:g} s")
+
+
+def shown_by(host: str, first: str) -> str:
+    """The name that has to be in a node's certificate.
+
+    Parameters:
+        host: the node's, as the cluster calls it: its own name, or only its address, which a certificate of names does not have.
+        first: the host that the URL names.
+    """
+    return first if _is_address(host) and not _is_address(first) else host
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _again(error: BaseException) -> BaseException:
