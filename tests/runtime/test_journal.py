@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -22,6 +23,7 @@ from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
+from conveyor.core.settle import DONE
 from conveyor.errors import (
     BrokerError,
     BrokerFull,
@@ -604,6 +606,36 @@ async def test_an_entry_that_cannot_be_encoded_or_read_is_lost_alone(
     assert metrics.journal_dropped == 2  # the Decimal is a text there
     assert "2 entries of the journal dropped: they cannot be encoded" in caplog.text
     assert "left 2 entries out of the journal" in caplog.text
+
+
+async def test_successes_that_share_a_batch_are_kept_each_with_what_is_its_own(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journals, "LARGEST_BATCH", 4)
+    told = []
+    for number in range(11):
+        worker, topic = f"shop.worker{number % 3}", f"topic{number % 2}"
+        made = Message(id=str(number), topic=topic, body=b"{}", correlation_id=f"c{number}", causation_id=f"a{number}")
+        kept.journal.settled(worker, Delivery(made, f"{worker}.queue", number, number + 3, number), DONE, monotonic())
+        told.append((f"c{number}", worker, topic, f"{worker}.queue", number + 1, 2, f"a{number}"))
+    await kept.journal.flush()
+    assert await left(kept.broker) == 3
+    async with kept.keeper():
+        await kept.until_known("10")
+        found = [(await kept.asker.journey(f"c{number}")).entries for number in range(11)]
+    assert all(entry.kind is Kind.SUCCEEDED and entry.started == pytest.approx(entry.at) for [entry] in found)
+    assert told == [
+        (e.correlation_id, e.worker, e.topic, e.queue, e.attempt, e.crashes, e.causation_id) for [e] in found
+    ]
+
+
+async def test_a_success_that_cannot_be_encoded_takes_none_of_its_batch_along(kept: Kept) -> None:
+    for id in ("before", "half \ud800", "behind"):
+        kept.journal.settled("shop.w", Delivery(message(id), "shop.w", id, 1, 0), DONE, monotonic())
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("behind")
+        assert {job.id for job in await kept.asker.jobs()} == {"before", "half ?", "behind"}
 
 
 async def test_what_no_store_can_keep_as_it_is_is_kept_all_the_same(kept: Kept) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Generic, TypeVar
 
 import msgspec
 
@@ -102,6 +102,59 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def journey(self) -> str:
         """The id of the journey that its message belongs to."""
         return self.correlation_id or self.message_id
+
+
+class Successes(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Entries of attempts that succeeded, in short: what they share is said once, for they are nearly all that there is.
+
+    Parameters:
+        topic, worker, process, queue: of them all.
+        each: of each what OWN names.
+    """
+
+    topic: str
+    worker: str
+    process: str
+    queue: str
+    each: list[tuple[str, float, float | None, int, int, str | None, str | None]]
+
+    def entries(self) -> list[Entry]:
+        """The same at length."""
+        kind, topic, worker, process, queue = Kind.SUCCEEDED, self.topic, self.worker, self.process, self.queue
+        return [
+            Entry(kind, at, id, topic, worker, process, queue, attempt, crashes, journey, cause, started)
+            for id, at, started, attempt, crashes, journey, cause in self.each
+        ]
+
+
+OWN: Final = ("message_id", "at", "started", "attempt", "crashes", "correlation_id", "causation_id")
+"""The fields that differ from one of the Successes to the next."""
+Told = Entry | Successes
+E = TypeVar("E")
+
+
+class Batch(msgspec.Struct, Generic[E], frozen=True, array_like=True, gc=False):
+    """What a process has to tell, as it travels.
+
+    Parameters:
+        entries: or what stands for them.
+    """
+
+    entries: list[E]
+    successes: list[Successes] = []
+
+    def told(self) -> list[E | Successes]:
+        """All that is in it."""
+        return [*self.entries, *self.successes]
+
+
+def each_of(told: Iterable[Told]) -> Iterator[Entry]:
+    """Every entry, at length."""
+    for one in told:
+        if isinstance(one, Successes):
+            yield from one.entries()
+        else:
+            yield one
 
 
 class Status(enum.StrEnum):

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self, TypeVar, cast
 
@@ -15,7 +17,7 @@ import msgspec
 
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
-from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, Wish, jobs_of, wish_of
+from conveyor.core.journal import OWN, Entry, Job, JobFilter, Kind, Status, Successes, Told, Wish, jobs_of, wish_of
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
@@ -34,7 +36,7 @@ QUESTION_SECONDS: Final = 3.0
 """A question that takes longer is answered with what was found by then."""
 ROWS_AT_ONCE: Final = (200, 20, 1)
 """Rows in one statement: the connection gives up the interpreter's lock at every step, and behind a busy event loop each return of
-it may take milliseconds."""
+it may take milliseconds. Of more text than 16 KiB apsw keeps no prepared statement."""
 PRUNED_AT_ONCE: Final = 10_000
 """Entries that one step of pruning deletes at most: nobody waits long behind it."""
 PRUNE_TO: Final = 0.95
@@ -158,7 +160,7 @@ class Archive:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, batches: Iterable[tuple[str, Sequence[Entry]]]) -> None:
+    def write(self, batches: Iterable[tuple[str, Sequence[Told]]]) -> None:
         """Keep batches, each with its id, in one transaction; what was kept before is left out.
 
         Raises:
@@ -168,25 +170,32 @@ class Archive:
             self._check_same()
             self._check_room()
             with self._transaction("BEGIN IMMEDIATE"):
-                for id, entries in batches:
-                    self._write(id, entries)
+                for id, told in batches:
+                    self._write(id, told)
         except (apsw.Error, OSError) as error:
             raise JournalError(self._explain(error)) from error
 
-    def _write(self, id: str, entries: Sequence[Entry]) -> None:
+    def _write(self, id: str, told: Sequence[Told]) -> None:
         new = self._rows(
             "INSERT OR IGNORE INTO batches (id, arrived, last_entry) VALUES (?, ?, 0) RETURNING seq", id, self._clock()
         )
         if not new:
             return
-        rows = [msgspec.structs.astuple(entry) for entry in entries]
+        self._insert(_insert, (), [msgspec.structs.astuple(each) for each in told if isinstance(each, Entry)])
+        for each in told:
+            if isinstance(each, Successes):
+                self._insert(_insert_successes, (each.topic, each.worker, each.process, each.queue), each.each)
+        self._rows("UPDATE batches SET last_entry = (SELECT coalesce(max(seq), 0) FROM entries) WHERE seq = ?", *new[0])
+
+    def _insert(
+        self, statement: Callable[[int], str], shared: tuple[str, ...], rows: Sequence[tuple[object, ...]]
+    ) -> None:
         at = 0
         for size in ROWS_AT_ONCE:
-            statement = _insert(size)
             while len(rows) - at >= size:
-                self._db.execute(statement, [value for row in rows[at : at + size] for value in row])
+                values = chain(shared, *rows[at : at + size])
+                self._db.execute(statement(size), cast("Any", tuple(values)))
                 at += size
-        self._rows("UPDATE batches SET last_entry = (SELECT coalesce(max(seq), 0) FROM entries) WHERE seq = ?", *new[0])
         self._unlooked += len(rows)
 
     def prune(self, *, always: bool = True) -> bool:
@@ -487,9 +496,29 @@ def _shortened(entry: Entry) -> Entry:
     return msgspec.structs.replace(entry, traceback="", result=None, unkept=unkept)
 
 
+@functools.cache
 def _insert(rows: int) -> str:
+    """The statement that writes so many entries."""
     row = f"({', '.join('?' * len(FIELDS))})"
     return f"INSERT INTO entries ({COLUMNS}) VALUES {', '.join([row] * rows)}"
+
+
+@functools.cache
+def _insert_successes(rows: int) -> str:
+    """The statement that writes so many of the same Successes: what they share comes first, and is bound once."""
+    shared = {name: f"?{place}" for place, name in enumerate(("topic", "worker", "process", "queue"), 1)}
+    own = {name: f"column{place}" for place, name in enumerate(OWN, 1)}
+    known = {name: _literal(value) for name, value in zip(FIELDS[::-1], Entry.__struct_defaults__[::-1], strict=False)}
+    of = {**known, "kind": _literal(Kind.SUCCEEDED.value), **shared, **own}
+    row = f"({', '.join('?' * len(OWN))})"
+    return (
+        f"INSERT INTO entries ({COLUMNS}) SELECT {', '.join(of[name] for name in FIELDS)}"
+        f" FROM (VALUES {', '.join([row] * rows)})"
+    )
+
+
+def _literal(value: str | float | None) -> str:
+    return "NULL" if value is None else f"'{value}'" if isinstance(value, str) else repr(value)
 
 
 _KINDS: Final = {

@@ -7,8 +7,8 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
-from conveyor.core.journal import NEVER_BEGUN, NOWHERE, Entry, Kind
+from conveyor.core.journal import NEVER_BEGUN, NOWHERE, Entry, Kind, Successes, each_of
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
@@ -65,7 +65,10 @@ LAST_FLUSH_SECONDS: Final = 2.0
 """How long the last batches may take when everything else has ended."""
 
 Row = tuple[Any, ...]
-"""The fields of an entry, as far as the last one that is not at its default."""
+"""The fields of an entry, as far as the last one that is not at its default; or what is one success's own."""
+_Shared = tuple[str, str, str, str]
+_Alike = tuple[str, str, str, str, list[Row]]
+"""The fields of Successes."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -116,6 +119,9 @@ class Journal:
         self._broker = broker
         self._metrics = metrics
         self._entries: list[Entry | Row] = []
+        self._successes: dict[_Shared, list[Row]] = {}
+        self._noted = 0
+        """How many of both."""
         self._bytes = 0
         self._progress: dict[tuple[str, str], Entry] = {}
         """The latest of each worker and message since the last flush."""
@@ -136,9 +142,10 @@ class Journal:
         Parameters:
             soon: somebody may be waiting for it: ship it at once.
         """
-        if len(self._entries) >= CAPACITY:
+        if self._noted >= CAPACITY:
             self._drop(1)
             return
+        self._noted += 1
         if entry.result is not None or entry.traceback:
             weight = _weight(entry)
             if self._bytes + weight <= CAPACITY_BYTES:
@@ -166,9 +173,10 @@ class Journal:
             self._note_row((*row, None, message.due) if message.due else row)
 
     def _note_row(self, row: Row) -> None:
-        if len(self._entries) >= CAPACITY:
+        if self._noted >= CAPACITY:
             self._drop(1)
         else:
+            self._noted += 1
             self._entries.append(row)
 
     def cancelling(self, id: str, topic: str, journey: str | None, *, at: float | None = None) -> None:
@@ -199,22 +207,17 @@ class Journal:
             return
         message, attempts = delivery.message, delivery.attempts
         id, journey = message.id, message.correlation_id
-        self._note_row(
-            (
-                "succeeded",
-                now,
-                id,
-                message.topic,
-                worker,
-                self.process,
-                delivery.queue,
-                attempts + 1,
-                delivery.deliveries - attempts - 1,
-                None if journey == id else journey,
-                message.causation_id,
-                started,
-            )
-        )
+        if self._noted >= CAPACITY:
+            self._drop(1)
+            return
+        self._noted += 1
+        cause, again = message.causation_id, delivery.deliveries - attempts - 1
+        row = id, now, started, attempts + 1, again, None if journey == id else journey, cause
+        shared = message.topic, worker, self.process, delivery.queue
+        try:
+            self._successes[shared].append(row)
+        except KeyError:
+            self._successes[shared] = [row]
         if soon:
             self._soon.set()
 
@@ -356,7 +359,7 @@ class Journal:
             async with asyncio.timeout(LAST_FLUSH_SECONDS):
                 await self.flush()
                 await self.flush()  # where something was unsent, that alone went before
-        if left := len(self._entries) + sum(count for count, _ in self._unsent):
+        if left := self._noted + sum(count for count, _ in self._unsent):
             self._drop(left)
 
     def _gather(self) -> None:
@@ -371,17 +374,15 @@ class Journal:
                         self.note(self._of(Kind.STARTED, began, worker, delivery, started=began))
         self._told = frozenset(told)
         entries, self._entries = [*self._entries, *self._progress.values()], []
-        heavy, self._bytes = self._bytes > 0, 0
+        successes, self._successes = self._successes, {}
+        heavy, self._bytes, self._noted = self._bytes > 0, 0, 0
         self._progress.clear()
-        for batch in _batches(entries, heavy=heavy):
+        for batch in zip_longest(_batches(entries, heavy=heavy), _shared_out(successes), fillvalue=()):
             now = self.clock()
-            number, body = _encoded(batch)
-            if number < len(batch):
-                log.error(
-                    "%s of the journal dropped: they cannot be encoded",
-                    counted(len(batch) - number, "entry", "entries"),
-                )
-                self._drop(len(batch) - number)
+            number, body, unfit = _encoded(*batch)
+            if unfit:
+                log.error("%s of the journal dropped: they cannot be encoded", counted(unfit, "entry", "entries"))
+                self._drop(unfit)
             id = uuid7(now, os.urandom(10))
             self._unsent.append((number, Message(id, self._queue.name, body, content_type=MSGPACK, created=now)))
 
@@ -463,13 +464,31 @@ def _batches(entries: Sequence[Entry | Row], *, heavy: bool) -> Iterator[Sequenc
         yield batch
 
 
-def _encoded(batch: Sequence[Entry | Row]) -> tuple[int, bytes]:
-    """A batch as it travels, without what cannot; and how many entries are in it."""
+def _shared_out(successes: Mapping[_Shared, list[Row]]) -> Iterator[Sequence[_Alike]]:
+    """Successes in portions that a broker can carry."""
+    portion: list[_Alike] = []
+    room = LARGEST_BATCH
+    for shared, rows in successes.items():
+        while rows:
+            some, rows = rows[:room], rows[room:]  # noqa: PLW2901
+            portion.append((*shared, some))
+            room -= len(some)
+            if room == 0:
+                yield portion
+                portion, room = [], LARGEST_BATCH
+    if portion:
+        yield portion
+
+
+def _encoded(entries: Sequence[Entry | Row], successes: Sequence[_Alike]) -> tuple[int, bytes, int]:
+    """A batch as it travels, without what cannot; how many entries are in it, and how many are not."""
+    number = len(entries) + sum(len(rows) for *_, rows in successes)
     try:
-        return len(batch), _encode(batch)
+        return number, _encode((entries, successes)), 0
     except Exception:  # whatever one of them holds, the others are told
-        entries = [msgspec.Raw(body) for body in map(_alone, batch) if body is not None]
-        return len(entries), _encode(entries)
+        each = [*entries, *each_of(Successes(*alike) for alike in successes)]
+        fit = [msgspec.Raw(body) for body in map(_alone, each) if body is not None]
+        return len(fit), _encode((fit,)), number - len(fit)
 
 
 def _alone(entry: Entry | Row) -> bytes | None:

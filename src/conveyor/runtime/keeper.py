@@ -16,7 +16,19 @@ from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Settlement
-from conveyor.core.journal import ENDS, Entry, Job, JobFilter, Kind, is_for_one, jobs_of, wish_of
+from conveyor.core.journal import (
+    ENDS,
+    Batch,
+    Entry,
+    Job,
+    JobFilter,
+    Kind,
+    Told,
+    each_of,
+    is_for_one,
+    jobs_of,
+    wish_of,
+)
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
@@ -62,8 +74,8 @@ RESULTS_AT_ONCE: Final = 50
 LONGEST_WAIT_SECONDS: Final = 60.0
 """A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
 
-_batch: Final = msgspec.msgpack.Decoder(list[Entry]).decode
-_parts: Final = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+_batch: Final = msgspec.msgpack.Decoder(Batch[Entry]).decode
+_parts: Final = msgspec.msgpack.Decoder(Batch[msgspec.Raw]).decode
 _part: Final = msgspec.msgpack.Decoder(Entry).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
 
@@ -215,18 +227,19 @@ class Keeper:
         try:
             while True:
                 deliveries = await subscription.fetch(FETCH)
-                batches = [(delivery.message.id, self._entries(delivery)) for delivery in deliveries]
+                batches = [(delivery.message.id, self._told(delivery)) for delivery in deliveries]
                 await self._keep(batches, deliveries)
-                await self._heed_cancellations([entry for _, entries in batches for entry in entries])
+                told = [each for _, batch in batches for each in batch]
+                await self._heed_cancellations(told)
                 if self._waits:
-                    self._note_ends(entry for _, entries in batches for entry in entries)
+                    self._note_ends(each_of(told))
                 await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
                 if not self._waits:
                     await asyncio.sleep(LINGER_SECONDS)
         finally:
             await subscription.close()
 
-    def _entries(self, delivery: Delivery) -> list[Entry]:
+    def _told(self, delivery: Delivery) -> list[Told]:
         """What is in a batch, without what cannot be read; nothing where it ends whoever reads it."""
         body = delivery.message.body
         problem: Exception
@@ -234,21 +247,21 @@ class Keeper:
             if delivery.deliveries > SPOILT_DELIVERIES:
                 raise ValueError(f"handed over {delivery.deliveries} times")
             try:
-                return _batch(body)
+                return _batch(body).told()
             except (ValueError, msgspec.MsgspecError) as error:
-                problem, parts = error, _parts(body)
+                problem, batch = error, _parts(body)
         except (ValueError, msgspec.MsgspecError) as error:
             log.error("a batch of the journal is dropped, it makes no sense: %s", describe(error))
             return []
         entries = []
-        for part in parts:
+        for part in batch.entries:
             with contextlib.suppress(ValueError, msgspec.MsgspecError):
                 entries.append(_part(part))
-        left_out = counted(len(parts) - len(entries), "entry", "entries")
+        left_out = counted(len(batch.entries) - len(entries), "entry", "entries")
         log.error("left %s out of the journal, of which nobody can make sense: %s", left_out, describe(problem))
-        return entries
+        return Batch(entries, batch.successes).told()
 
-    async def _keep(self, batches: Sequence[tuple[str, list[Entry]]], deliveries: Sequence[Delivery]) -> None:
+    async def _keep(self, batches: Sequence[tuple[str, Sequence[Told]]], deliveries: Sequence[Delivery]) -> None:
         """Write batches, however long it takes until that is possible."""
         while True:
             try:
@@ -266,13 +279,14 @@ class Keeper:
                 self.problem = None
                 return
 
-    async def _heed_cancellations(self, entries: Sequence[Entry]) -> None:
+    async def _heed_cancellations(self, told: Sequence[Told]) -> None:
         """Remember what is cancelled until it has ended; runners are told once more, also those that missed it the first time."""
-        wished = latest(*({entry.message_id: entry.at} for entry in entries if entry.kind is Kind.CANCELLING))
+        wishes = (each for each in told if isinstance(each, Entry) and each.kind is Kind.CANCELLING)
+        wished = latest(*({wish.message_id: wish.at} for wish in wishes))
         if not wished and not self._cancelled:
             return
         over: dict[tuple[str, str], float] = {}
-        for entry in entries:
+        for entry in each_of(told):
             if entry.kind in ENDS and (at := self._cancelled.get(entry.message_id)) is not None:
                 if entry.kind is Kind.DEAD:
                     over[entry.worker, entry.message_id] = at
