@@ -135,6 +135,10 @@ def _read_plain(incoming: Incoming, topics: tuple[str, ...], exchanges: frozense
     """The short way for what is most common: what plain.encode() made, from the exchange."""
     if incoming.exchange not in exchanges or incoming.routing_key not in topics:
         return None
+    if (simple := plain.decode_simplest(incoming.raw_properties, incoming.routing_key)) is not None:
+        id_, created, journey = simple
+        message = Message(id_, incoming.routing_key, incoming.body, correlation_id=journey, created=created)
+        return Arrived(message, 0, 0, "", 0.0, 0)
     found = plain.decode(incoming, _KNOWN)
     if found is None:
         return None

@@ -1,0 +1,78 @@
+"""A message's way to AMQP's properties and back: the short ways say what the long one says."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Final
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from conveyor.brokers.rabbitmq import envelope, plain
+from conveyor.brokers.rabbitmq.amqp import Incoming, Properties
+from conveyor.brokers.rabbitmq.envelope import Arrived, properties_of, published, read
+from conveyor.core.message import Message
+
+TEXTS: Final = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+IDS: Final = st.uuids().map(str) | TEXTS
+CREATED: Final = st.one_of(
+    st.integers(1, 4_000_000_000).map(float), st.integers(10**6, 4 * 10**15).map(lambda micros: micros / 1e6)
+)
+MESSAGES: Final = st.builds(
+    Message,
+    id=IDS,
+    topic=st.sampled_from(("order.placed", "größe")),
+    body=st.binary(max_size=20),
+    key=st.none() | TEXTS,
+    headers=st.just({}) | st.dictionaries(st.sampled_from(("tenant", "trace")), TEXTS),
+    correlation_id=IDS,
+    causation_id=st.none() | IDS,
+    created=CREATED,
+)
+ID: Final = str(uuid.UUID(int=7))
+NOW: Final = 1_800_000_000.0
+
+
+def arrived(message: Message, properties: Properties | bytes) -> Arrived:
+    """As the server hands it over."""
+    raw = properties if isinstance(properties, bytes) else properties.encode()
+    incoming = Incoming("conveyor", message.topic, 1)
+    incoming.raw_properties, incoming.body = raw, message.body
+    return read(incoming, (message.topic,), frozenset({"conveyor"}), NOW)
+
+
+@given(MESSAGES)
+@example(Message(ID, "order.placed", b"", correlation_id=ID, created=1_700_000_000.000001))
+@example(Message(ID, "order.placed", b"", correlation_id=ID, created=1_700_000_000.0))
+def test_what_is_sent_the_short_way_is_read_as_what_is_sent_the_long_way(message: Message) -> None:
+    short, long = arrived(message, published(message)), arrived(message, properties_of(message))
+    assert short == long
+    same = msgspec.structs.replace(short.message, created=0.0) == msgspec.structs.replace(message, created=0.0)
+    assert same
+    assert math.isclose(short.message.created, message.created, abs_tol=1e-6)  # times travel in microseconds
+
+
+def test_most_messages_take_the_shortest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "decode", None)
+    monkeypatch.setattr(envelope, "_read_any", None)
+    message = Message(ID, "order.placed", b"{}", correlation_id=ID, created=1_700_000_000.5)
+    assert arrived(message, published(message)).message == message
+
+
+@given(st.data())
+def test_whatever_is_changed_on_the_way_is_read_as_by_the_long_way_or_not_at_all(data: st.DataObject) -> None:
+    message = Message(ID, "order.placed", b"{}", correlation_id=ID, created=1_700_000_000.25)
+    raw = bytearray(published(message))  # type: ignore[arg-type]
+    raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    simple = plain.decode_simplest(bytes(raw), message.topic)
+    if simple is None:
+        return
+    incoming = Incoming("conveyor", message.topic, 1)
+    incoming.raw_properties = bytes(raw)
+    found = plain.decode(incoming, envelope._KNOWN)
+    if found is not None:
+        id_, _, journey = simple
+        assert (id_, journey) == (found[2]["cloudEvents:id"], found[1])
