@@ -19,6 +19,7 @@ AmqpError
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import math
 import platform
@@ -101,6 +102,9 @@ ACK: Final = commands.Basic.Ack.index
 NACK: Final = commands.Basic.Nack.index
 BASIC: Final = commands.Basic.frame_id
 HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+
+_known_name: Final = functools.lru_cache(maxsize=1024)(decode_text)
+"""Of an exchange, or a routing key: there are few."""
 
 _METHOD: Final = struct.Struct(">I")
 _DELIVERY: Final = struct.Struct(">QBB")  # delivery tag, redelivered, length of the exchange's name
@@ -1124,11 +1128,11 @@ class Channel:
         delivery_tag, redelivered, size = _DELIVERY.unpack_from(data, position)
         start = position + 10
         position = start + size
-        exchange = decode_text(data[start:position])
+        exchange = _known_name(data[start:position])
         start = position + 1
         if start + data[position] != stop:
             raise Malformed("a delivery shorter or longer than announced")
-        routing_key = decode_text(data[start:stop])
+        routing_key = _known_name(data[start:stop])
         if consumer is not None:
             message = Incoming(exchange, routing_key, delivery_tag, redelivered != 0, consumer.tag)
             self._expect(message, consumer.on_delivery)
