@@ -448,12 +448,12 @@ class Connection(asyncio.Protocol):
                 break
             if data[stop] != FRAME_END:
                 raise Malformed("a frame without its end mark")
-            position = stop + 1
             channel = self._channels.get(number)
             if channel is None:
                 self._on_frame(kind, number, data[start:stop])
+                position = stop + 1
             else:
-                channel.on_frame(kind, data, start, stop)
+                position = channel.on_frame(kind, data, start, stop)
         return position
 
     def _check_greeting(self, data: bytes) -> None:
@@ -1035,15 +1035,15 @@ class Channel:
 
     # What the server sends
 
-    def on_frame(self, kind: int, data: bytes, start: int, stop: int) -> None:
-        """A frame for this channel, as a part of what was read."""
+    def on_frame(self, kind: int, data: bytes, start: int, stop: int) -> int:
+        """A frame for this channel, as a part of what was read; where the next frame begins that was not handled with it."""
         if self._gone and kind != METHOD:
-            return
+            return stop + 1
         if kind == METHOD:
             (method,) = _METHOD.unpack_from(data, start)
             if method == DELIVER:
-                self.on_deliver(data, start + 4, stop)
-            elif method == ACK or method == NACK:  # noqa: PLR1714, SIM109 - quicker than a set
+                return self.on_deliver(data, start + 4, stop)
+            if method == ACK or method == NACK:  # noqa: PLR1714, SIM109 - quicker than a set
                 number, bits = _CONFIRM.unpack_from(data, start + 4)
                 self.on_confirm(number, bool(bits & 1), method == NACK)
             else:
@@ -1054,6 +1054,7 @@ class Channel:
             self.on_body(data[start:stop])
         else:
             raise Malformed(f"a frame of type {kind} on channel {self.number}")
+        return stop + 1
 
     def on_method(self, frame: Frame) -> None:
         """Any method but those of the hot path."""
@@ -1117,10 +1118,10 @@ class Channel:
                 self._cancelled.popitem(last=False)
         return consumer
 
-    def on_deliver(self, data: bytes, position: int, stop: int) -> None:
-        """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key."""
+    def on_deliver(self, data: bytes, position: int, stop: int) -> int:
+        """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key; returns what on_frame() returns."""
         if self._gone:
-            return
+            return stop + 1
         start = position + 1
         position = start + data[position]
         tag = data[start:position]
@@ -1135,11 +1136,42 @@ class Channel:
         routing_key = _known_name(data[start:stop])
         if consumer is not None:
             message = Incoming(exchange, routing_key, delivery_tag, redelivered != 0, consumer.tag)
+            if behind := self._filled(message, data, stop + 1):
+                self.connection.call(consumer.on_delivery, message)
+                return behind
             self._expect(message, consumer.on_delivery)
         elif self._closing or self.connection.closing:
             self._expect(Incoming(exchange, routing_key), _ignore)
         else:
             raise Malformed(f"a delivery for the unknown consumer {tag!r}")
+        return stop + 1
+
+    def _filled(self, message: Incoming, data: bytes, position: int) -> int:
+        """Give a message its properties and body, where each follows at once and in one frame, as they mostly do.
+
+        Returns:
+            Where the next frame begins; 0 where it is otherwise, or wrong: the frames are handled one by one then.
+        """
+        last, most = len(data) - 1, self.connection.max_payload
+        if position + 19 > last or self._message is not None:
+            return 0
+        kind, number, size, content, _, body_size = _HEADER_FRAME.unpack_from(data, position)
+        stop = position + 7 + size
+        if kind != HEADER or number != self.number or not 14 <= size <= most or content != BASIC or stop + 8 > last:
+            return 0
+        end, kind, number, size = _BETWEEN.unpack_from(data, stop)
+        start = stop + 8
+        behind: int = start + size
+        if (
+            (end, kind, number, size) != (FRAME_END, BODY, self.number, body_size)
+            or behind > last
+            or data[behind] != FRAME_END
+            or not 0 < size <= most
+        ):
+            return 0
+        message.raw_properties = data[position + 19 : stop]
+        message.body = data[start:behind]
+        return behind + 1
 
     def _expect(self, message: Incoming, sink: Callable[[Incoming], None]) -> None:
         if self._message is not None:
