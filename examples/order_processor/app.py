@@ -15,7 +15,7 @@ from examples.order_processor.mail import Mailer, SimulatedMailer, SmtpMailer
 from examples.order_processor.order import Order, described, problems
 from examples.order_processor.records import Known, Records
 from examples.order_processor.settings import DEAD_QUEUE, EXCHANGE, QUEUE, Settings
-from examples.order_processor.warehouse import HttpWarehouse, SimulatedWarehouse, Warehouse
+from examples.order_processor.warehouse import HttpWarehouse, SimulatedWarehouse, Warehouse, timeouts
 from examples.settings import from_environment
 
 log = logging.getLogger("order-processor")
@@ -47,7 +47,7 @@ async def desk() -> AsyncIterator[Desk]:
             timeout_seconds=settings.call_timeout_seconds,
         )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the address that it logs may hold a secret
-    async with httpx.AsyncClient(timeout=settings.call_timeout_seconds) as http:
+    async with httpx.AsyncClient(timeout=timeouts(settings.call_timeout_seconds)) as http:
         yield Desk(
             records,
             mailer,

@@ -54,7 +54,7 @@ class SmtpMailer:
         url: ``smtp://user:password@host:port``; smtp+starttls and smtps are encrypted.
         sender: the address that it comes from.
         recipient: the address that it goes to; ``{userId}`` in it stands for the customer, whose address only the mail server knows.
-        timeout_seconds: how long the server may take for each answer.
+        timeout_seconds: how long the server may take; half of it until it asks for the e-mail.
     """
 
     def __init__(self, url: str, *, sender: str, recipient: str, timeout_seconds: float) -> None:
@@ -89,11 +89,13 @@ class SmtpMailer:
 
     async def _hand_over(self, server: aiosmtplib.SMTP, message: EmailMessage, to: str) -> None:
         try:
-            await server.connect()
-            if self._user is not None:
-                await server.login(self._user, self._password or "")
-            await server.mail(self._sender)
-            await server.rcpt(to)
+            # Well before anybody above loses patience, who could not tell that nothing was sent yet.
+            async with asyncio.timeout(self._timeout_seconds / 2):
+                await server.connect()
+                if self._user is not None:
+                    await server.login(self._user, self._password or "")
+                await server.mail(self._sender)
+                await server.rcpt(to)
         except (aiosmtplib.SMTPException, OSError) as error:
             # A sender or a password that the server does not like is not the order's fault.
             for_good = isinstance(error, aiosmtplib.SMTPRecipientRefused) and error.code in REFUSED_FOR_GOOD
@@ -135,4 +137,4 @@ class SmtpMailer:
 def _said(error: Exception) -> str:
     if isinstance(error, aiosmtplib.SMTPResponseException):
         return f"{error.code} {error.message}"
-    return str(error) or type(error).__name__
+    return str(error) or ("it is silent, or slow" if isinstance(error, TimeoutError) else type(error).__name__)

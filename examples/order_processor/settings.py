@@ -66,7 +66,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         float, setting("seconds after which the orders of a silent process go to others", ge=0.5, le=3600)
     ] = 30.0
     call_timeout_seconds: Annotated[
-        float, setting("seconds that the mail server or the warehouse may take for an order", gt=0, le=600)
+        float,
+        setting(
+            "seconds that the mail server or the warehouse may take for an order; the first half of them to be reached",
+            gt=0,
+            le=600,
+        ),
     ] = 10.0
     smtp_url: Annotated[
         str,

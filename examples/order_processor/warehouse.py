@@ -49,7 +49,7 @@ class HttpWarehouse:
 
     Parameters:
         url: where orders are posted to.
-        http: has its time-outs.
+        http: has its time-outs, as timeouts() gives them.
     """
 
     def __init__(self, url: str, http: httpx.AsyncClient) -> None:
@@ -77,6 +77,14 @@ class HttpWarehouse:
         if answer.is_server_error:
             raise Unclear(said, after_seconds=after_seconds)
         raise Refused(said)
+
+
+def timeouts(seconds: float) -> httpx.Timeout:
+    """How long each part of a call may take, where whoever calls waits for so long.
+
+    What comes before the request (a free connection, the way there, TLS) ends well before that: then it is known that nothing was sent.
+    """
+    return httpx.Timeout(seconds, pool=seconds / 4, connect=seconds / 4)
 
 
 def key(order: Order) -> str:

@@ -140,6 +140,14 @@ async def test_a_silent_server_costs_no_more_than_the_time_out() -> None:
             await mailer(url, timeout_seconds=0.2).confirm(ORDER)
 
 
+async def test_a_silent_server_is_given_up_while_others_are_still_patient() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"smtp://127.0.0.1:{deaf.getsockname()[1]}"
+        with pytest.raises(NotDone, match="it is silent, or slow"):
+            async with asyncio.timeout(5):
+                await mailer(url, timeout_seconds=5).confirm(ORDER)
+
+
 @pytest.mark.parametrize("user", ["ümlaut", "日本"])
 async def test_a_user_who_cannot_be_addressed_is_said_to_be_so(mail: MailServer, user: str) -> None:
     with pytest.raises(Refused, match="no e-mail can be addressed to user"):

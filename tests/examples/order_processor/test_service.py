@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -126,6 +127,35 @@ def test_what_is_away_for_a_while_is_tried_again_ever_later_and_only_what_is_mis
     assert service.end() == 0
 
 
+def test_a_mail_server_and_a_warehouse_that_are_only_silent_are_tried_again_until_they_speak(
+    make_service: StartService, warehouse: WarehouseServer
+) -> None:
+    mail = MailServer()
+    with socket.create_server(("127.0.0.1", mail.port)), socket.create_server(("127.0.0.1", 0)) as deaf:
+        service = make_service(
+            SMTP_URL=mail.url,
+            WAREHOUSE_URL=f"https://127.0.0.1:{deaf.getsockname()[1]}/",  # silent in the midst of TLS
+            WAREHOUSE_KNOWS_KEYS="0",
+            CALL_TIMEOUT_SECONDS="1",
+            ORDER_ATTEMPTS="1000",
+        )
+        service.start()
+        service.payments.send(GIVEN)
+        service.says("failed, again in", times=2)
+        assert service.end() == 0
+    assert "may have been sent" not in service.said()
+    assert service.payments.count("order-processing-dlq") == (0, 0)
+    mail.start()
+    try:
+        service.environment.update(WAREHOUSE_URL=warehouse.url, CALL_TIMEOUT_SECONDS="60")
+        service.start()
+        service.fulfilled(1)
+        assert service.end() == 0
+    finally:
+        mail.stop()
+    assert mail.accepted == warehouse.requests == ["ORD-1702554000123"]
+
+
 def test_what_still_fails_is_a_dead_letter_that_the_command_lists_shows_and_sends_back(
     make_service: StartService, mail: MailServer, warehouse: WarehouseServer
 ) -> None:
@@ -177,7 +207,7 @@ def test_a_lost_answer_of_the_mail_server_is_left_to_the_operator_and_one_of_the
 ) -> None:
     mail.hold.clear()
     warehouse.after.append(500)
-    service = make_service(SMTP_URL=mail.url, WAREHOUSE_URL=warehouse.url, CALL_TIMEOUT_SECONDS="0.5")
+    service = make_service(SMTP_URL=mail.url, WAREHOUSE_URL=warehouse.url, CALL_TIMEOUT_SECONDS="1")
     service.start()
     service.payments.send(GIVEN)
     service.payments.dead(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from examples.order_processor.calls import CallFailed, NotDone, Refused, Unclear
 from examples.order_processor.order import Order
-from examples.order_processor.warehouse import LONGEST_PAUSE_SECONDS, HttpWarehouse, key, pause_seconds
+from examples.order_processor.warehouse import LONGEST_PAUSE_SECONDS, HttpWarehouse, key, pause_seconds, timeouts
 from servers.server import find_free_port
 from tests.examples.order_processor.conftest import GIVEN, WarehouseServer
 
@@ -25,7 +26,7 @@ NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 @asynccontextmanager
 async def client(url: str, *, timeout_seconds: float = 30.0) -> AsyncIterator[HttpWarehouse]:
-    async with httpx.AsyncClient(timeout=timeout_seconds) as http:
+    async with httpx.AsyncClient(timeout=timeouts(timeout_seconds)) as http:
         yield HttpWarehouse(url, http)
 
 
@@ -88,6 +89,14 @@ async def test_an_answer_that_does_not_come_leaves_it_open(warehouse: WarehouseS
         with pytest.raises(Unclear, match="did not answer"):
             await api.notify(ORDER)
     assert list(warehouse.sent) == ["ORD-1702554000123"]
+
+
+async def test_a_server_that_is_silent_before_the_request_is_given_up_while_others_are_still_patient() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        async with client(f"https://127.0.0.1:{deaf.getsockname()[1]}/", timeout_seconds=8) as api:
+            with pytest.raises(NotDone, match="cannot be reached"):
+                async with asyncio.timeout(8):
+                    await api.notify(ORDER)
 
 
 async def test_a_connection_cut_in_the_answer_leaves_it_open() -> None:
