@@ -551,6 +551,35 @@ async def test_a_catalog_that_gives_nothing_is_not_taken_for_an_empty_one(
             await broker.declare([Queue(name="orders", ordered=True)])
 
 
+@pytest.mark.parametrize("lock", ["conveyor.catalog.lock", "orders.dead.lock"])
+async def test_whoever_is_cancelled_while_it_takes_a_lock_locks_nobody_out(
+    url: str, lock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declare = Channel.queue_declare
+    asked = asyncio.Event()
+
+    async def telling(channel: Channel, queue: str = "", **how: Any) -> Any:
+        if queue == lock:
+            asked.set()  # whoever hears it does so when the question is on its way, and has no answer yet
+        return await declare(channel, queue, **how)
+
+    async with opened(url) as impatient, opened(url) as other:
+        await impatient.declare([Queue(name="orders", topics=("order",))])
+        for _ in range(3):
+            with monkeypatch.context() as patched:
+                patched.setattr(Channel, "queue_declare", telling)
+                reading = asyncio.create_task(impatient.dead_letters(DeadFilter(), limit=1))
+                async with asyncio.timeout(PATIENCE_SECONDS):
+                    await asked.wait()
+                asked.clear()
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reading
+            assert reading.cancelled()
+            assert await other.dead_letters(DeadFilter(), limit=1) == []
+        assert await impatient.dead_letters(DeadFilter(), limit=1) == []
+
+
 async def test_an_unforeseen_error_while_connecting_is_raised_once_and_not_for_ever() -> None:
     class Unforeseen(Exception):
         pass

@@ -23,7 +23,7 @@ from conveyor.broker import Clock, DeadFilter, DeadLetter, Delivery, Feature, Qu
 from conveyor.brokers.rabbitmq import dead
 from conveyor.brokers.rabbitmq.address import Options, read_url
 from conveyor.brokers.rabbitmq.amqp import AmqpError, Connection, Incoming
-from conveyor.brokers.rabbitmq.catalog import Catalog
+from conveyor.brokers.rabbitmq.catalog import Catalog, Turn
 from conveyor.brokers.rabbitmq.delay import place
 from conveyor.brokers.rabbitmq.envelope import (
     TOPIC,
@@ -103,7 +103,11 @@ class RabbitBroker:
         self.topology = Topology(self.connection, options.exchange)
         self.publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
         self._catalog = Catalog(
-            self.connection, self.publisher.send_all, f"{options.exchange}.catalog", options.replicated
+            self.connection,
+            self.publisher.send_all,
+            f"{options.exchange}.catalog",
+            options.replicated,
+            Turn(self.spawn),
         )
         self._renewals = Renewals(self, options.consumer_timeout_seconds)
         self._exchanges = frozenset({options.exchange, self.topology.later_exchange})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final
 
 import msgspec
 
@@ -37,53 +37,78 @@ class NotAlone(BrokerError):
     """The user may not create the lock, so others may be at work at the same time."""
 
 
-@contextlib.asynccontextmanager
-async def locked(connection: Connection, name: str, *, alone: bool = False) -> AsyncIterator[Channel]:
-    """Be the only one, over all connections, between here and the end of the block; on a channel of one's own.
+class Turn:
+    """Be the only one: among the tasks of this object, and over all connections.
 
     An exclusive queue is the lock: nobody else can declare it, and it goes with its connection. Who may not create one
     goes on without: a message that somebody has taken is nobody else's for that time, which is enough for reading and changing.
 
+    Whoever is cancelled waits for no server. What it had asked for is given back beside, and the next one here waits for that: the lock
+    is its connection's, so it could not tell its own from one that is about to be deleted.
+
     Parameters:
-        alone: never go on without.
-
-    Raises:
-        BrokerUnavailable: another one has it for too long.
-        NotAlone: it cannot be had, and is needed.
+        spawn: does something beside, and ends it with the broker object at the latest.
     """
-    try:
-        async with asyncio.timeout(LOCK_SECONDS):
-            channel = await _take(connection, name, alone=alone)
-    except TimeoutError:
-        raise BrokerUnavailable(f"another process has held {name!r} for {LOCK_SECONDS:g} s") from None
-    try:
-        yield channel
-    finally:
-        if not connection.closed.done():
-            if channel.closed.done():
-                channel = await connection.channel()
-            with contextlib.suppress(AmqpError):
-                await channel.queue_delete(name)
-                await channel.close()
+
+    def __init__(self, spawn: Callable[[Coroutine[Any, Any, None], str], asyncio.Task[Any]]) -> None:
+        self._spawn = spawn
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def locked(self, connection: Connection, name: str, *, alone: bool = False) -> AsyncIterator[Channel]:
+        """Be the only one between here and the end of the block; on a channel of one's own.
+
+        Parameters:
+            alone: never go on without.
+
+        Raises:
+            BrokerUnavailable: another one has it for too long.
+            NotAlone: it cannot be had, and is needed.
+        """
+        await self._turn.acquire()
+        channels: list[Channel] = []
+        try:
+            try:
+                async with asyncio.timeout(LOCK_SECONDS):
+                    await _take(connection, name, channels, alone=alone)
+            except TimeoutError:
+                raise BrokerUnavailable(f"another process has held {name!r} for {LOCK_SECONDS:g} s") from None
+            yield channels[-1]
+        finally:
+            leaving = self._spawn(_leave(connection, name, channels), f"giving back {name}")
+            leaving.add_done_callback(lambda _: self._turn.release())
+            await asyncio.wait([leaving])
 
 
-async def _take(connection: Connection, name: str, *, alone: bool) -> Channel:
+async def _take(connection: Connection, name: str, channels: list[Channel], *, alone: bool) -> None:
+    """Take the lock on the channel that is in the list then, and is there before anything is asked for on it."""
     wait = LOCK_AGAIN_SECONDS
     while True:
-        channel = await connection.channel()
+        channels[:] = [channel := await connection.channel()]
         try:
             await channel.queue_declare(name, durable=False, exclusive=True, arguments={"x-queue-type": "classic"})
         except ChannelClosed as error:
+            channels.clear()
             if error.code == ACCESS_REFUSED:
                 if alone:
                     raise NotAlone(f"may not create {name!r}: {error.text}") from error
-                return await connection.channel()
+                channels.append(await connection.channel())
+                return
             if error.code != RESOURCE_LOCKED:
                 raise
             await asyncio.sleep(wait)
             wait = min(wait * 1.5, 0.2)
         else:
-            return channel
+            return
+
+
+async def _leave(connection: Connection, name: str, channels: list[Channel]) -> None:
+    """Give the lock back. The server hears this after what it has not answered yet: a lock that is still being taken goes as well."""
+    with contextlib.suppress(AmqpError):
+        for channel in channels:
+            still = await connection.channel() if channel.closed.done() else channel
+            await still.queue_delete(name)
+            await still.close()
 
 
 class Catalog:
@@ -98,6 +123,7 @@ class Catalog:
         send: publishes, and returns when it is confirmed.
         name: the queue's name.
         replicated: the list is in a quorum queue.
+        turn: one at a time, in all processes.
     """
 
     def __init__(
@@ -106,12 +132,13 @@ class Catalog:
         send: Callable[[list[Outgoing]], Awaitable[None]],
         name: str,
         replicated: bool,
+        turn: Turn,
     ) -> None:
         self._connection = connection
         self._send = send
         self._name = name
         self._queue_type = "quorum" if replicated else "classic"
-        self._turn = asyncio.Lock()
+        self._turn = turn
         self.available = True
         """There is one; else every broker object knows its own queues only."""
 
@@ -133,7 +160,7 @@ class Catalog:
         if not there.messages:
             # Somebody may have it in his hands. Who cannot keep others out does not begin anew: beside theirs, an empty one would be read.
             with contextlib.suppress(NotAlone):
-                async with self._turn, locked(connection, f"{self._name}.lock", alone=True) as channel:
+                async with self._turn.locked(connection, f"{self._name}.lock", alone=True) as channel:
                     if not await self._take_all(channel, RETURN_SECONDS):
                         await self._put({})
 
@@ -153,7 +180,7 @@ class Catalog:
             yield {}
             return
         connection = await self._connection()
-        async with self._turn, locked(connection, f"{self._name}.lock") as channel:
+        async with self._turn.locked(connection, f"{self._name}.lock") as channel:
             taken = await self._take_all(channel, PATIENCE_SECONDS)
             if not taken:
                 raise BrokerUnavailable(

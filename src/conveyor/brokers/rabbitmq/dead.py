@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from conveyor.broker import DeadFilter, DeadLetter
 from conveyor.brokers.rabbitmq.amqp import Channel, ChannelClosed, Connection, FieldValue, Incoming
-from conveyor.brokers.rabbitmq.catalog import locked
+from conveyor.brokers.rabbitmq.catalog import Turn
 from conveyor.brokers.rabbitmq.envelope import (
     ATTEMPTS,
     DELIVERIES,
@@ -163,7 +163,7 @@ class Cemetery:
     Parameters:
         connection: gives the living connection.
         read: the message that arrived, and which id it has where it has none of its own (made up where that is empty).
-        turn: one reader at a time within this process.
+        turn: one reader at a time, in all processes.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Cemetery:
         spec: Spec,
         connection: Callable[[], Awaitable[Connection]],
         read: Callable[[Incoming, str], Arrived],
-        turn: asyncio.Lock,
+        turn: Turn,
     ) -> None:
         self._spec = spec
         self._connection = connection
@@ -190,7 +190,7 @@ class Cemetery:
                 del found[limit:]
             return len(found) >= limit and (not found or letter.died > found[-1].died + CLOCKS_DIFFER_SECONDS)
 
-        async with self._turn, locked(await self._connection(), f"{self._spec.dead}.lock") as channel:
+        async with self._turn.locked(await self._connection(), f"{self._spec.dead}.lock") as channel:
             await self._walk(channel, look)
         return found
 
@@ -214,7 +214,7 @@ class Cemetery:
                 await use([letter for letter, _ in taken], self._spec)
             return {tag for _, tag in taken}
 
-        async with self._turn, locked(await self._connection(), f"{self._spec.dead}.lock") as channel:
+        async with self._turn.locked(await self._connection(), f"{self._spec.dead}.lock") as channel:
             await self._walk(channel, look, finish)
         return len(taken)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from conveyor.broker import DeadFilter, DeadLetter, QueueInfo
 from conveyor.brokers.rabbitmq import dead
-from conveyor.brokers.rabbitmq.catalog import locked
+from conveyor.brokers.rabbitmq.catalog import Turn
 from conveyor.brokers.rabbitmq.settle import end
 from conveyor.brokers.rabbitmq.spec import Spec
 from conveyor.core.message import redriven
@@ -28,7 +27,7 @@ class Operating:
 
     def __init__(self, broker: RabbitBroker) -> None:
         self._broker = broker
-        self._reading = asyncio.Lock()
+        self._reading = Turn(broker.spawn)
 
     async def queues(self) -> list[QueueInfo]:
         """Every queue there is; what is in flight, and temporary, as far as this object knows."""
@@ -62,6 +61,7 @@ class Operating:
                     dead=(counts[spec.dead] or (0, 0))[0],
                     oldest_seconds=None,
                     consumers=(counts[spec.later] or (0, None))[1],
+                    native=spec.native,
                 )
             )
         return sorted(infos, key=lambda info: info.name)
@@ -89,7 +89,7 @@ class Operating:
         if consumers := max(movers.consumers if movers is not None else 0, len(receivers)):
             raise QueueInUse(spec.name, consumers=consumers)
         own_dead = not spec.temporary and "dead_queue" not in spec.native
-        async with self._reading, locked(await broker.connection(), f"{spec.dead}.lock"):
+        async with self._reading.locked(await broker.connection(), f"{spec.dead}.lock"):
             dead = await broker.topology.count(spec.dead) if own_dead else None
             if dead is not None and dead.messages and not discard_dead:
                 raise QueueInUse(spec.name, dead=dead.messages)
