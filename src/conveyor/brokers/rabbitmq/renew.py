@@ -73,6 +73,10 @@ class Renewals:
     async def _renew(self, spec: Spec, helds: Sequence[Held]) -> None:
         loop = asyncio.get_running_loop()
         queue, work = await self._own_queue(spec)
+        # Whoever settles one from here on waits for its new delivery tag: what was settled until now may not be copied any more.
+        helds = [held for held in helds if held.state is State.HELD and not held.work.lost]
+        if not helds:
+            return
         names = [uuid.uuid4().hex for _ in helds]
         arrivals = [loop.create_future() for _ in helds]
         over = loop.create_future()
@@ -97,7 +101,7 @@ class Renewals:
         """The copy is what is held from now on."""
         if work.lost:
             return
-        if held.work.lost:  # the server has the original back
+        if held.state is State.GONE or held.work.lost:  # nobody has it any more, or the server has the original back
             work.ack([copy.delivery_tag])
             return
         old_work, old = held.work, held.tag
