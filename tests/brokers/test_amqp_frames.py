@@ -281,6 +281,25 @@ def test_frames_cut_at_every_byte_are_read_the_same() -> None:
     in_a_world(test)
 
 
+def test_a_header_that_the_server_added_to_may_be_larger_than_a_frame() -> None:
+    properties = Properties(headers={"blob": "x" * 10_000})
+    raw = delivery(1, b"first", properties) + delivery(2, b"", properties)
+    assert len(properties.encode()) > 4088
+
+    async def test(world: World) -> None:
+        for cut in range(0, len(raw) + 1, 500):
+            world.delivered.clear()
+            world.hear(raw[:cut])
+            world.hear(raw[cut:])
+            assert [(each.body, each.properties) for each in world.delivered] == [
+                (b"first", properties),
+                (b"", properties),
+            ]
+        assert not world.connection.closed.done()
+
+    in_a_world(test)
+
+
 @given(st.lists(st.tuples(st.binary(max_size=9000), PROPERTIES), max_size=4), st.data())
 def test_whatever_a_server_delivers_in_whatever_pieces_arrives(
     messages: list[tuple[bytes, Properties]], data: st.DataObject
@@ -383,11 +402,12 @@ def test_well_formed_nonsense_never_raises_and_never_leaves_anybody_waiting(
         (delivery(1, b"abc")[:-1] + b"\x00", "without its end mark"),
         (struct.pack(">BHI", 7, 0, 10) + b"x", "unknown type 7"),
         (struct.pack(">BHI", 3, 1, 4089) + b"x" * 4090, "a frame of 4089 bytes, where 4088"),
+        (struct.pack(">BHI", 2, 1, 2**24 + 1) + b"x" * 100, "a frame of 16777217 bytes, where 4088"),
         (content_header(1, 3), "a content header without its method"),
         (frame.marshal(body.ContentBody(b"abc"), 1), "a body without its header"),
         (delivery(1, b"abc").replace(struct.pack(">Q", 3), struct.pack(">Q", 2)), "longer than announced"),
         (delivery(1, b"abc").replace(struct.pack(">Q", 3), struct.pack(">Q", 2**40)), "1099511627776 bytes"),
-        (delivery(1, b"abc")[:45] + delivery(2, b"abc"), "broke the protocol"),
+        (delivery(1, b"abc")[:46] + delivery(2, b"abc"), "broke the protocol"),
         (frame.marshal(commands.Basic.Deliver("other", 1, False, "", ""), 1), "unknown consumer b'other'"),
         (frame.marshal(commands.Queue.PurgeOk(1), 1), "Queue.PurgeOk on channel 1, where nobody asked"),
         (frame.marshal(commands.Basic.Ack(7), 1), "a confirm of the publish 7"),

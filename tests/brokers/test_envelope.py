@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conveyor.brokers.rabbitmq import envelope, plain
-from conveyor.brokers.rabbitmq.amqp import Incoming, Properties
+from conveyor.brokers.rabbitmq.amqp import FieldValue, Incoming, Properties
 from conveyor.brokers.rabbitmq.envelope import Arrived, properties_of, published, read
 from conveyor.core.message import Message
 
@@ -76,3 +76,42 @@ def test_whatever_is_changed_on_the_way_is_read_as_by_the_long_way_or_not_at_all
     if found is not None:
         id_, _, journey = simple
         assert (id_, journey) == (found[2]["cloudEvents:id"], found[1])
+
+
+NOTES: Final[dict[str, FieldValue]] = {
+    envelope.DELIVERIES: 3,
+    envelope.ATTEMPTS: 2,
+    envelope.REASON: "exhausted",
+    envelope.POSITION: "p",
+}
+
+
+@given(
+    st.dictionaries(st.sampled_from(("blob", "tenant", "cloudEvents:id")), st.text("xä", max_size=200)),
+    st.text("aé", max_size=300),
+    st.text("t", max_size=300),
+    st.integers(400, 800),
+)
+def test_a_copy_that_has_no_room_loses_its_traceback_first_then_of_its_error_and_a_foreign_header_last(
+    foreign: dict[str, str], error: str, trace: str, room: int
+) -> None:
+    whole = Properties(headers={**foreign, **NOTES, envelope.ERROR: error, envelope.TRACEBACK: trace})
+    made = envelope.shortened(whole, room)
+    if len(whole.encode()) <= room:
+        assert made is None
+        return
+    assert made is not None
+    assert len(made.properties) <= room
+    headers = Properties.decode(made.properties).headers or {}
+    assert {name: headers[name] for name in NOTES} == NOTES
+    assert {name for name in foreign if name not in headers} == set(made.left_out)
+    assert headers.get(envelope.LEFT_OUT, "") == ", ".join(made.left_out)
+    if not made.left_out:
+        assert envelope.TRACEBACK not in headers
+        kept = str(headers[envelope.ERROR])
+        assert kept == error or (kept.endswith("…") and error.startswith(kept[:-1]))
+
+
+@pytest.mark.parametrize("properties", [b"\x00\x00", Properties(), Properties(headers={"blob": "x" * 900})])
+def test_what_a_program_publishes_itself_is_never_shortened(properties: Properties | bytes) -> None:
+    assert envelope.shortened(properties, 400) is None

@@ -3,8 +3,9 @@
 It stands alone: it reconnects nothing and retries nothing, but tells the truth about what happened. What travels for every
 message (deliver, header, body, publish, ack, confirm) is read and built here; all other methods are pamqp's frames.
 
-What bounds the memory: deliveries by `Channel.qos`, one message by MAX_BODY_BYTES, one frame by the negotiated size, what
-waits to be sent by `Channel.drain`, replies by the requests under way, confirms and returns by the unconfirmed publishes.
+What bounds the memory: deliveries by `Channel.qos`, one message by MAX_BODY_BYTES, one frame by the negotiated size (a content
+header by MAX_HEADER_BYTES), what waits to be sent by `Channel.drain`, replies by the requests under way, confirms and returns by
+the unconfirmed publishes.
 
 AmqpError
 ├── ConnectionFailed    no host let this client in
@@ -77,6 +78,8 @@ __all__ = [
 
 MAX_FRAME_BYTES: Final = 131_072
 """What this client offers for a frame; RabbitMQ's own default."""
+MAX_HEADER_BYTES: Final = 16 * 1024 * 1024
+"""A larger content header is refused. RabbitMQ does not split one, and adds to it (x-death) what may not fit the frame any more."""
 MAX_CHANNELS: Final = 2047
 """What this client offers for channels on a connection; RabbitMQ's own default."""
 MAX_BODY_BYTES: Final = 512 * 1024 * 1024
@@ -440,7 +443,7 @@ class Connection(asyncio.Protocol):
             kind, number, size = FRAME.unpack_from(data, position)
             start = position + 7
             stop = start + size
-            if size > self.max_payload:
+            if size > self.max_payload and (kind != HEADER or size > MAX_HEADER_BYTES):
                 raise Malformed(f"a frame of {size} bytes, where {self.max_payload} were agreed on")
             if stop >= end:
                 if kind not in {METHOD, HEADER, BODY, HEARTBEAT}:

@@ -42,6 +42,9 @@ OWN: Final = frozenset(
     {TOPIC, SLOT, DELIVERIES, ATTEMPTS, ERROR, DUE, RENEWED, QUEUE, REASON, TRACEBACK, TRACEBACK_ZLIB, DIED, POSITION}
 )
 """Headers that are Conveyor's notes beside the message, and no part of it."""
+LEFT_OUT: Final = "conveyor-left-out"
+"""Names the sender's headers for which a copy had no room. No note, but a header of the message from then on: whoever handles it
+sees what is missing."""
 SERVERS: Final = (
     "x-death",
     "x-first-death-",
@@ -230,6 +233,64 @@ def copy_of(incoming: Incoming, message: Message, notes: Mapping[str, FieldValue
     headers[TOPIC] = message.topic
     headers.update(notes)
     return properties._replace(headers=headers, delivery_mode=PERSISTENT, expiration=None, user_id=None)
+
+
+class Shortened(NamedTuple):
+    """A copy's properties, made to fit.
+
+    Parameters:
+        properties: encoded.
+        left_out: the names of foreign headers for which there was no room.
+    """
+
+    properties: bytes
+    left_out: tuple[str, ...] = ()
+
+
+def shortened(properties: Properties | bytes, room: int) -> Shortened | None:
+    """The properties of a copy, which with its notes need more than the bytes there are; None of what is no copy, or fits.
+
+    The traceback goes first, then the end of the error. Where that is not enough, the largest foreign headers go, and another one
+    names them from then on: a copy that cannot be sent would leave the message to be delivered again, for ever.
+    """
+    if isinstance(properties, bytes) or DELIVERIES not in (properties.headers or {}):
+        return None
+    headers: dict[str, FieldValue] = dict(properties.headers or {})
+
+    def sized() -> bytes:
+        return properties._replace(headers=headers).encode()
+
+    raw = sized()
+    if len(raw) <= room:
+        return None
+    trace: dict[str, FieldValue] = {name: headers.pop(name) for name in (TRACEBACK, TRACEBACK_ZLIB) if name in headers}
+    if len(raw := sized()) <= room:
+        return Shortened(raw)
+    error = str(headers.get(ERROR) or "")
+    headers[ERROR] = cut(error, len(error.encode()) - (len(raw) - room))
+    if len(raw := sized()) <= room:
+        return Shortened(raw)
+    headers.update({**trace, ERROR: error})
+    known = str(headers.pop(LEFT_OUT, ""))
+    foreign = sorted(
+        (name for name in headers if name not in OWN), key=lambda name: len(encode_table({name: headers[name]}))
+    )
+    left_out: list[str] = []
+    while len(raw) > room and foreign:
+        left_out.append(foreign.pop())
+        del headers[left_out[-1]]
+        headers[LEFT_OUT] = cut(", ".join([*filter(None, [known]), *left_out]), LONGEST_SHORT_TEXT)
+        raw = sized()
+    return Shortened(raw, tuple(left_out)) if len(raw) <= room else None
+
+
+def cut(text: str, most: int) -> str:
+    """As much of a text as so many bytes hold."""
+    raw = text.encode()
+    return text if len(raw) <= most else raw[: max(0, most - len(_CUT))].decode(errors="ignore") + _CUT.decode()
+
+
+_CUT: Final = "…".encode()
 
 
 def trace_note(traceback: str) -> dict[str, FieldValue]:

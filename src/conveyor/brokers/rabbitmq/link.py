@@ -25,6 +25,8 @@ log: Final = logging.getLogger("conveyor.rabbitmq")
 FIRST_WAIT_SECONDS: Final = 0.1
 LONGEST_WAIT_SECONDS: Final = 5.0
 """Between two tries to connect."""
+LIVED_SECONDS: Final = 1.0
+"""A connection that was lost sooner was of no use: the next one waits, as after a try that failed."""
 PATIENCE_SECONDS: Final = 5.0
 """How long a call waits for a connection that is away before it says so."""
 CONNECT_SECONDS: Final = 10.0
@@ -59,6 +61,8 @@ class Link(Generic[Session]):
         self._heartbeat_seconds = heartbeat_seconds
         self._connecting: asyncio.Task[Session] | None = None
         self._open = False
+        self._wait = FIRST_WAIT_SECONDS
+        self._connected = float("-inf")
         self._error: Exception | None = None
         self.connection: Connection | None = None
         self._session: Session | None = None
@@ -132,8 +136,11 @@ class Link(Generic[Session]):
                 self._connecting = None
 
     async def _come_back(self) -> Session:
-        wait = FIRST_WAIT_SECONDS
         tries = 0
+        if asyncio.get_running_loop().time() - self._connected < LIVED_SECONDS:
+            await self._pause()
+        else:
+            self._wait = FIRST_WAIT_SECONDS
         while True:
             try:
                 self._session = session = await self._connect()
@@ -141,11 +148,15 @@ class Link(Generic[Session]):
                 self._error = error
                 tries += 1
                 log.log(logging.WARNING if tries == 1 else logging.DEBUG, "%s; trying on", self._complaint(error))
-                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-                wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+                await self._pause()
             else:
                 log.info("connected to RabbitMQ again (%s)", self._name)
                 return session
+
+    async def _pause(self) -> None:
+        """Longer each time, until a connection has lived."""
+        wait, self._wait = self._wait, min(self._wait * 2, LONGEST_WAIT_SECONDS)
+        await asyncio.sleep(wait * random.uniform(0.5, 1.0))
 
     async def _connect(self) -> Session:
         connection = await connect(
@@ -160,6 +171,7 @@ class Link(Generic[Session]):
             await connection.close()
             raise
         self.connection = connection
+        self._connected = asyncio.get_running_loop().time()
         return session
 
     def _complaint(self, error: Exception | None) -> str:

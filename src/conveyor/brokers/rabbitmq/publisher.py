@@ -20,6 +20,7 @@ from conveyor.brokers.rabbitmq.amqp import (
     Properties,
     Returned,
 )
+from conveyor.brokers.rabbitmq.envelope import shortened
 from conveyor.brokers.rabbitmq.link import Link, said
 from conveyor.core.message import Message
 from conveyor.errors import BrokerError, BrokerFull, BrokerUnavailable, PublishFailed
@@ -34,6 +35,8 @@ PROBE_SECONDS: Final = 1.0
 """How long a probe waits for the server's word."""
 PROBE_LOOK_SECONDS: Final = 0.01
 NO_ROUTE: Final = 312
+HEADER_BYTES: Final = 12
+"""Of a content header, beside the properties."""
 
 
 class Outgoing(NamedTuple):
@@ -180,7 +183,11 @@ class Publisher:
                     each.exchange, each.routing_key, each.body, each.properties, mandatory=each.mandatory
                 )
             except ValueError as error:
-                fates.append(Refused(f"AMQP cannot carry it: {error}"))
+                if (shorter := _publish_shorter(channel, each)) is None:
+                    fates.append(Refused(f"AMQP cannot carry it: {error}"))
+                else:
+                    fates.append(None)
+                    under_way.append((position, shorter))
             except (ConnectionClosed, ChannelClosed) as error:
                 fates.append(Refused(f"the connection was lost before it was sent: {said(error)}", unsent=True))
                 lost = True
@@ -292,6 +299,16 @@ class Publisher:
         channel = await connection.channel()
         await channel.confirm_select()
         return channel
+
+
+def _publish_shorter(channel: Channel, each: Outgoing) -> asyncio.Future[None] | None:
+    """Publish what AMQP cannot carry without a part of its headers; None where that does not help, or is not ours to do."""
+    shorter = shortened(each.properties, channel.connection.max_payload - HEADER_BYTES)
+    if shorter is None:
+        return None
+    if shorter.left_out:
+        log.warning("a copy for %s has no room for the header %s", each.routing_key, ", ".join(shorter.left_out))
+    return channel.publish(each.exchange, each.routing_key, each.body, shorter.properties, mandatory=each.mandatory)
 
 
 def _tell_blocked(reason: str | None) -> None:
