@@ -126,6 +126,49 @@ async def test_a_virtual_host_that_is_made_anew_gets_its_queues_again(
         await eventually(lambda: site.runner.health().ready, site.runner.health)
 
 
+async def test_a_process_that_only_watches_sees_what_comes_after_the_virtual_host_was_made_anew(
+    rabbitmq: RabbitMQ, eventually: Eventually
+) -> None:
+    url = await asyncio.to_thread(rabbitmq.url)
+    name = urlsplit(url).path[1:]
+    web = Conveyor("web", broker=url)
+    seen: set[int] = set()
+
+    async def watch() -> None:
+        async for event in web.watch(Numbered):
+            seen.add(event.number)
+
+    async def shown(number: int) -> None:
+        async with Conveyor("shop", broker=url) as shop:
+
+            async def is_shown() -> bool:
+                await shop.publish(Numbered(number))
+                return number in seen
+
+            await eventually(is_shown)
+
+    async with web:
+        watching = asyncio.create_task(watch())
+        await shown(1)
+        broker = (await web.connect()).broker
+        assert isinstance(broker, RabbitBroker)
+        before = await broker.connection()
+        await asyncio.to_thread(rabbitmq.ctl, "delete_vhost", name)
+        await eventually(before.closed.done)
+        await asyncio.to_thread(rabbitmq.ctl, "add_vhost", name)
+        await asyncio.to_thread(rabbitmq.ctl, "set_permissions", "--vhost", name, USER, ".*", ".*", ".*")
+
+        async def is_back() -> bool:
+            with contextlib.suppress(BrokerError):
+                await broker.connection()
+                return True
+            return False
+
+        await eventually(is_back)  # before anybody who publishes
+        await shown(2)
+        watching.cancel()
+
+
 @pytest.mark.parametrize("what", ["stream", "group", "settings", "all"])
 async def test_what_is_deleted_of_a_queue_on_redis_is_made_again(
     redis: Redis, what: str, eventually: Eventually

@@ -192,25 +192,33 @@ class RabbitBroker:
             await self.settle([Settlement(each.delivery(), Release(each.due)) for each in held])
 
     async def _begin(self, connection: Connection) -> Connection:
+        await self.topology.prepare(connection)  # of a server that came back empty; nobody here may publish
         for spec in [each for each in self.specs.values() if each.temporary]:
             self.absent.add(spec.name)
-            self.spawn(self._temporary_again(spec, connection), f"declaring {spec.name} again")
+            self.spawn(self._temporary_again(spec.name, connection), f"declaring {spec.name} again")
         return connection
 
-    async def _temporary_again(self, spec: Spec, connection: Connection) -> None:
+    async def _temporary_again(self, queue: str, connection: Connection) -> None:
         """A temporary queue went with its connection; what waited in it is lost, what comes is not."""
 
         async def this() -> Connection:
             return connection
 
         topology = Topology(this, self.options.exchange)
-        while not connection.closed.done():
+        told = False
+        while not connection.closed.done() and (spec := self.specs.get(queue)) is not None:
             try:
                 await topology.create(spec, None)
             except QueueConflict:  # the server has not noticed yet that the old connection is dead
                 await asyncio.sleep(TEMPORARY_AGAIN_SECONDS)
+            except (BrokerError, AmqpError) as error:
+                log.log(
+                    logging.DEBUG if told else logging.WARNING, "cannot declare %s again, trying on: %s", queue, error
+                )
+                told = True
+                await asyncio.sleep(TEMPORARY_AGAIN_SECONDS)
             else:
-                self.absent.discard(spec.name)
+                self.absent.discard(queue)
                 return
 
     def _heartbeat_seconds(self) -> float:
@@ -326,6 +334,7 @@ class RabbitBroker:
         combined = merged(spec, there)
         await self.topology.create(combined, there)
         self.specs[spec.name] = combined
+        self.absent.discard(spec.name)
 
     # Publishing
 
