@@ -118,6 +118,7 @@ class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
         dead: dead letters.
         oldest_seconds: how long the oldest ready message has been ready; None where none is, or the broker lacks Feature.AGE.
         consumers: live subscriptions, over all processes; None where the broker cannot tell.
+        native: the settings of this kind of broker that it was declared with; empty where the kind knows none.
     """
 
     name: str
@@ -132,6 +133,7 @@ class QueueInfo(msgspec.Struct, frozen=True, kw_only=True):
     dead: int
     oldest_seconds: float | None
     consumers: int | None
+    native: Mapping[str, str] = {}
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
