@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import pika
 import pytest
 
-from conveyor.broker import DeadFilter, Queue, Settlement
-from conveyor.brokers.rabbitmq import link
+from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
+from conveyor.brokers.rabbitmq import link, stream
 from conveyor.brokers.rabbitmq.address import read_url
-from conveyor.brokers.rabbitmq.amqp import ConnectionClosed
-from conveyor.core.settle import Dead, RetryAt
-from tests.brokers.test_rabbitmq import one, opened, plainly
+from conveyor.brokers.rabbitmq.amqp import Channel, ConnectionClosed
+from conveyor.core.message import Message
+from conveyor.core.settle import DONE, Dead, RetryAt
+from tests.brokers.test_rabbitmq import PATIENCE_SECONDS, one, opened, plainly
 
 if TYPE_CHECKING:
     from pika.adapters.blocking_connection import BlockingChannel
@@ -87,3 +89,30 @@ async def test_connections_that_are_lost_at_once_are_made_ever_more_slowly_until
     assert await lost.session() == "session"
     assert (len(waits), lost._wait) == (5, link.FIRST_WAIT_SECONDS)
     await lost.close()
+
+
+# --- consumers ------------------------------------------------------------------------------------------------------
+
+
+async def test_fetches_that_each_want_one_more_do_not_each_open_a_consumer(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "KEPT_SECONDS", 10 * PATIENCE_SECONDS)
+    consume, consumers = Channel.consume, Counter[str]()
+
+    async def counting(self: Channel, queue: str, *args: Any, **options: Any) -> str:
+        consumers[queue] += 1
+        return await consume(self, queue, *args, **options)
+
+    monkeypatch.setattr(Channel, "consume", counting)
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",))])
+        await broker.publish([Message(f"m{number}", "t", b"{}") for number in range(120)])
+        subscription = await broker.subscribe("q", 100)
+        held: list[Delivery] = []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(held) < 100:
+                held += await subscription.fetch(1)
+        assert [each.message.id for each in held] == [f"m{number}" for number in range(100)]
+        assert consumers["q"] <= 8  # 1, 2, 4, … 64, 100
+        assert await broker.settle([Settlement(each, DONE) for each in held]) == []

@@ -22,6 +22,8 @@ AHEAD: Final = 4
 """Times what the receiver wants to hold, the server may have sent: some are handled, some settled, some on their way."""
 KEPT_SECONDS: Final = 0.5
 """How long what came for nobody waits for the next fetch."""
+WIDEN: Final = 2
+"""A consumer that may have too little gets so many times that at least, within the bound."""
 SHRINK: Final = 4
 """A consumer that may have so many times more than is wanted is replaced."""
 
@@ -139,7 +141,8 @@ class Stream:
             tap = self._tap
             if tap is not None and tap.work is work:
                 if not tap.over and bound > tap.bound:
-                    await tap.widen(bound)
+                    # Fetches that each want one more shall not each open a consumer.
+                    await tap.widen(max(bound, min(WIDEN * tap.bound, self._bound)))
                 if tap.arrived or (not tap.over and tap.bound < SHRINK * bound):
                     return tap
                 await tap.close()
