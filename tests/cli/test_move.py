@@ -10,18 +10,22 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conveyor import brokers
 from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement, Subscription
-from conveyor.cli.move import BATCH, Moved, Mover, held, is_same
+from conveyor.cli.move import BATCH, Moved, Mover, held, is_same, turns
 from conveyor.core.message import Message
 from conveyor.core.settle import Dead, Release, RetryAt
 from conveyor.errors import BrokerError, BrokerUnavailable, PublishFailed
 
 if TYPE_CHECKING:
+    from servers.rabbitmq import RabbitMQ
     from tests.cli.conftest import Program
 
 CHARGE: Final = Queue(name="shop.charge", topics=("order.created", "order.changed"), lease_seconds=45.0)
@@ -411,6 +415,126 @@ def test_what_the_new_broker_refuses_stays_in_the_old_one(conveyor: Program, old
     assert "new.queue" in conveyor.refused("move", "--from", old, "--to", f"sqlite:///{new}", code=1)
     found = conveyor.json("queues", "--broker", old)["queues"]
     assert sum(each["ready"] + each["delayed"] + each["dead"] for each in found) == 16
+
+
+OWN: Final = Queue(
+    name="paid-orders",
+    topics=("paid-orders",),
+    native={"queue_type": "classic", "exchange": "shop", "exchange_type": "direct", "dead_queue": "paid-orders-dlq"},
+)
+"""With settings of RabbitMQ's own."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "started"),
+    [("rabbitmq", False), ("rabbitmq", True), ("sqlite", True)],
+    ids=["RabbitMQ, into nothing", "RabbitMQ, after a start", "SQLite, after a start"],
+)
+def test_an_application_with_settings_of_rabbitmqs_own_goes_on_there(
+    conveyor: Program, rabbitmq: RabbitMQ, old: str, kind: str, started: bool
+) -> None:
+    old, new = rabbitmq.url() if kind == "rabbitmq" else old, rabbitmq.url()
+
+    async def before() -> None:
+        async with opened(old) as broker:
+            await broker.declare([OWN])
+            await broker.publish([message("paid-orders", number) for number in range(3)])
+            subscription = await broker.subscribe(OWN.name, 1)
+            [dying] = await taken(subscription, 1)
+            await broker.settle([Settlement(dying, Dead("rejected", "ValueError: no"))])
+            await subscription.close()
+        if started:
+            async with opened(new) as broker:
+                await broker.declare([OWN])
+
+    async def after() -> None:
+        async with opened(new) as broker:
+            await broker.declare([OWN])
+            info, messages, dead = await contents(broker, OWN)
+            assert dict(info.native) == OWN.native
+            assert sorted(each.id for each in messages) == ["paid-orders-1", "paid-orders-2"]
+            assert [each.message.id for each in dead] == ["paid-orders-0"]
+
+    asyncio.run(before())
+    # As its application has it: the URL may name another type of queue than the declaration.
+    told = conveyor.json("move", "--from", old, "--to", new)
+    assert [(each["moved"], each["moved_dead"], each["left"]) for each in told["queues"]] == [(2, 1, 0)]
+    asyncio.run(after())
+
+
+@pytest.mark.parametrize(
+    ("there", "why"),
+    [
+        (Queue(name=CHARGE.name, ordered=True), "it is ordered by key there"),
+        (Queue(name=CHARGE.name, max_length=2), "it holds 2 messages there at most, and 3 would come"),
+    ],
+    ids=["ordered", "bounded"],
+)
+def test_a_queue_of_the_new_broker_in_which_something_would_be_lost_gets_nothing(
+    conveyor: Program, old: str, there: Queue, why: str
+) -> None:
+    new = f"sqlite:///{conveyor.folder}/new.queue"
+
+    async def before() -> None:
+        async with opened(old) as broker:
+            await broker.declare([CHARGE])
+            await broker.publish([message("order.changed", number) for number in range(3)])
+        async with opened(new) as broker:
+            await broker.declare([there])
+
+    asyncio.run(before())
+    assert why in conveyor.refused("move", "--from", old, "--to", new, code=1)
+    assert [each["ready"] for each in conveyor.json("queues", "--broker", old)["queues"]] == [3]
+    assert [each["ready"] for each in conveyor.json("queues", "--broker", new)["queues"]] == [0]
+
+
+@pytest.mark.parametrize("queue", [CHARGE, SHIP], ids=["no order", "order"])
+async def test_of_two_messages_with_one_id_the_one_that_is_refused_stays(
+    monkeypatch: pytest.MonkeyPatch, queue: Queue
+) -> None:
+    async with two_brokers(queue) as (old, new, moved, mover):
+        topic = queue.topics[0]
+        twins = [msgspec.structs.replace(message(topic, number, key=f"k{number}"), id="twin") for number in range(2)]
+        await old.publish(twins)
+        publish = new.publish
+
+        async def refusing(messages: list[Message], *, queue: str | None = None) -> frozenset[str]:
+            fine = [each for each in messages if each.key != "k1"]
+            await publish(fine, queue=queue)
+            if len(fine) < len(messages):
+                raise PublishFailed({"twin": "too long"}, {})
+            return frozenset()
+
+        monkeypatch.setattr(new, "publish", refusing)
+        with pytest.raises(BrokerError, match="too long"):
+            await mover.move(moved)
+        assert [each.key for each in (await contents(new, queue))[1]] == ["k0"]
+        assert [each.key for each in (await contents(old, queue))[1]] == ["k1"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["x", "y", None]))), st.booleans())
+def test_in_each_part_of_a_batch_an_id_and_where_there_is_order_a_key_means_one_message(
+    given: list[tuple[str, str | None]], ordered: bool
+) -> None:
+    batch = [
+        Delivery(Message(id=id, topic="t", body=b"", key=key), "q", number, 1, 0)
+        for number, (id, key) in enumerate(given)
+    ]
+    parts = turns(batch, ordered=ordered)
+    assert sorted(cast("int", each.receipt) for part in parts for each in part) == list(range(len(batch)))
+    for part in parts:
+        assert len({each.message.id for each in part}) == len(part)
+        keys = [each.message.key for each in part if each.message.key is not None]
+        assert not ordered or len(set(keys)) == len(keys)
+    for name in range(2 if ordered else 1):
+        for same in ("abc", "xy")[name]:
+            going = [
+                cast("int", each.receipt)
+                for part in parts
+                for each in part
+                if (each.message.id, each.message.key)[name] == same
+            ]
+            assert going == sorted(going)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from cyclopts import App, Parameter
 
 from conveyor import brokers
-from conveyor.broker import Broker, DeadFilter, Delivery, Feature, Queue, QueueInfo, Settlement
+from conveyor.broker import Broker, DeadFilter, Delivery, Feature, Queue, QueueInfo, Receipt, Settlement
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import connected
 from conveyor.cli.terminal import FAILED, INTERRUPTED, OK, Output, out, table
 from conveyor.config import masked
-from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Release
 from conveyor.errors import BrokerError, ConfigurationError, PublishFailed
 from conveyor.runtime.control import internal
@@ -44,7 +43,13 @@ command = App(
   conveyor move --from redis://localhost --to amqp://localhost --queue shop.charge
   conveyor move --from amqp://old --to amqp://new --json
 
-Stop the applications first. What is not due yet keeps its time, keys keep their
+Stop the applications first. A queue that the new broker has is used as it is there;
+one that it lacks is created as it is on the old one, as far as that one knows.
+RabbitMQ's own settings (an exchange, a dead-letter queue, a queue type) are known to
+RabbitMQ only: where an application has some, start it once on the new broker and stop
+it, then move. Give --to as the application will have it, with all its options.
+
+What is not due yet keeps its time, keys keep their
 order, dead letters their reason; attempts that failed are counted from zero.
 A message leaves the old broker when the new one has it: Ctrl-C ends after the
 batch that is on its way, and after a kill at most {BATCH} messages are there twice,
@@ -147,7 +152,7 @@ async def _move(
         interrupted = False
         if not dry_run:
             async with connected(new, create=True) as destination:
-                await destination.declare([_declaration(each) for each in chosen])
+                await _prepare(destination, chosen)
                 with _told_to_stop() as told, output.progress() as bar:
                     task = bar.add_task("moving", total=sum(each.ready + each.delayed + each.dead for each in chosen))
                     mover = Mover(source, destination, told, lambda number: bar.advance(task, number))
@@ -243,9 +248,9 @@ class Mover:
         async with held(self._source, batch, queue.lease_seconds):
             arrived, failed = await self._put(queue, batch)
         lost = await self._source.settle(
-            [Settlement(each, DONE if each.message.id in arrived else Release(each.message.due)) for each in batch]
+            [Settlement(each, DONE if each.receipt in arrived else Release(each.message.due)) for each in batch]
         )
-        twice = sum(each.message.id in arrived for each in lost)
+        twice = sum(each.receipt in arrived for each in lost)
         if failed is not None:
             also = f"; the old broker may give out {twice} of the others again, under their ids" if twice else ""
             raise BrokerError(
@@ -253,23 +258,24 @@ class Mover:
             ) from failed
         return twice
 
-    async def _put(self, queue: QueueInfo, batch: Sequence[Delivery]) -> tuple[set[str], BrokerError | None]:
-        """Put a batch into the new broker; the ids of what it has, and what went wrong."""
-        arrived: set[str] = set()
-        stuck: set[str] = set()
+    async def _put(self, queue: QueueInfo, batch: Sequence[Delivery]) -> tuple[set[Receipt], BrokerError | None]:
+        """Put a batch into the new broker; the receipts of what it has, and what went wrong."""
+        arrived: set[Receipt] = set()
+        stuck: set[str | None] = set()
         failed: BrokerError | None = None
-        for turn in turns([each.message for each in batch]) if queue.ordered else [[each.message for each in batch]]:
-            going = [each for each in turn if each.key not in stuck]
+        for turn in turns(batch, ordered=queue.ordered):
+            going = [each for each in turn if each.message.key not in stuck]
             missing: set[str] = set()
             try:
                 if going:
-                    await self._destination.publish(going, queue=queue.name)
+                    await self._destination.publish([each.message for each in going], queue=queue.name)
             except PublishFailed as error:
                 failed, missing = error, {*error.refused, *error.unknown}
             except BrokerError as error:
                 return arrived, error
-            arrived |= {each.id for each in going} - missing
-            stuck |= {each.key for each in going if each.id in missing and each.key is not None}
+            arrived |= {each.receipt for each in going if each.message.id not in missing}
+            if queue.ordered:
+                stuck |= {each.message.key for each in going if each.message.id in missing} - {None}
         return arrived, failed
 
     async def _dead_letters(self, moved: Moved) -> None:
@@ -285,15 +291,20 @@ class Mover:
             self._advance(len(new))
 
 
-def turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Messages so that no two of a key are in one turn, and each key keeps its order: what refuses one can stop the next."""
-    found: list[list[Message]] = [[]]
-    number: Counter[str] = Counter()
-    for each in messages:
-        turn = 0
-        if each.key is not None:
-            turn = number[each.key]
-            number[each.key] += 1
+def turns(batch: Sequence[Delivery], *, ordered: bool) -> list[list[Delivery]]:
+    """A batch in parts, in each of which an id says which message is meant; where there is order, no two of a key are in one.
+
+    Each key keeps its order, so that what refuses one message can stop the next.
+    """
+    found: list[list[Delivery]] = [[]]
+    after_id: Counter[str] = Counter()
+    after_key: Counter[str] = Counter()
+    for each in batch:
+        id, key = each.message.id, each.message.key if ordered else None
+        turn = max(after_id[id], 0 if key is None else after_key[key])
+        after_id[id] = turn + 1
+        if key is not None:
+            after_key[key] = turn + 1
         if turn == len(found):
             found.append([])
         found[turn].append(each)
@@ -368,6 +379,38 @@ def _check(chosen: Sequence[QueueInfo], missing: Mapping[Feature, str], *, while
             )
 
 
+async def _prepare(destination: Broker, chosen: Sequence[QueueInfo]) -> None:
+    """Create the queues that the new broker lacks. One that it has is as its application wants it there, and stays so.
+
+    Raises:
+        BrokerError: one that it has cannot hold what would come.
+    """
+    there = {each.name: each for each in await destination.queues()}
+    for each in chosen:
+        if each.name in there:
+            _check_fits(each, there[each.name])
+    lacking = [each for each in chosen if each.name not in there]
+    if lacking:
+        await destination.declare([_declaration(each) for each in lacking])
+
+
+def _check_fits(coming: QueueInfo, there: QueueInfo) -> None:
+    """Refuse a queue of the new broker in which messages would lose their order, or be dropped, or vanish."""
+    number = coming.ready + coming.delayed + coming.in_flight
+    wrong = ""
+    if there.ordered != coming.ordered:
+        kinds = {True: "ordered by key", False: "not ordered"}
+        wrong = f"it is {kinds[there.ordered]} there, and {kinds[coming.ordered]} on the old one"
+    elif there.temporary:
+        wrong = "it is temporary there"
+    elif there.max_length is not None and there.max_length < number:
+        wrong = f"it holds {there.max_length:,} messages there at most, and {number:,} would come"
+    if wrong:
+        raise BrokerError(
+            f"the new broker has a queue {coming.name!r} that does not fit: {wrong}; remove it, or leave this one out"
+        )
+
+
 def _declaration(info: QueueInfo) -> Queue:
     return Queue(
         name=info.name,
@@ -375,6 +418,7 @@ def _declaration(info: QueueInfo) -> Queue:
         ordered=info.ordered,
         max_length=info.max_length,
         lease_seconds=info.lease_seconds,
+        native=info.native,
     )
 
 
