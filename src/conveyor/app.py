@@ -42,7 +42,7 @@ from conveyor.runtime.call import Middleware, Surroundings, is_transaction
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.context import Context
-from conveyor.runtime.journal import LAST_FLUSH_SECONDS
+from conveyor.runtime.journal import IN_MEMORY, LAST_FLUSH_SECONDS
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS
 from conveyor.runtime.metrics import Metrics
 from conveyor.runtime.outgoing import NO_OPTIONS, Options, Outgoing, Publishing
@@ -90,7 +90,8 @@ class Conveyor:
         database: the SQLAlchemy URL (async driver) of the database that handlers' transactions are in; left out, $CONVEYOR_DATABASE.
         body_limit: bytes that no payload may exceed.
         journal: whether what happens to every message is kept, for ``conveyor trace``, ``conveyor jobs`` and the tickets of tasks; or
-            the file where. Left out, $CONVEYOR_JOURNAL, else not.
+            the file where. True leaves it to $CONVEYOR_JOURNAL to name another file than the usual one; left out, $CONVEYOR_JOURNAL also
+            says whether.
         migrate: whether opening creates Conveyor's tables in the database; left out, on SQLite only (`conveyor migrate` does it elsewhere).
         clock: gives Unix seconds; tests turn it.
 
@@ -126,7 +127,7 @@ class Conveyor:
             self.broker_url = broker
         else:
             self._given_broker = broker
-        self._journal: bool | str | None = str(journal) if isinstance(journal, Path) else journal
+        self._journal: bool | str | Path | None = journal
         self._migrate = migrate
         self._clock = clock
         self._outgoing = Outgoing(clock, body_limit)
@@ -758,6 +759,8 @@ class Conveyor:
     def journal_place(self, broker: Broker) -> Path | str | None:
         """Where the journal of this application is kept, on this broker; None where it is off.
 
+        The code says whether, the environment may say where: a path in $CONVEYOR_JOURNAL counts unless the code names one itself.
+
         Raises:
             ConfigurationError: the settings make no sense.
         """
@@ -808,7 +811,7 @@ class Conveyor:
         self._given_broker, self._clock, self._outgoing.clock = broker, clock, clock
         self.database_url = database or self.database_url
         self._replaced = dict(provide or {})
-        self._journal = self.journal_place(broker) is not None  # not where the real one is
+        self._journal = self.journal_place(broker) is not None and IN_MEMORY  # not where the real one is
         self.metrics = Metrics(self.name, clock=clock)
         try:
             yield

@@ -45,8 +45,8 @@ class Config:
         max_rss_mb: a runner process above so many megabytes is replaced; None is no limit.
         max_messages: a runner process that handled so many is replaced; None is no limit.
         hang_limit_seconds: a runner process that stood still for so long is killed; None leaves it to the supervisor.
-        journal: whether what happens to messages is kept, for `conveyor trace`, `conveyor jobs` and tickets; or the file where.
-            None leaves it to the app.
+        journal: whether what happens to messages is kept, for `conveyor trace`, `conveyor jobs` and tickets; or the file where, such
+            as ./shop.journal (a name with a dot or a slash in it). None leaves it to the app.
         journal_days: for how long.
         journal_max_mb: how large the file may become; then the oldest goes.
 
@@ -122,17 +122,39 @@ def database_url(said: str | None) -> str | None:
     return said or _settings().database
 
 
-def journal(said: str | bool | None) -> str | bool:
-    """Whether an app's journal is kept, or the file where: what its code says, else the settings of this process.
+def journal(said: str | Path | bool | None) -> str | Path | bool:
+    """Whether an app's journal is kept, or the file where.
+
+    What its code says overrules the settings of this process; but where that is only yes, a setting may name the file.
 
     Raises:
-        ConfigurationError: the settings make no sense.
+        ConfigurationError: the settings make no sense, or what the code says names no file.
     """
-    found = _settings().journal if said is None else said
-    if not isinstance(found, str):
-        return bool(found)
-    word = found.strip().lower()
-    return word in _YES if word in _YES | _NO else found
+    if isinstance(said, Path):
+        return said
+    if isinstance(said, str):
+        _check_journal(said, "Conveyor(journal=…)")
+    if said is not None and (meant := _meaning(said)) is not True:
+        return meant
+    setting = _meaning(_settings().journal)
+    return setting if said is None or isinstance(setting, str) else True
+
+
+def _meaning(said: str | bool | None) -> str | bool:
+    """A word for yes or no as what it means, anything else as it is."""
+    if not isinstance(said, str):
+        return bool(said)
+    word = said.strip().lower()
+    return word in _YES if word in _YES | _NO else said
+
+
+def _check_journal(said: str, where: str) -> None:
+    """Refuse what is neither yes nor no and looks like no file: it may be a yes that was mistyped."""
+    if isinstance(_meaning(said), str) and not any(part in said for part in _OF_FILES):
+        raise ConfigurationError(
+            f"{where}: journal cannot be {said!r}: say yes or no (1, true, yes, on; 0, false, no, off), or name a file,"
+            " such as ./shop.journal"
+        )
 
 
 def journal_limits() -> tuple[float, int]:
@@ -147,6 +169,8 @@ def journal_limits() -> tuple[float, int]:
 
 _YES: Final = frozenset({"1", "true", "yes", "on"})
 _NO: Final = frozenset({"0", "false", "no", "off", ""})
+_OF_FILES: Final = (".", "/", os.sep, ":memory:")
+"""One of these is in what names a journal's file, or none, which goes with its process."""
 
 
 def _settings() -> Config:
@@ -249,6 +273,8 @@ def _checked(name: str, value: object, where: str, *, strict: bool) -> object:
         ) from error
     if name == "http" and isinstance(found, str):
         address(found)
+    if name == "journal" and isinstance(found, str):
+        _check_journal(found, where)
     return found
 
 

@@ -179,6 +179,51 @@ def test_the_environment_turns_it_on_and_off(
     assert Conveyor("shop", journal=False).journal_place(app.new_broker()) is None  # the code has the last word
 
 
+@pytest.mark.parametrize(
+    ("code", "said", "place"),
+    [
+        (True, "/x/elsewhere.journal", "/x/elsewhere.journal"),
+        (True, "0", "shop.journal"),
+        (True, "1", "shop.journal"),
+        (True, None, "shop.journal"),
+        ("on", "./x.journal", "x.journal"),
+        ("y.journal", "/x/elsewhere.journal", "y.journal"),
+        (Path("y"), "/x/elsewhere.journal", "y"),
+        (False, "/x/elsewhere.journal", None),
+    ],
+)
+def test_the_code_says_whether_and_the_environment_may_say_where(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: bool | str | Path, said: str | None, place: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if said is not None:
+        monkeypatch.setenv("CONVEYOR_JOURNAL", said)
+    app = Conveyor("shop", broker="redis://localhost", journal=code)
+    assert app.journal_place(app.new_broker()) == (None if place is None else Path(place))
+
+
+def test_where_an_app_is_tested_its_journal_is_in_memory_whatever_the_environment_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CONVEYOR_JOURNAL", str(tmp_path / "real.journal"))
+    app = Conveyor("shop", broker="redis://localhost", journal=True)
+    with app.replaced(broker=MemoryBroker(), clock=lambda: 0.0):
+        assert app.journal_place(MemoryBroker()) == IN_MEMORY
+
+
+def test_what_is_neither_yes_nor_no_nor_a_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = Conveyor("shop", broker="memory://", journal="ture")
+    with pytest.raises(ConfigurationError, match=r"Conveyor\(journal=…\): journal cannot be 'ture': say yes or no"):
+        wrong.journal_place(wrong.new_broker())
+    monkeypatch.setenv("CONVEYOR_JOURNAL", "ture")
+    for journal in (True, None):
+        with pytest.raises(ConfigurationError, match=r"CONVEYOR_JOURNAL: .*'ture': .* such as \./shop\.journal"):
+            Conveyor("shop", broker="memory://", journal=journal).journal_place(MemoryBroker())
+    monkeypatch.setenv("CONVEYOR_JOURNAL", IN_MEMORY)
+    assert Conveyor("shop", broker="redis://localhost").journal_place(MemoryBroker()) == IN_MEMORY
+
+
 def test_it_lies_beside_a_queue_file_and_in_memory_where_the_messages_are(tmp_path: Path) -> None:
     for url, place in {
         f"sqlite:///{tmp_path / 'x.queue'}": tmp_path / "x.queue.journal",

@@ -423,7 +423,7 @@ def _may_pass(error: BrokerError) -> bool:
     return is_outage(error) or (isinstance(error, PublishFailed) and bool(error.unknown))
 
 
-def place(app: str, said: bool | str, broker: Broker, url: str | None) -> Path | str:
+def place(app: str, said: bool | str | Path, broker: Broker, url: str | None) -> Path | str:
     """Where the journal of an application is kept: a file, or IN_MEMORY.
 
     Parameters:
@@ -431,8 +431,8 @@ def place(app: str, said: bool | str, broker: Broker, url: str | None) -> Path |
             working directory, named after the application.
         url: of the broker; None for one that was made in code.
     """
-    if isinstance(said, str):
-        return said if said == IN_MEMORY else Path(said)
+    if not isinstance(said, bool):
+        return IN_MEMORY if said == IN_MEMORY else Path(said)
     parts = urlsplit(url or "")
     if parts.scheme == "sqlite":
         return Path(f"{unquote(parts.path[1:])}.journal")
