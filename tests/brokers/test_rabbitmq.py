@@ -624,6 +624,44 @@ async def test_a_delay_queue_that_does_not_answer_holds_up_nothing_else(
         assert await broker.risks() == []
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+async def test_what_is_tried_again_waits_though_somebody_deleted_its_delay_queues(
+    url: str, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def forbidden(*_: object) -> bool:
+        return False
+
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",))])
+        spec = await broker.raise_ladder(broker.specs["orders"], 2)
+        await broker.publish([Message("1", "order", b"{}")])
+        subscription = await broker.subscribe("orders", 10)
+        for rung in spec.ladder:
+            await broker.topology.delete(rung)
+        if not allowed:
+            monkeypatch.setattr(Topology, "raise_ladder", forbidden)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [delivery] = await subscription.fetch(1)
+            due = broker.clock() + 1.2
+            assert await broker.settle([Settlement(delivery, RetryAt(due, "no"))]) == []
+            [delivery] = await subscription.fetch(1)
+            assert (delivery.message.id, delivery.attempts, broker.clock() >= due) == ("1", 1, True)
+            assert await broker.settle([Settlement(delivery, DONE)]) == []
+        assert [await broker.topology.count(rung) is not None for rung in spec.ladder] == [allowed, allowed]
+
+
+async def test_delay_queues_that_somebody_deleted_are_there_again_after_a_restart(url: str) -> None:
+    queue = Queue(name="orders", topics=("order",))
+    async with opened(url) as broker:
+        await broker.declare([queue])
+        spec = await broker.raise_ladder(broker.specs["orders"], 3)
+        for rung in spec.ladder:
+            await broker.topology.delete(rung)
+    async with opened(url) as broker:
+        await broker.declare([queue])
+        assert [await broker.topology.count(rung) is not None for rung in spec.ladder] == [True] * 3
+
+
 async def test_a_fetch_that_was_cancelled_while_it_took_the_keys_leaves_none_unattended(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -101,7 +101,9 @@ class RabbitBroker:
         name = f"conveyor {self.owner[:8]}"
         self._link: Link[Connection] = Link(options, f"{name} consumes", self._begin, self._heartbeat_seconds)
         self.topology = Topology(self.connection, options.exchange)
-        self.publisher = Publisher(options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds)
+        self.publisher = Publisher(
+            options, f"{name} publishes", self.topology.prepare, self._heartbeat_seconds, self._rungs_again
+        )
         self._catalog = Catalog(
             self.connection,
             self.publisher.send_all,
@@ -299,6 +301,19 @@ class RabbitBroker:
                 if steps > there.steps:
                     catalog[spec.name] = msgspec.structs.replace(there, steps=steps, version=there.version + 1)
         return spec
+
+    async def _rungs_again(self, gone: Collection[str]) -> dict[str, str]:
+        """Queues of a delay ladder that somebody deleted are declared again; where we may not, what was for them waits beside it."""
+        there: dict[str, str] = {}
+        for spec in list(self.specs.values()):
+            lost = [step for step in range(spec.steps) if spec.rung(step) in gone]
+            if not lost or await self.topology.count(spec.later) is None:  # none of ours, or all of the queue is gone
+                continue
+            raised = await self.topology.raise_ladder(spec, spec.steps)
+            if not raised:
+                self.specs[spec.name] = msgspec.structs.replace(self.specs[spec.name], steps=lost[0])
+            there |= {spec.rung(step): spec.rung(step) if raised else spec.later for step in lost}
+        return there
 
     # Declaring
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Container, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from conveyor.brokers.rabbitmq.address import Options
@@ -110,6 +110,7 @@ class Publisher:
 
     Parameters:
         prepare: makes sure that the exchanges exist.
+        instead: of queues that are gone, where to send what was for them; they may be there again.
     """
 
     def __init__(
@@ -118,8 +119,10 @@ class Publisher:
         name: str,
         prepare: Callable[[Connection], Awaitable[None]],
         heartbeat_seconds: Callable[[], float],
+        instead: Callable[[Collection[str]], Awaitable[Mapping[str, str]]],
     ) -> None:
         self._prepare = prepare
+        self._instead = instead
         self._patience = _Patience()
         self._link: Link[Channel] = Link(options, name, self._begin, heartbeat_seconds)
         self.open = self._link.open
@@ -169,6 +172,30 @@ class Publisher:
             BrokerUnavailable: there is no connection, and nothing was sent.
             BrokerFull: the server takes nothing now, and nothing was sent.
         """
+        fates = await self._send(batch)
+        if any(fates):
+            await self._send_instead(batch, fates)
+        return fates
+
+    async def _send_instead(self, batch: Sequence[Outgoing], fates: list[Fate]) -> None:
+        """What was for a queue that somebody deleted gets another try, once; what is said of it then is put in its place."""
+        lost = [place for place, fate in enumerate(fates) if isinstance(fate, Unrouted) and not batch[place].exchange]
+        if not lost:
+            return
+        try:
+            instead = await self._instead({batch[place].routing_key for place in lost})
+            lost = [place for place in lost if batch[place].routing_key in instead]
+            again = [batch[place]._replace(routing_key=instead[batch[place].routing_key]) for place in lost]
+            found: list[Fate] = await self._send(again)
+        except (AmqpError, BrokerError) as error:
+            found = [
+                Refused(f"{fates[place]}, and for now it cannot be declared again: {error}", unsent=True)
+                for place in lost
+            ]
+        for place, fate in zip(lost, found, strict=True):
+            fates[place] = fate
+
+    async def _send(self, batch: Sequence[Outgoing]) -> list[Fate]:
         if not batch:
             return []
         channel = await self._channel()

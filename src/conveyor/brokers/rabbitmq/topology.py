@@ -126,6 +126,7 @@ class Topology:
             await self._bind(spec)
             if there is not None:  # it may have been led elsewhere, by somebody who died in the midst of _rebound()
                 await self._lead(spec, to=spec.name, away_from=spec.later)
+            await self.raise_ladder(spec, max(spec.steps, there.steps if there is not None else 0))
 
     async def raise_ladder(self, spec: Spec, steps: int) -> bool:
         """Create the queues of the delay ladder up to so many; False where we may not."""
