@@ -105,6 +105,13 @@ def test_conveyor_is_the_first_process_and_no_shell() -> None:
     assert said("STOPSIGNAL") == ["SIGTERM"]
 
 
+def test_the_settings_of_the_order_processor_that_it_does_not_heed_are_named() -> None:
+    assert not {"--processes", "examples.order_processor"} & set(json.loads(said("ENTRYPOINT")[0]))
+    words = (DEPLOY / "README.md").read_text()
+    for variable in ("ORDER_PROCESSES", "CONVEYOR_HTTP", "CONVEYOR_PROCESSES"):
+        assert f"`{variable}`" in words
+
+
 def test_the_probe_asks_the_port_that_is_served() -> None:
     port = said("EXPOSE")[0]
     assert f":{port}" in json.loads(said("ENTRYPOINT")[0])
