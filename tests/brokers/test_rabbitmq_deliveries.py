@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pika
 import pytest
 
-from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
-from conveyor.brokers.rabbitmq import RabbitBroker, delay, link, publisher, work
-from conveyor.brokers.rabbitmq.address import read_url
-from conveyor.brokers.rabbitmq.amqp import AmqpError, ConnectionClosed
+from conveyor.broker import Delivery, Queue, Settlement
+from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher, work
+from conveyor.brokers.rabbitmq.amqp import AmqpError
 from conveyor.brokers.rabbitmq.held import Held
 from conveyor.brokers.rabbitmq.order import Keyed, Place
-from conveyor.brokers.rabbitmq.renew import Renewals
-from conveyor.brokers.rabbitmq.settle import LEASE_ENDED
-from conveyor.brokers.rabbitmq.spec import Spec
 from conveyor.brokers.rabbitmq.subscription import PASSIVE_SECONDS, RabbitSubscription
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Dead, RetryAt
@@ -28,8 +22,6 @@ from conveyor.errors import BrokerError, BrokerUnavailable
 from tests.brokers.test_rabbitmq import PATIENCE_SECONDS, one, opened, plainly
 
 if TYPE_CHECKING:
-    from pika.adapters.blocking_connection import BlockingChannel
-
     from servers.rabbitmq import RabbitMQ
 
 
@@ -105,66 +97,6 @@ async def test_what_is_published_while_a_fetch_ends_is_not_counted_before_somebo
             assert await broker.settle([Settlement(delivery, DONE) for delivery in taken]) == []
         await publishing
         assert counted == {1: 300}
-
-
-# --- headers as large as a frame ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [130_400, 130_800, 131_030], ids=["room for notes", "room for few", "room for none"])
-async def test_a_message_whose_headers_fill_a_frame_is_retried_and_buried_and_disturbs_nobody(
-    url: str, size: int
-) -> None:
-    def send(channel: BlockingChannel) -> None:
-        channel.basic_publish("", "q", b"large", pika.BasicProperties(headers={"blob": "x" * size}))
-
-    async with opened(url) as broker:
-        await broker.declare([Queue(name="q", topics=("t",))])
-        connections = broker._link.connection, broker.publisher.connection
-        await plainly(url, send)
-        first = await one(broker, "q")
-        assert first.message.headers["blob"] == "x" * size
-        retry = RetryAt(time.time() + 0.2, "ValueError: no")  # it waits where the server notes its death
-        assert await broker.settle([Settlement(first, retry)]) == []
-        second = await one(broker, "q")
-        assert (second.message.id, second.message.body, second.attempts) == (first.message.id, b"large", 1)
-        buried = Dead("exhausted", "ValueError: " + "no" * 1000, "a traceback\n" * 1000)
-        assert await broker.settle([Settlement(second, buried)]) == []
-        [letter] = await broker.dead_letters(DeadFilter(queue="q"), limit=10)
-        assert (letter.message.id, letter.message.body, letter.reason) == (first.message.id, b"large", "exhausted")
-        assert letter.error.startswith("ValueError: no")
-        assert letter.message.headers.get("blob") == "x" * size or "no room for the header blob" in letter.error
-        assert (broker._link.connection, broker.publisher.connection) == connections
-
-
-async def test_connections_that_are_lost_at_once_are_made_ever_more_slowly_until_one_has_lived(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Lost:
-        def __init__(self) -> None:
-            self.closed = asyncio.get_running_loop().create_future()
-            self.closed.set_result(ConnectionClosed(0, "lost at once"))
-
-        async def close(self) -> None: ...
-
-    async def connect(*_: object, **__: object) -> Lost:
-        return Lost()
-
-    async def begin(_: object) -> str:
-        return "session"
-
-    waits: list[float] = []
-    monkeypatch.setattr(link, "connect", connect)
-    monkeypatch.setattr(link, "LIVED_SECONDS", 3600.0)
-    monkeypatch.setattr("random.uniform", lambda *_: waits.append(lost._wait) or 0.0)
-    lost = link.Link[str](read_url("amqp://localhost"), "a link", begin, lambda: 10.0)
-    await lost.open()
-    for _ in range(5):
-        assert await lost.session() == "session"
-    assert waits == [0.2, 0.4, 0.8, 1.6, 3.2]  # how long the one after would wait
-    monkeypatch.setattr(link, "LIVED_SECONDS", 0.0)
-    assert await lost.session() == "session"
-    assert (len(waits), lost._wait) == (5, link.FIRST_WAIT_SECONDS)
-    await lost.close()
 
 
 # --- settlements that break off -----------------------------------------------------------------------------------------
@@ -352,69 +284,6 @@ async def test_what_was_drawn_and_leased_is_received_whatever_happens_to_the_key
         async with asyncio.timeout(PATIENCE_SECONDS):
             [delivery] = await subscription.fetch(10)
         assert delivery.message.id == "without a key"
-
-
-# --- renewals ---------------------------------------------------------------------------------------------------------
-
-
-async def taken(broker: RabbitBroker, names: str) -> tuple[RabbitSubscription, dict[str, Held]]:
-    """Messages of the queue q in our hands."""
-    await broker.declare([Queue(name="q", topics=("t",))])
-    await broker.publish([Message(name, "t", b"{}") for name in names])
-    subscription = await broker.subscribe("q", 10)
-    held: dict[str, Held] = {}
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while len(held) < len(names):
-            for each in await subscription.fetch(10):
-                assert isinstance(each.receipt, Held)
-                held[each.message.id] = each.receipt
-    return subscription, held
-
-
-async def test_what_is_settled_before_its_renewal_begins_is_not_renewed(
-    url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with opened(url) as broker:
-        _, held = await taken(broker, "abc")
-        renewals, own_queue = broker._renewals, Renewals._own_queue
-
-        async def meanwhile(self: Renewals, spec: Spec) -> tuple[str, work.Work]:
-            found = await own_queue(self, spec)
-            for name in settled:
-                assert await broker.settle([Settlement(held[name].delivery(), DONE)]) == []
-            return found
-
-        monkeypatch.setattr(Renewals, "_own_queue", meanwhile)
-        settled = "a"
-        await renewals._renew(broker.specs["q"], list(held.values()))
-        assert renewals._work is not None
-        assert held["b"].work is renewals._work
-        assert held["b"].tag in renewals._work._open
-        assert len(renewals._work._open) == 2, "a copy that nobody holds comes again when the connection ends"
-        settled = "bc"
-        await renewals._renew(broker.specs["q"], list(held.values()))
-        assert not renewals._work._open
-
-
-async def test_what_goes_while_it_is_renewed_leaves_no_copy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with opened(url) as broker:
-        subscription, held = await taken(broker, "a")
-        send_all, times = publisher.Publisher.send_all, itertools.count()
-
-        async def meanwhile(self: publisher.Publisher, batch: Sequence[publisher.Outgoing]) -> None:
-            if next(times) == 0:
-                broker._settling.leases_ended([held["a"]])
-            await send_all(self, batch)
-
-        monkeypatch.setattr(publisher.Publisher, "send_all", meanwhile)
-        await broker._renewals._renew(broker.specs["q"], list(held.values()))
-        assert broker._renewals._work is not None
-        assert not broker._renewals._work._open
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            [again] = await subscription.fetch(1)
-        assert (again.message.id, again.deliveries, again.error) == ("a", 2, LEASE_ENDED)
-        assert await broker.settle([Settlement(again, DONE)]) == []
-        assert [info.ready + info.in_flight + info.delayed for info in await broker.queues()] == [0]
 
 
 # --- queues that others made, and delete ------------------------------------------------------------------------------

@@ -232,23 +232,28 @@ class Keyed:
             if work is None or work.lost or self._since > oldest or self.renewing is not None:
                 return
             await self.settle_down()
-            places = [place for chain in self._chains.values() for place in chain]
+            if self.lost:
+                return
+            # What is acknowledged already, though its settlement has not heard so, will not come again.
+            places = [
+                place for chain in self._chains.values() for place in chain if work.holds(place.incoming.delivery_tag)
+            ]
             self._since = asyncio.get_running_loop().time()
-            self._kept = {place.message.id: place for place in places if place.out}
-            self._returning = Counter(place.message.id for place in places)
             renewing = self.renewing = asyncio.get_running_loop().create_future()
-            self._chains.clear()
-            work.give_back(sorted(place.incoming.delivery_tag for place in places))
             try:
+                self._kept = {place.message.id: place for place in places if place.out}
+                self._returning = Counter(place.message.id for place in places)
+                self._chains.clear()
+                work.give_back(sorted(place.incoming.delivery_tag for place in places))
                 if places:
                     ends = [renewing, work.channel.closed]
                     await asyncio.wait(ends, timeout=RENEWAL_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 self._renewed()
                 self.renewing = None
-            if self._kept:
-                log.warning("%d long deliveries of %s did not come back to us", len(self._kept), self._queue)
-            self._kept = {}
+                if self._kept:
+                    log.warning("%d long deliveries of %s did not come back to us", len(self._kept), self._queue)
+                self._kept = {}
             self._maybe_idle()
 
     def _renewed(self) -> None:

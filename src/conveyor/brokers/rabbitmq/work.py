@@ -44,6 +44,10 @@ class Work:
         """How many deliveries the server waits for, of those from this one on."""
         return sum(1 for each in self._open if each >= tag)
 
+    def holds(self, tag: int) -> bool:
+        """Whether the server waits for this one."""
+        return tag in self._open
+
     def ack(self, tags: Iterable[int]) -> None:
         """Acknowledge; those before which nothing is open go as one."""
         wanted = set(tags)
