@@ -94,6 +94,19 @@ def test_what_jobs_returned_is_printed_as_they_end(served: Program) -> None:
     assert {each["id"]: each["result"] for each in results} == {one: {"half": 2}, other: {"half": 3}}
 
 
+def test_where_nothing_says_which_broker_the_keeper_of_the_queue_file_here_is_asked(served: Program) -> None:
+    [one] = send(served, "4")
+    assert served.ok("wait", one, "--app", "jobs:app", "--timeout", "90s") == f'{one} done {{"half":2}}\n'
+    done = served.run("wait", one, "--timeout", "90s")
+    assert (done.returncode, done.stdout) == (0, f'{one} done {{"half":2}}\n'), done.stderr
+    assert "asking whoever keeps jobs.queue.journal" in done.stderr
+    for name in ("other.queue", "other.queue.journal", "alone.journal"):
+        (served.folder / name).touch()
+    said = served.refused("wait", one)
+    assert "which broker?" in said
+    assert "several are here: jobs.queue.journal, other.queue.journal" in said
+
+
 def test_a_job_that_was_given_up_or_has_not_ended_is_told_and_is_no_success(served: Program) -> None:
     odd, hanging = send(served, "3", "hang")
     done = served.run("wait", odd, "--app", "jobs:app", "--timeout", "90s")

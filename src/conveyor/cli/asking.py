@@ -51,7 +51,7 @@ class Kept:
         try:
             url = Where(self.broker, self.app).url()
         except ConfigurationError:
-            if self.broker is not None or self.app is not None or not (files := _files_here()):
+            if self.broker is not None or self.app is not None or not (files := files_here()):
                 raise
             return together([await _beside(file, request, output) for file in files], request)
         try:
@@ -74,7 +74,7 @@ class Kept:
         beside = Path(f"{unquote(parts.path.removeprefix('/'))}.journal")
         if parts.scheme == "sqlite":
             return [beside] if beside.exists() else []
-        return _files_here()
+        return files_here()
 
 
 async def journal_queues(broker: Broker) -> dict[str, int]:
@@ -86,8 +86,20 @@ async def journal_queues(broker: Broker) -> dict[str, int]:
     }
 
 
-def _files_here() -> list[Path]:
+def files_here() -> list[Path]:
+    """The journals in the working directory."""
     return sorted(Path.cwd().glob("*.journal"))
+
+
+def queue_beside(file: Path) -> str | None:
+    """The URL of the queue file beside which a journal lies; None where it lies alone."""
+    queue = file.with_suffix("")
+    return f"sqlite:///{quote(str(queue))}" if queue.is_file() else None
+
+
+def shown(file: Path) -> str:
+    """A file for people: by its name alone where it is in the working directory."""
+    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
 
 
 async def _ask(url: str, request: JourneyOf | JobsOf, output: Output) -> Answer:
@@ -117,13 +129,12 @@ async def _ask(url: str, request: JourneyOf | JobsOf, output: Output) -> Answer:
 
 async def _beside(file: Path, request: JourneyOf | JobsOf, output: Output) -> Answer:
     """What is known to the keeper whose file this is, where its name says which broker is meant; else what is in the file."""
-    queue = file.with_suffix("")
-    if queue.is_file():
+    if (url := queue_beside(file)) is not None:
         try:
-            answer = await _ask(f"sqlite:///{quote(str(queue))}", request, output)
+            answer = await _ask(url, request, output)
         except (BrokerError, NoKeeper):
             return _read(file, request, output, asked=True)
-        output.note(f"asked whoever keeps {_shown(file)}")
+        output.note(f"asked whoever keeps {shown(file)}")
         return answer
     return _read(file, request, output, asked=False)
 
@@ -145,14 +156,10 @@ def _read(file: Path, request: JourneyOf | JobsOf, output: Output, *, asked: boo
         archive.close()
     if is_open:
         output.note(
-            f"read from {_shown(file)}, which somebody may be writing: the newest entries may not be in it yet; --broker URL"
+            f"read from {shown(file)}, which somebody may be writing: the newest entries may not be in it yet; --broker URL"
             " or --app APP asks its keeper",
             "yellow",
         )
     else:
-        output.note(f"read from {_shown(file)}, as it was left")
+        output.note(f"read from {shown(file)}, as it was left")
     return answer
-
-
-def _shown(file: Path) -> str:
-    return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)

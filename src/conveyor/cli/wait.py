@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 
 from conveyor.broker import Broker
 from conveyor.cli import EXIT_CODES
-from conveyor.cli.asking import journal_queues
+from conveyor.cli.asking import files_here, journal_queues, queue_beside, shown
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.publish import duration
 from conveyor.cli.terminal import FAILED, OK, Output, safe, shortened
@@ -51,6 +51,9 @@ command = App(
   conveyor wait --timeout 10m --app shop:app ID ID ID
   conveyor jobs --status running --json | jq -r '.jobs[].id' | conveyor wait -
 
+Where nothing says which broker, it is that of the queue file in the working
+directory beside which a journal is kept.
+
 Prints one line for each job, in the order of their ends: its id, how it ended,
 and what it returned, as JSON, or its error. The beginning of an id is enough
 where only one job begins so. A job that nobody knows yet is waited for, and that
@@ -84,7 +87,7 @@ async def _wait(ids: Sequence[str], seconds: float, where: Where, output: Output
     deadline = asyncio.get_running_loop().time() + seconds
     last: dict[str, Job] = {}
     good = 0
-    async with connected(where.url()) as broker, contextlib.AsyncExitStack() as stack:
+    async with connected(_url(where, output)) as broker, contextlib.AsyncExitStack() as stack:
         asker = Asker(broker, time.time)
         stack.push_async_callback(asker.close)
         found = await _found(asker, broker, ids, deadline, where, output)
@@ -104,6 +107,26 @@ async def _wait(ids: Sequence[str], seconds: float, where: Where, output: Output
     if len(ids) > 1:
         output.note(f"{good:,} of {counted(len(ids), 'job')} done")
     return OK if good == len(ids) else FAILED
+
+
+def _url(where: Where, output: Output) -> str:
+    """The broker that is meant; where nothing says which, that of the one queue file in the working directory with a journal.
+
+    Raises:
+        ConfigurationError: nothing says which, or there are several.
+    """
+    try:
+        return where.url()
+    except ConfigurationError as error:
+        if where.broker is not None or where.app is not None:
+            raise
+        kept = {file: url for file in files_here() if (url := queue_beside(file)) is not None}
+        if len(kept) > 1:
+            raise ConfigurationError(f"{error}\nJournals of several are here: {', '.join(map(shown, kept))}") from error
+        for file, url in kept.items():
+            output.note(f"asking whoever keeps {shown(file)}")
+            return url
+        raise
 
 
 async def _found(
