@@ -20,8 +20,10 @@ import pytest
 
 from conveyor import brokers
 from conveyor.cli.asking import journal_queues
+from conveyor.cli.jobs import as_table
+from conveyor.cli.terminal import out
 from conveyor.cli.trace import as_json, as_text, told
-from conveyor.core.journal import Entry, Kind, Stop, stops
+from conveyor.core.journal import Entry, Job, Kind, Status, Stop, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer
 from conveyor.errors import JournalError, NoKeeper
@@ -303,6 +305,19 @@ async def test_a_broker_in_memory_has_its_journal_kept_where_its_messages_are(sh
             while "the journal of shop is kept in :memory:" not in log.read_text():
                 await asyncio.sleep(0.05)
         assert keeper_of(program) is None
+
+
+def test_what_a_handler_says_of_its_progress_stays_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    note = "row 1\nrow 2\r\n\x1b[2Jrow 3"
+    job = Job(id="m", topic="t", status=Status.RUNNING, worker="w", done=1.0, total=3.0, note=note)
+    out().print(as_table([job], 0.0))
+    _, _, row = capsys.readouterr().out.splitlines()
+    assert "1 of 3, row 1 row 2 \\x1b[2Jrow 3" in row
+    entry = Entry(Kind.PROGRESSED, 1.0, "m", "t", "w", done=1.0, total=3.0, note=note)
+    assert [line for _, line in told(Stop("m", "t", (entry,)))] == ["w: 1 of 3, row 1 row 2 \\x1b[2Jrow 3"]
+    kept = Entry(Kind.SUCCEEDED, 1.0, "m", "t", "w", unkept="too\nlarge")
+    ((_, line),) = told(Stop("m", "t", (kept,)))
+    assert line.endswith("; too large")
 
 
 async def test_jobs_are_listed_and_filtered(shop: Program) -> None:

@@ -103,7 +103,7 @@ def as_table(found: Sequence[Job], now: float) -> Table:
             f"{job.attempts:,}",
             span(now - (job.ended or job.started or job.created or now)),
             span(_took(job, now)),
-            far(job.done, job.total, job.note),
+            shortened(far(job.done, job.total, job.note), 100),
             shortened(f"{job.reason}: {job.error}" if job.reason else job.error, 100),
         )
         for job in found

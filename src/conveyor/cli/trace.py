@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.asking import Kept
-from conveyor.cli.terminal import FAILED, OK, Output, moment, out, safe, span
+from conveyor.cli.terminal import FAILED, OK, Output, moment, out, safe, shortened, span
 from conveyor.core.journal import NOWHERE, Entry, Kind, Stop, stops
 from conveyor.core.questions import Answer, JourneyOf
 from conveyor.core.words import counted, far
@@ -31,6 +31,8 @@ STYLES: Final = {
 TIMES: Final = ("at", "started", "due")
 DEEPEST: Final = 20
 """Hops that are indented; a journey may have thousands."""
+LONGEST_NOTE: Final = 500
+"""Characters of what a handler said that are shown on the line."""
 
 command = App(
     name="trace",
@@ -142,7 +144,7 @@ def told(stop: Stop) -> Iterator[tuple[Entry, str]]:
             said = "is running" if running else "began; its end is not known (its process died?)"
             yield entry, f"{entry.worker}: attempt {entry.attempt} {said}{_where(entry)}"
         elif entry.kind is Kind.PROGRESSED and not over and entry is progress[entry.worker, entry.attempt]:
-            yield entry, f"{entry.worker}: {far(entry.done, entry.total, entry.note)}"
+            yield entry, f"{entry.worker}: {shortened(far(entry.done, entry.total, entry.note), LONGEST_NOTE)}"
         elif entry.kind not in (Kind.STARTED, Kind.PROGRESSED):
             yield entry, _line(entry)
 
@@ -173,7 +175,7 @@ def _line(entry: Entry) -> str:
         case _:
             said = entry.kind.value
     crashes = f" (after {counted(entry.crashes, 'crash', 'crashes')})" if entry.crashes else ""
-    unkept = f"; {entry.unkept}" if entry.unkept else ""
+    unkept = f"; {shortened(entry.unkept, LONGEST_NOTE)}" if entry.unkept else ""
     return f"{said}{crashes}{unkept}{_where(entry)}"
 
 

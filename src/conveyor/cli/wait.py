@@ -103,7 +103,7 @@ async def _wait(ids: Sequence[str], seconds: float, where: Where, output: Output
                 _tell(job, output, bars)
     left = [id for id in ids if id not in last or not last[id].status.ended]
     for id in left:
-        output.note(f"{id} has not ended after {seconds:g} s: {in_words(last.get(id))}", "yellow")
+        output.note(f"{id} has not ended after {seconds:g} s: {shortened(in_words(last.get(id)), 500)}", "yellow")
     if len(ids) > 1:
         output.note(f"{good:,} of {counted(len(ids), 'job')} done")
     return OK if good == len(ids) else FAILED
