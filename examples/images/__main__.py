@@ -73,9 +73,10 @@ def process(given: argparse.Namespace) -> int:
 
 def _process(given: argparse.Namespace) -> int:
     settings = from_parsed(Settings, given)
-    if given.sheet:
-        format_for(Path(given.sheet))  # before the work, not after it
     source, target = Path(given.source), Path(given.target)
+    if given.sheet:  # before the work, not after it
+        format_for(Path(given.sheet))
+        check_sheet(Path(given.sheet), source, target)
     console = Console(stderr=given.json)
     display = RunDisplay()
     with Live(display, console=console, refresh_per_second=4, transient=not console.is_terminal):
@@ -108,6 +109,21 @@ def _process(given: argparse.Namespace) -> int:
         console.print("interrupted; the images are done, and the contact sheet is not")
         return INTERRUPTED
     return 1 if report.failed else 0
+
+
+def check_sheet(sheet: Path, source: Path, target: Path) -> None:
+    """See that the contact sheet takes the place of no image.
+
+    Raises:
+        FolderError: it lies among the originals, or where the result of one of them goes.
+    """
+    place = sheet.parent.resolve() / sheet.name  # a link there would be replaced itself, not what it leads to
+    source, target = source.resolve(), target.resolve()
+    if place.is_relative_to(target):
+        if os.path.lexists(source / place.relative_to(target)):
+            raise FolderError(f"{sheet} is the result of an image; let --sheet name another file")
+    elif place.is_relative_to(source):
+        raise FolderError(f"{sheet} is among the originals in {source}; let --sheet name a file elsewhere")
 
 
 def make_sheet(report: Report, source: Path, target: Path, filters: str, asked: str | None) -> Path | None:

@@ -377,6 +377,27 @@ def test_an_interruption_while_the_contact_sheet_is_made_ends_in_words(
     assert "interrupted; the images are done, and the contact sheet is not" in capsys.readouterr().out
 
 
+def test_a_contact_sheet_that_would_take_the_place_of_an_image_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    (photo,) = make_photographs(source, 1, (90, 60))
+    original = photo.read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    command = ["process", str(source), str(out), "--filters", "edges", "--processes", "1", "--sheet"]
+    for sheet, said in (
+        (photo, "is among the originals"),
+        (tmp_path / "link" / photo.name, "is among the originals"),
+        (out / photo.name, "is the result of an image"),
+    ):
+        assert __main__.main([*command, str(sheet)]) == 2
+        assert said in capsys.readouterr().err
+        assert photo.read_bytes() == original
+        assert not out.exists()
+    for _ in range(2):
+        assert __main__.main([*command, str(out / "sheet.jpg")]) == 0
+
+
 def test_files_from_the_future_and_files_whose_names_are_no_text_disturb_nobody(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     first, *_ = make_photographs(folder.source, 2, (90, 60))
