@@ -32,7 +32,7 @@ from conveyor import (
     RetryPolicy,
     Ticket,
 )
-from conveyor.broker import DeadFilter, Delivery, Settlement
+from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.handler import Mode
 from conveyor.core.settle import Done
@@ -49,6 +49,7 @@ from conveyor.runtime import ticket as tickets
 from conveyor.runtime.ask import Asker
 from conveyor.runtime.call import RESULT_LIMIT
 from conveyor.runtime.control import cancel
+from conveyor.runtime.journal import ASK, keeper_topic
 from conveyor.runtime.pool import CpuPool
 from conveyor.runtime.worker import DEFAULT_CONCURRENCY
 from tests.runtime import jobs
@@ -1015,3 +1016,70 @@ async def test_a_job_in_a_process_has_a_typed_result() -> None:
     async with app.running():
         ticket = await scale.send(jobs.Picture("a", b"12"), by=3)
         assert await ticket.result(SECONDS) == jobs.Picture("a", b"121212")
+
+
+async def test_a_result_that_cannot_leave_its_process_is_not_kept_and_its_job_is_done_once() -> None:
+    app = make()
+    keep = app.task(cpu=True, retry=TWICE)(jobs.keep_to_itself)
+    async with app.running():
+        ticket = await keep.send()
+        with pytest.raises(ResultNotKept, match="cannot be sent to another process"):
+            await ticket.result(SECONDS)
+        job = await ticket.status()
+        assert (job.status, job.attempts) == ("done", 1)
+
+
+async def test_gather_puts_a_timeout_in_the_place_of_what_has_not_ended() -> None:
+    app = make()
+
+    @app.task
+    async def quick() -> int:
+        return 1
+
+    @app.task
+    async def never() -> int:
+        await asyncio.Event().wait()
+        return 2
+
+    async with app.running(grace_seconds=0.0):
+        tickets = [await quick.send(), await never.send()]
+        await tickets[0].result(SECONDS)
+        first, late = await app.gather(tickets, timeout=0.2, return_errors=True)
+        assert first == 1
+        assert isinstance(late, JobTimeout)
+        assert late.id == tickets[1].id
+
+
+async def test_what_is_no_id_and_what_is_no_ticket_is_refused_at_once() -> None:
+    app = make()
+    async with app.running():
+        with pytest.raises(TypeError, match="the id of a job is a text, not 5"):
+            app.ticket(5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="takes tickets, not 'some id'"):
+            await app.gather(cast("list[Ticket[Any]]", ["some id"]))
+
+
+async def test_where_a_keeper_is_silent_a_question_ends_with_its_time_and_an_order_goes_out() -> None:
+    app = make()
+    began, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task
+    async def hang() -> int:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+        return 1
+
+    async with app.running(keeper=False):
+        # Somebody hears the questions, and never says a word.
+        await (await app.connect()).broker.declare([Queue(name="mute", topics=(ASK, keeper_topic(app.name)))])
+        ticket = await hang.send()
+        await began.wait()
+        for asked in (ticket.status(0.1), ticket.result(0.1), app.gather([ticket], timeout=0.1)):
+            with pytest.raises(NoKeeper, match="answered in time"):
+                await asked
+        await ticket.cancel()
+        async with asyncio.timeout(SECONDS):
+            await stopped.wait()

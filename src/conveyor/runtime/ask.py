@@ -16,7 +16,7 @@ from conveyor.broker import Broker, Clock
 from conveyor.core.journal import Job, JobFilter, in_order
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
-from conveyor.errors import NoKeeper
+from conveyor.errors import BrokerUnavailable, NoKeeper, PublishFailed
 from conveyor.runtime.journal import ASK, MSGPACK
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.mailbox import Mailbox
@@ -27,6 +27,8 @@ ANSWERS: Final = "conveyor.journal.answers"
 """Begins the names of the queues that answers come to."""
 ANSWER_SECONDS: Final = 5.0
 """How long a keeper may take to answer what it need not wait for."""
+LOOK_SECONDS: Final = 2.0
+"""How long at least, however little time there is: to look takes a moment, too."""
 OTHERS_SECONDS: Final = 0.2
 """How much longer than the first one other keepers may take: each application has its own, and a journey may lead through several."""
 ASK_AGAIN_SECONDS: Final = 5.0
@@ -112,9 +114,10 @@ class Asker:
         heard, nobody = False, NOBODY_ANSWERED
         while True:
             left = max(0.0, deadline - loop.time())
-            patience = min(left, ASK_AGAIN_SECONDS)
-            # At the end it is worth while to hear at least once how things are.
-            longer = ANSWER_SECONDS if patience == left and not heard else OTHERS_SECONDS
+            patience, longer = min(left, ASK_AGAIN_SECONDS), OTHERS_SECONDS
+            if patience == left and not heard:  # before the end it is worth while to hear at least once how things are
+                patience = left / 2
+                longer = max(LOOK_SECONDS, left) - patience
             try:
                 async with self._question(EndOf(wanted, patience), patience + longer) as answers:
                     async for answer in answers:
@@ -157,8 +160,9 @@ class Asker:
 
         Raises:
             NoKeeper: nobody hears it.
+            BrokerUnavailable: it cannot be asked.
         """
-        await self._open()
+        until = asyncio.get_running_loop().time() + timeout_seconds
         now = self._clock()
         id = uuid7(now, os.urandom(10))
         message = Message(
@@ -167,9 +171,18 @@ class Asker:
         arriving: asyncio.Queue[Answer] = asyncio.Queue()
         self._asked[id] = arriving
         try:
-            if await self._broker.publish((message,)):
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._open()
+                    nobody = await self._broker.publish((message,))
+            except TimeoutError:
+                raise BrokerUnavailable(f"the broker took no question within {timeout_seconds:g} s") from None
+            except PublishFailed as error:
+                why = next(iter((*error.refused.values(), *error.unknown.values())))
+                raise BrokerUnavailable(f"the question may not have been asked: {why}") from error
+            if nobody:
                 raise NoKeeper(NOBODY_KEEPS)
-            yield _Answers(arriving, timeout_seconds)
+            yield _Answers(arriving, until)
         finally:
             del self._asked[id]
 
@@ -191,9 +204,9 @@ class Asker:
 class _Answers:
     """The answers to a question, as they come."""
 
-    def __init__(self, arriving: asyncio.Queue[Answer], timeout_seconds: float) -> None:
+    def __init__(self, arriving: asyncio.Queue[Answer], until: float) -> None:
         self._arriving = arriving
-        self._until = asyncio.get_running_loop().time() + timeout_seconds
+        self._until = until
 
     def hurry(self, seconds: float) -> None:
         """Wait no longer than that from now on."""

@@ -121,6 +121,10 @@ class Wanted(msgspec.Struct, frozen=True):
     body_limit: int
 
 
+class Unsendable(HandlerError):
+    """Stands for what a handler returned, and what cannot leave its process; it is done all the same."""
+
+
 class Ran(msgspec.Struct, frozen=True):
     """What a handler with a Context returned, and what it published."""
 

@@ -16,7 +16,7 @@ from conveyor.core.handler import Mode, Plan
 from conveyor.core.message import Message
 from conveyor.core.settle import DONE, Done
 from conveyor.errors import AlreadyHandled, HandlerError, JobCancelled, PayloadError
-from conveyor.runtime.attempt import Attempt, Form, Ran, Wanted, portable, target_of
+from conveyor.runtime.attempt import Attempt, Form, Ran, Unsendable, Wanted, portable, target_of
 from conveyor.runtime.carry import Carry
 from conveyor.runtime.context import Context, Tell, cancel, from_thread
 from conveyor.runtime.frames import lent
@@ -288,16 +288,21 @@ class Caller:
             pool = self._around.pool
             assert pool is not None
             context = next((each for each in arguments.values() if isinstance(each, Context)), None)
-            result = await pool.call(
-                target,
-                self._attempt(arguments, call),
-                timeout_seconds=self._worker.timeout_seconds,
-                tell=None if context is None else context.progress,
-                began=functools.partial(self.on_begin, call.deliveries[0]),
-            )
+            try:
+                result = await pool.call(
+                    target,
+                    self._attempt(arguments, call),
+                    timeout_seconds=self._worker.timeout_seconds,
+                    tell=None if context is None else context.progress,
+                    began=functools.partial(self.on_begin, call.deliveries[0]),
+                )
+            except Unsendable as error:
+                result = error
             if isinstance(result, Ran):
                 emitter.adopt(result.emits)
-                return result.result
+                result = result.result
+            if isinstance(result, Unsendable) and plan.fields is None:  # an event that nobody would get
+                raise result
             return result
 
         return {Mode.ASYNC: in_loop, Mode.THREAD: in_thread, Mode.PROCESS: in_process}[plan.mode]
@@ -342,6 +347,8 @@ class Caller:
         """The settlement of an attempt, with what a job returned where somebody keeps it."""
         if result is None or self._plan.fields is None or self._around.journal is None:
             return Done(emits) if emits else DONE
+        if isinstance(result, Unsendable):
+            return Done(emits, unkept=str(result))
         try:
             text = self._result_codec.encode(result)
         except (HandlerError, PayloadError) as error:

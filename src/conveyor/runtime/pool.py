@@ -27,6 +27,7 @@ import msgspec
 from conveyor.core.settle import describe
 from conveyor.errors import HandlerCrashed, HandlerError, HandlerTimeout, RemoteTraceback
 from conveyor.runtime import frames, logs
+from conveyor.runtime.attempt import Ran, Unsendable
 from conveyor.runtime.channel import die_with_parent
 from conveyor.runtime.context import Tell
 from conveyor.runtime.metrics import resident_bytes
@@ -496,8 +497,11 @@ def _do(frame: frames.Frame, inside: Inside) -> None:
     try:
         send(Returned(frames.lent(result)))
     except Exception as error:
-        text = f"what {target} returned cannot be sent to another process: {describe(error)}"
-        send(Raised(HandlerError(text), _trace_of(error)))
+        unsendable = Unsendable(f"what {target} returned cannot be sent to another process: {describe(error)}")
+        if isinstance(result, Ran):
+            send(Returned(Ran(unsendable, result.emits)))
+        else:
+            send(Raised(unsendable, _trace_of(error)))
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from conveyor.errors import (
     ResultNotKept,
     is_outage,
 )
-from conveyor.runtime.ask import Asker
+from conveyor.runtime.ask import ANSWER_SECONDS, LOOK_SECONDS, Asker
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.control import cancel
 
@@ -43,6 +43,8 @@ GATHER_SECONDS: Final = 0.05
 """Between two questions, so that several ends come in one answer."""
 OUTAGE_SECONDS: Final = 0.5
 """The same where the broker is away."""
+SOON_SECONDS: Final = 0.5
+"""Before the order to cancel what may be running, an answer is waited for no longer."""
 STATUS_SECONDS: Final = 15.0
 """How long somebody is asked how a job is: a keeper that ended is started again within seconds."""
 MOST_AT_ONCE: Final = 500
@@ -80,6 +82,8 @@ class Ticket(Generic[T]):
     """
 
     def __init__(self, office: Office, id: str, message: Message | None = None) -> None:
+        if not isinstance(id, str):
+            raise TypeError(f"the id of a job is a text, not {id!r}")
         self.id: Final = id
         self.message: Final = message
         self._office = office
@@ -107,7 +111,7 @@ class Ticket(Generic[T]):
         async for job in _ends(asker, [self.id], seconds):
             return cast("T", result_of(job, self._office.result_type(job)))
         try:
-            known = await self._known(0.0)
+            known = await self._known(0.0, LOOK_SECONDS)
             told = in_words(known)
         except (NoKeeper, BrokerError) as error:
             known, told = None, str(error)
@@ -139,8 +143,11 @@ class Ticket(Generic[T]):
             raise _unknown(self.id)
         return job
 
-    async def _jobs(self, seconds: float) -> list[Job]:
+    async def _jobs(self, seconds: float, answer_seconds: float = ANSWER_SECONDS) -> list[Job]:
         """What the journal knows of it; while nobody answers, it is asked again and again.
+
+        Parameters:
+            answer_seconds: for one answer; at the end of seconds it is less.
 
         Raises:
             NoKeeper: in all this time nobody who keeps a journal was there, or answered.
@@ -150,15 +157,16 @@ class Ticket(Generic[T]):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while True:
+            patience = min(answer_seconds, max(LOOK_SECONDS, deadline - loop.time()))
             try:
-                return await asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE)
+                return await asker.jobs(JobFilter(ids=(self.id,)), limit=MOST_AT_ONCE, timeout_seconds=patience)
             except (NoKeeper, BrokerError) as error:
                 if deadline <= loop.time() or not may_pass(error):
                     raise
             await asyncio.sleep(min(OUTAGE_SECONDS, max(0.0, deadline - loop.time())))
 
-    async def _known(self, seconds: float) -> Job | None:
-        found = await self._jobs(seconds)
+    async def _known(self, seconds: float, answer_seconds: float = ANSWER_SECONDS) -> Job | None:
+        found = await self._jobs(seconds, answer_seconds)
         if found or self.message is None:
             return found[0] if found else None
         sent = self.message
@@ -181,9 +189,9 @@ class Ticket(Generic[T]):
         assert connection.journal is not None
         await connection.journal.flush()
         try:
-            # What was sent here can be cancelled also where nobody can say how it is.
-            jobs = await self._jobs(STATUS_SECONDS if self.message is None else 0.0)
-        except NoKeeper:
+            # What was sent here can be cancelled also where nobody can say how it is, and is not to run on until somebody can.
+            jobs = await (self._jobs(STATUS_SECONDS) if self.message is None else self._jobs(0.0, SOON_SECONDS))
+        except (NoKeeper, BrokerError):
             if self.message is None:
                 raise
             jobs = []
@@ -222,6 +230,10 @@ async def gather(
 ) -> list[Any]:
     """See Conveyor.gather."""
     seconds = _seconds(timeout)
+    if (
+        other := next((each for each in cast("Sequence[object]", tickets) if not isinstance(each, Ticket)), None)
+    ) is not None:
+        raise TypeError(f"gather() takes tickets, not {other!r}: app.ticket(…) makes one of an id")
     asker = (await office.connect_journal()).asker
     ids = list(dict.fromkeys(ticket.id for ticket in tickets))
     found: dict[str, Any] = {}
@@ -247,10 +259,11 @@ async def gather(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    if len(found) < len(ids):
-        left = next(id for id in ids if id not in found)
-        text = f"{counted(len(ids) - len(found), 'job has', 'jobs have')} not ended after {seconds:g} s, such as {left}"
-        raise JobTimeout(text, left, status="")
+    late = [id for id in ids if id not in found]
+    if late and not return_errors:
+        text = f"{counted(len(late), 'job has', 'jobs have')} not ended after {seconds:g} s, such as {late[0]}"
+        raise JobTimeout(text, late[0], status="")
+    found |= {id: JobTimeout(f"job {id} has not ended after {seconds:g} s", id, status="") for id in late}
     return [found[ticket.id] for ticket in tickets]
 
 
