@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from conveyor import brokers
 from conveyor.core.journal import Entry, JobFilter, Kind, Status, Wish, in_order
 from conveyor.core.questions import JobsOf, JourneyOf
 from conveyor.errors import JournalError
@@ -317,6 +319,29 @@ def test_what_is_no_journal_is_left_alone_and_refused_in_words(path: Path) -> No
     other.close()
     with pytest.raises(JournalError, match="a database of another program"):
         Archive(path).open()
+
+
+async def test_of_a_queue_file_it_is_said_that_it_is_one_and_where_its_journal_is(tmp_path: Path) -> None:
+    file = tmp_path / "lab.queue"
+    broker = brokers.from_url(f"sqlite:///{file}")
+    await broker.open()
+    await broker.close()
+    for create in (True, False):
+        with pytest.raises(JournalError, match=r"it is a queue file of Conveyor.* would be .*/lab\.queue\.journal$"):
+            Archive(file).open(create=create)
+    Archive(tmp_path / "lab.queue.journal").open().close()
+    with pytest.raises(JournalError, match=r"no journal; its journal is .*/lab\.queue\.journal$"):
+        Archive(file).open(create=False)
+
+
+def test_what_is_no_regular_file_is_refused_in_words(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(JournalError, match="cannot keep the journal .*: it is no regular file"):
+            Archive(place).open()
+    for place in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
+        with pytest.raises(JournalError, match="cannot read the journal .*: it is no file"):
+            Archive(place).open(create=False)
 
 
 def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:

@@ -135,6 +135,8 @@ class Archive:
                     _check_place(self.path)
                 elif not self.path.exists():
                     raise JournalError(f"there is no journal {self.path}")
+                elif not self.path.is_file():
+                    raise JournalError(f"cannot read the journal {self.path}: it is no file")
             flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if self.path == IN_MEMORY else 0)
             self._db = apsw.Connection(str(self.path), flags=flags, statementcachesize=32)
             try:
@@ -396,7 +398,7 @@ class Archive:
         deadline = time.monotonic() + BUSY_SECONDS
         while not self._is_ours():
             if self._rows("SELECT 1 FROM sqlite_schema") and not self._is_ours():
-                raise JournalError(f"cannot open {self.path}: it is a database of another program; name another file")
+                raise JournalError(f"cannot open {self.path}: {self._of_whom()}")
             if not create:
                 raise JournalError(f"{self.path} is no journal")
             try:
@@ -420,6 +422,14 @@ class Archive:
 
     def _is_ours(self) -> bool:
         return bool(self._pragma("application_id") == APPLICATION_ID)
+
+    def _of_whom(self) -> str:
+        """What a database is that is no journal, and what to do."""
+        if self._pragma("application_id") != queue_file.APPLICATION_ID:
+            return "it is a database of another program; name another file"
+        beside = Path(f"{self.path}.journal")
+        verb = "is" if beside.exists() else "would be"
+        return f"it is a queue file of Conveyor, and no journal; its journal {verb} {beside}"
 
     def _check_same(self) -> None:
         """Go on with a new file where somebody deleted the old one."""
@@ -571,6 +581,8 @@ def _check_place(path: Path) -> None:
         raise JournalError(
             f"cannot keep the journal {path}: it is a folder; name a file, such as {path / 'shop.journal'}"
         )
+    if path.exists() and not path.is_file():
+        raise JournalError(f"cannot keep the journal {path}: it is no regular file (a device, a pipe?); name another")
     kind = queue_file.file_system(folder.resolve(), Path("/proc/self/mountinfo"))
     if kind in queue_file.REMOTE or kind.startswith("fuse."):
         raise JournalError(
