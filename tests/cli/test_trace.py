@@ -294,7 +294,13 @@ async def test_a_journal_that_cannot_be_kept_is_said_and_work_goes_on(shop: Prog
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not shipped.exists() or "cannot keep the journal" not in log.read_text():
                 await asyncio.sleep(0.05)
-    assert "the folder" in log.read_text()
+    lines = log.read_text().splitlines()
+    assert not [
+        line for line in lines if not line.startswith("{")
+    ]  # also what its keeper says is one JSON object a line
+    said = [json.loads(line) for line in lines if "cannot keep the journal" in line]
+    assert said[0]["level"] == "error"
+    assert "the folder" in said[0]["message"]
 
 
 async def test_a_broker_in_memory_has_its_journal_kept_where_its_messages_are(shop: Program) -> None:

@@ -15,9 +15,9 @@ from conveyor.app import Conveyor
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.application import load_app
 from conveyor.cli.run import GIVEN, Knocking, end_soon, heard_signals
-from conveyor.cli.terminal import OK, Output
+from conveyor.cli.terminal import FAILED, OK, Output
 from conveyor.config import LogFormat, LogLevel
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, JournalError
 from conveyor.runtime import logs
 from conveyor.runtime.channel import Ask, ChildLink
 from conveyor.runtime.health import Health
@@ -36,7 +36,8 @@ command = App(
 
 Where the journal is on (Conveyor(…, journal=True) or CONVEYOR_JOURNAL=1),
 conveyor run starts this by itself. Start it by hand where all your runners have
---no-keeper, or run inside programs of your own on several machines.
+--no-keeper, or run inside programs of your own on several machines. A path in
+CONVEYOR_JOURNAL is where it is kept, unless the code names a file itself.
 
 {EXIT_CODES}""",
 )
@@ -103,6 +104,11 @@ async def _keep(app: Conveyor, link: ChildLink | None) -> int:
                 if not asked.is_set():
                     async with app.keeper(broker) as keeper:
                         await asked.wait()
+            except JournalError as error:
+                if link is None:
+                    raise
+                log.error("no journal is kept: %s", error)  # among the lines of the supervisor's other processes
+                return FAILED
             finally:
                 await broker.close()
     finally:
