@@ -43,11 +43,12 @@ command = App(
   conveyor move --from redis://localhost --to amqp://localhost --queue shop.charge
   conveyor move --from amqp://old --to amqp://new --json
 
-Stop the applications first. A queue that the new broker has is used as it is there;
-one that it lacks is created as it is on the old one, as far as that one knows.
-RabbitMQ's own settings (an exchange, a dead-letter queue, a queue type) are known to
-RabbitMQ only: where an application has some, start it once on the new broker and stop
-it, then move. Give --to as the application will have it, with all its options.
+Stop the applications first. Say --to as they will have it, with its options.
+
+A queue that the new broker has is used as it is there; one that it lacks is
+created as the old one has it. Only RabbitMQ knows its own settings (exchange,
+dead-letter queue, queue type): where an application has some and comes from
+another kind of broker, start it once on the new one, stop it, then move.
 
 What is not due yet keeps its time, keys keep their
 order, dead letters their reason; attempts that failed are counted from zero.
