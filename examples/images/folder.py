@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import itertools
 import logging
 import os
 import shutil
 import signal
+import stat
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -263,29 +265,71 @@ class Found(NamedTuple):
 
 
 def walk(source: Path, target: Path) -> Iterator[Found]:
-    """What is below source, and not in target, however much it is."""
+    """What is below source, and not in target, however much it is. What cannot be looked at is left out, and only that."""
     folders = [source]
     while folders:
         folder = folders.pop()
         try:
-            entries = os.scandir(folder)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = Path(entry.path)
+                    if path == target:
+                        continue
+                    try:
+                        reason = _left_out(entry, path)
+                        folder_within = not reason and entry.is_dir(follow_symlinks=False)
+                    except OSError as error:
+                        yield Found(path, f"cannot be read: {error.strerror}")
+                        continue
+                    if folder_within:
+                        folders.append(path)
+                    else:
+                        yield Found(path, reason)
         except OSError as error:
             yield Found(folder, f"cannot be read: {error.strerror}")
-            continue
-        with entries:
-            for entry in entries:
-                path = Path(entry.path)
-                if entry.is_dir(follow_symlinks=False):
-                    if (path / STATE / RECIPE).exists() and path != target:
-                        yield Found(path, "holds the results of another run")
-                    elif path != target and entry.name != STATE:
-                        folders.append(path)
-                elif entry.is_symlink() and path.is_dir():
-                    yield Found(path, "links to a folder, which is not followed")
-                elif path.suffix.lower() in FORMATS and not entry.name.startswith(TEMPORARY):
-                    yield Found(path)
-                else:
-                    yield Found(path, "no image by its ending")
+
+
+def _left_out(entry: os.DirEntry[str], path: Path) -> str:
+    """Why something in a folder is neither taken for an image nor looked into; "" where it is.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError:
+        return "its name is no UTF-8; rename it"
+    if entry.is_dir(follow_symlinks=False):
+        if entry.name == STATE:
+            return "holds what a run remembers"
+        return "holds the results of another run" if _is_there(path / STATE / RECIPE) else ""
+    if entry.is_symlink() and _leads_to_folder(path):
+        return "links to a folder, which is not followed"
+    if path.suffix.lower() not in FORMATS:
+        return "no image by its ending"
+    return (
+        f"its name begins with {TEMPORARY}, as those of half-written images" if path.name.startswith(TEMPORARY) else ""
+    )
+
+
+def _is_there(path: Path) -> bool:
+    """That of Path raises in Python 3.11 where a folder may not be entered, or a path is too long."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise
+    return True
+
+
+def _leads_to_folder(link: Path) -> bool:
+    try:
+        return stat.S_ISDIR(link.stat().st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False  # to nothing
+        raise
 
 
 @contextlib.contextmanager
@@ -400,4 +444,5 @@ def clean(target: Path) -> None:
     """Remove what killed processes left half-written."""
     for path, _ in walk(target, target):
         if path.name.startswith(TEMPORARY):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                path.unlink()

@@ -354,6 +354,46 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     ]
 
 
+def test_what_cannot_be_looked_at_is_left_out_and_the_others_are_processed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    make_photographs(source, 2, (90, 60))
+    (source / "shut").mkdir()
+    (source / "long.jpg").symlink_to("x" * 300 + ".jpg")
+    (source / "into.jpg").symlink_to("shut/a.jpg")
+    really = Path.stat
+
+    def look(path: Path, **how: bool) -> os.stat_result:  # root may enter every folder
+        if "shut" in path.relative_to(tmp_path).parts[:-1] or path.name == "into.jpg":
+            raise PermissionError(13, "Permission denied")
+        return really(path, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "stat", look)
+        left_out = {path.name: reason for path, reason in walk(source, out) if reason}
+    assert left_out == {
+        "shut": "cannot be read: Permission denied",
+        "into.jpg": "cannot be read: Permission denied",
+        "long.jpg": "cannot be read: File name too long",
+    }
+    report = process_folder(source, out, "edges", ONE)
+    assert (report.processed, list(report.left_out)) == (2, ["cannot be read: File name too long"])
+
+
+def test_what_a_run_left_among_the_originals_and_names_that_are_no_text_are_left_out_by_name(tmp_path: Path) -> None:
+    (photo,) = make_photographs(tmp_path, 1, (90, 60))
+    (tmp_path / STATE).mkdir()
+    for name in (f"{STATE}/lost.jpg", f"{TEMPORARY}x.jpg", os.fsdecode(b"caf\xe9.jpg")):
+        (tmp_path / name).write_bytes(photo.read_bytes())
+    assert {path.name: reason for path, reason in walk(tmp_path, tmp_path / "out")} == {
+        photo.name: "",
+        STATE: "holds what a run remembers",
+        f"{TEMPORARY}x.jpg": "its name begins with .conveyor-, as those of half-written images",
+        os.fsdecode(b"caf\xe9.jpg"): "its name is no UTF-8; rename it",
+    }
+
+
 def test_what_took_too_long_and_what_was_too_large_name_the_option_that_allows_more(tmp_path: Path) -> None:
     folder, slow = Folder(tmp_path), ",".join(["blur:60"] * 40)
     make_photographs(folder.source, 1, (1200, 900))
@@ -405,10 +445,10 @@ def test_files_from_the_future_and_files_whose_names_are_no_text_disturb_nobody(
     os.utime(first, (soon, soon))
     first.with_name(os.fsdecode(b"caf\xe9.jpg")).write_bytes(first.read_bytes())
     code, report = folder.run(filters="blur:1")
-    assert (code, report["processed"], report["failed"]) == (1, 2, 1)
-    assert report["failures"][0]["path"] == "caf?.jpg"
+    assert (code, report["processed"], report["failed"]) == (0, 2, 0)
+    assert report["left_out"] == {"its name is no UTF-8; rename it": {"count": 1, "paths": ["caf?.jpg"]}}
     code, report = folder.run(filters="blur:1")
-    assert (code, report["processed"], report["before"]) == (1, 0, 2)
+    assert (code, report["processed"], report["before"]) == (0, 0, 2)
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:
