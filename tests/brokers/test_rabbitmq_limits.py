@@ -116,3 +116,25 @@ async def test_fetches_that_each_want_one_more_do_not_each_open_a_consumer(
         assert [each.message.id for each in held] == [f"m{number}" for number in range(100)]
         assert consumers["q"] <= 8  # 1, 2, 4, … 64, 100
         assert await broker.settle([Settlement(each, DONE) for each in held]) == []
+
+
+@pytest.mark.parametrize("ends", ["with little", "cancelled"])
+async def test_a_fetch_that_waits_for_room_goes_on_when_another_did_not_need_all_it_asked_for(
+    url: str, ends: str
+) -> None:
+    async with opened(url) as broker, asyncio.timeout(2 * PATIENCE_SECONDS):
+        await broker.declare([Queue(name="q", topics=("t",))])
+        subscription = await broker.subscribe("q", 10)
+        first = asyncio.create_task(subscription.fetch(10))
+        while not subscription.stream._fetching:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(subscription.fetch(10))
+        await asyncio.sleep(0)  # it has seen that there is no room
+        if ends == "cancelled":
+            first.cancel()
+        else:
+            await broker.publish([Message("a", "t", b"{}")])
+        await asyncio.wait([first])
+        await broker.publish([Message("b", "t", b"{}")])
+        [delivery] = await asyncio.wait_for(second, PATIENCE_SECONDS)
+        assert delivery.message.id == "b"

@@ -53,6 +53,7 @@ class RabbitSubscription:
         self._early = early
         self._ended: BrokerError | None = None
         self._news: set[asyncio.Event] = set()
+        self._room = asyncio.Event()
         self._work: Work | None = None
         self._opening = asyncio.Lock()
         self._aside: dict[Incoming, Outgoing] = {}
@@ -76,15 +77,17 @@ class RabbitSubscription:
             self._check()
             room = min(limit, self._prefetch - self.held - self._asked)
             if room <= 0:
-                await self._more_room()
+                self._room.clear()
+                await self._room.wait()
                 continue
-            work = await self._channel()
-            await self.attach(work.connection)
             self._asked += room
             try:
+                work = await self._channel()
+                await self.attach(work.connection)
                 deliveries = await self._fetch(work, room)
             finally:
                 self._asked -= room
+                self._tell_of_room()
             if deliveries:
                 return deliveries
 
@@ -137,6 +140,7 @@ class RabbitSubscription:
     def wake(self) -> None:
         """Let the fetches that wait look again."""
         self.stream.wake()
+        self._room.set()
         for news in self._news:
             news.set()
 
@@ -144,8 +148,12 @@ class RabbitSubscription:
         """One of its deliveries is no longer in its hands."""
         self.broker.leases.end(held)
         self.held -= 1
-        if self._news and self.held + self._asked == self._prefetch - 1:
-            self.wake()
+        self._tell_of_room()
+
+    def _tell_of_room(self) -> None:
+        """Let a fetch that waits for room look whether there is some."""
+        if self.held + self._asked < self._prefetch:
+            self._room.set()
 
     async def attach(self, connection: Connection) -> None:
         """Have a mover on this connection; its consumer is what counts this subscription, too."""
@@ -174,14 +182,6 @@ class RabbitSubscription:
     def _check(self) -> None:
         if self._ended is not None:
             raise self._ended
-
-    async def _more_room(self) -> None:
-        news = asyncio.Event()
-        self._news.add(news)
-        try:
-            await news.wait()
-        finally:
-            self._news.discard(news)
 
     async def _fetch(self, work: Work, room: int) -> list[Delivery]:
         # Whoever receives early looks into the delay ladder, too, which others may have raised meanwhile.
