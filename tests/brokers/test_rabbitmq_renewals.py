@@ -7,6 +7,7 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -32,11 +33,11 @@ def url(rabbitmq: RabbitMQ, request: pytest.FixtureRequest) -> str:
     return f"{rabbitmq.url()}?queue_type={request.param}"
 
 
-async def taken(broker: RabbitBroker, names: str) -> tuple[RabbitSubscription, dict[str, Held]]:
-    """Messages of the queue q in our hands."""
-    await broker.declare([Queue(name="q", topics=("t",))])
-    await broker.publish([Message(name, "t", b"{}") for name in names])
-    subscription = await broker.subscribe("q", 10)
+async def taken(broker: RabbitBroker, queue: str, topic: str, names: str) -> tuple[RabbitSubscription, dict[str, Held]]:
+    """Messages of a queue in our hands."""
+    await broker.declare([Queue(name=queue, topics=(topic,))])
+    await broker.publish([Message(name, topic, b"{}") for name in names])
+    subscription = await broker.subscribe(queue, 10)
     held: dict[str, Held] = {}
     async with asyncio.timeout(PATIENCE_SECONDS):
         while len(held) < len(names):
@@ -50,7 +51,7 @@ async def test_what_is_settled_before_its_renewal_begins_is_not_renewed(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(url) as broker:
-        _, held = await taken(broker, "abc")
+        _, held = await taken(broker, "q", "t", "abc")
         renewals, own_queue = broker._renewals, Renewals._own_queue
 
         async def meanwhile(self: Renewals, spec: Spec) -> tuple[str, work.Work]:
@@ -73,7 +74,7 @@ async def test_what_is_settled_before_its_renewal_begins_is_not_renewed(
 
 async def test_what_goes_while_it_is_renewed_leaves_no_copy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(url) as broker:
-        subscription, held = await taken(broker, "a")
+        subscription, held = await taken(broker, "q", "t", "a")
         send_all, times = publisher.Publisher.send_all, itertools.count()
 
         async def meanwhile(self: publisher.Publisher, batch: Sequence[publisher.Outgoing]) -> None:
@@ -175,3 +176,37 @@ async def test_what_is_settled_while_its_key_is_renewed_holds_up_nothing(
             [held] = await subscription.fetch(10)
         assert held.message.id == "b"
         assert await broker.settle([Settlement(held, DONE)]) == []
+
+
+async def test_who_may_not_create_the_queue_of_copies_is_told_so_before_anything_takes_long(
+    rabbitmq: RabbitMQ, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    queues = [Queue(name="orders", topics=("t",)), Queue(name="mails", topics=("u",))]
+    async with opened(url) as broker:
+        await broker.declare(queues)
+        assert await broker.risks() == []
+    parts = urlsplit(url)
+    host, name = parts.path[1:], f"worker{parts.path[1:]}"
+    rabbitmq.ctl("add_user", name, "secret")
+    theirs = url.replace(parts.netloc.partition("@")[0], f"{name}:secret")
+    rabbitmq.ctl("set_permissions", "--vhost", host, name, r"^orders\.held\.", ".*", ".*")
+    async with opened(theirs) as broker:
+        [operator] = await broker.risks()
+        assert "mails" in operator
+        assert "orders" not in operator
+    rabbitmq.ctl("set_permissions", "--vhost", host, name, "^$", ".*", ".*")
+    async with opened(theirs) as broker:
+        caplog.clear()
+        await broker.declare(queues)
+        [risk] = await broker.risks()
+        assert risk in caplog.messages
+        assert "mails, orders" in risk
+        assert "1800" in risk
+        assert "permission" in risk
+    rabbitmq.ctl("set_permissions", "--vhost", host, name, r"\.held\.", ".*", ".*")
+    async with opened(theirs) as broker:
+        _, held = await taken(broker, "orders", "t", "a")
+        assert await broker.risks() == []
+        await broker._renewals._renew(broker.specs["orders"], list(held.values()))
+        assert held["a"].work is broker._renewals._work
+        assert await broker.settle([Settlement(held["a"].delivery(), DONE)]) == []

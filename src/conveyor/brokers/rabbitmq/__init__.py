@@ -342,6 +342,7 @@ class RabbitBroker:
                 self.specs[spec.name] = catalog[spec.name] = (
                     combined if combined == there else msgspec.structs.replace(combined, version=combined.version + 1)
                 )
+        await self._renewals.announce([spec.name for spec in lasting])
 
     async def _declare_temporary(self, spec: Spec) -> None:
         there = self.specs.get(spec.name)
@@ -481,7 +482,7 @@ class RabbitBroker:
         self._check_open()
         await self.connection()
         await self.publisher.probe()
-        return self._operating.risks()
+        return [*self._operating.risks(), *await self._renewals.risks()]
 
     async def all_specs(self) -> list[Spec]:
         """Every queue that there is, fresh from the catalog, and this object's own temporary ones."""

@@ -46,6 +46,38 @@ class Renewals:
         self._expected: dict[str, asyncio.Future[Incoming]] = {}
         self._consuming: dict[str, Work] = {}
         self._work: Work | None = None
+        self._allowed: dict[str, bool] = {}
+        """Of which queues we may create the queue of copies, as far as that was asked."""
+        self._looked = False
+
+    async def announce(self, queues: Sequence[str]) -> None:
+        """Say at the start where what takes long cannot be renewed."""
+        if refused := await self._refused(queues):
+            log.warning("%s", self._risk(refused))
+
+    async def risks(self) -> list[str]:
+        """The same, of all that was declared here; of every queue there is where nothing was, as for an operator."""
+        queues = list(self._allowed)
+        if not queues and not self._looked:
+            self._looked = True  # once: the catalog is for one at a time
+            queues = [spec.name for spec in await self._broker.all_specs() if not spec.temporary]
+        refused = await self._refused(queues)
+        return [self._risk(refused)] if refused else []
+
+    async def _refused(self, queues: Sequence[str]) -> list[str]:
+        for queue in queues:
+            if not self._allowed.get(queue):
+                name = f"{queue}.held.{uuid.uuid4().hex}"  # like ours, which may be in use
+                self._allowed[queue] = await self._broker.topology.may_create(name)
+        return sorted(queue for queue in queues if not self._allowed[queue])
+
+    def _risk(self, queues: Sequence[str]) -> str:
+        return (
+            f"{self._broker.options.addresses[0].user!r} may not create the queues that long deliveries are renewed with "
+            f"(NAME.held.…), of: {', '.join(queues)}. What is handled there for longer than the server's consumer_timeout "
+            f"({self._timeout_seconds:g} s) is given to others meanwhile: it runs several times, and its settlement is lost. "
+            "Give this user the permission to configure these names, or raise consumer_timeout on the server and in the URL."
+        )
 
     async def run(self) -> None:
         """The loop."""

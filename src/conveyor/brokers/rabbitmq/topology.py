@@ -180,6 +180,16 @@ class Topology:
         """A queue goes, with what is in it."""
         await self.ask(lambda channel: channel.queue_delete(queue))
 
+    async def may_create(self, queue: str) -> bool:
+        """Whether we have the permission to create a queue; it is asked for by deleting it, so nobody may have one of this name."""
+        try:
+            await self.delete(queue)
+        except ChannelClosed as error:
+            if error.code == ACCESS_REFUSED:
+                return False
+            raise
+        return True
+
     async def purge(self, queue: str) -> int:
         """Delete what is ready in a queue; how many. One that does not exist has none."""
         try:
