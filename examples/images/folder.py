@@ -1,6 +1,6 @@
 """Processing a folder: what is there already is left alone, the rest goes through the application, a few images at a time.
 
-The images that are there are the only memory that an interrupted run needs: each appears whole, or not at all.
+An image that is there is whole, and done: unless its original is another one than was noted before it was sent.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from conveyor.errors import HandlerTimeout, JournalError
 from examples.images.app import Images, Recipe, make_app, recipe_by_now
 from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made
 from examples.images.filters import parse_filters
+from examples.images.originals import Originals, look_at, noted
 from examples.images.report import Report
 from examples.images.settings import Settings
 
@@ -35,6 +36,8 @@ STATE: Final = ".conveyor"
 """A folder within the output: the queue, the journal, the recipe, and the lock."""
 RECIPE: Final = "recipe.json"
 """Within it: what the images are made with."""
+ORIGINALS: Final = "originals"
+"""Within it: of what each image was made."""
 JOURNAL: Final = "images.journal"
 """Within it: what happened to every image, for ``conveyor trace --file``."""
 AHEAD: Final = 4
@@ -126,7 +129,7 @@ def process_folder(
         raise FolderError(f"the input {source} is within the output {target}: results could be written over originals")
     if target.exists() and not target.is_dir():
         raise FolderError(f"{target} is no folder")
-    with locked(target) as state:
+    with locked(target) as state, noted(state / ORIGINALS) as originals:
         recipe = begin(state, source, filters, again=again)
         clean(target)
         own = None if journal else state / JOURNAL
@@ -134,7 +137,7 @@ def process_folder(
         run = Run(sum(not found.left_out for found in walk(source, target)))
         on_start(run)
         started = time.monotonic()
-        conductor = Conductor(run, source, target, recipe, settings, images, own)
+        conductor = Conductor(run, source, target, recipe, settings, images, originals, own)
         asyncio.run(_to_the_end(conductor.work(), run))
         run.report.seconds = time.monotonic() - started
         clean(target)
@@ -172,6 +175,7 @@ class Conductor:
         recipe: Recipe,
         settings: Settings,
         images: Images,
+        originals: Originals,
         journal: Path | None,
     ) -> None:
         self._run = run
@@ -183,6 +187,7 @@ class Conductor:
         self._room = asyncio.Semaphore(self._ahead)
         self._open: set[Path] = set()
         self._images = images
+        self._originals = originals
         self._journal = journal
 
     async def work(self) -> None:
@@ -210,7 +215,7 @@ class Conductor:
             relative = path.relative_to(self._source)
             if left_out:
                 self._run.report.add_left_out(relative, left_out)
-            elif self._is_made(relative):
+            elif self._is_done(relative):
                 self._run.report.add_before(relative)
                 await asyncio.sleep(0)  # there may be many, and the application shall go on meanwhile
             else:
@@ -222,11 +227,16 @@ class Conductor:
         report, recipe = self._run.report, self._recipe
         source, target = self._source / path, self._target / path
         try:
+            self._note_original(path)
             ticket = await self._images.process.send(
                 source, target, recipe, self._largest, self._target / STATE / RECIPE
             )
             processed = await ticket.result()
-            if processed is None:
+            if processed is None and not self._is_made(path):
+                report.add_failure(
+                    path, f"it is not wanted any more: the recipe in {self._target} has changed", ticket.id
+                )
+            elif processed is None:
                 report.add_before(path)
             else:
                 self._run.note(path, processed)
@@ -237,12 +247,28 @@ class Conductor:
                 report.add_failure(path, _reason(error), error.id)
         except (JobError, PayloadError) as error:  # somebody else cancelled it; or its name cannot be written
             report.add_failure(path, str(error), getattr(error, "id", ""))
+        except OSError as error:
+            report.add_failure(path, f"what is there cannot be replaced: {error.strerror}", "")
         self._open.remove(path)
         self._room.release()
 
     def _note_unseen(self, path: Path) -> None:
         with Image.open(self._target / path) as made:
             self._run.report.add_unseen(path, made.width * made.height)
+
+    def _is_done(self, path: Path) -> bool:
+        """Whether it is there, and made of the original that is there now."""
+        return self._is_made(path) and self._originals.of(path) == look_at(self._source / path)
+
+    def _note_original(self, path: Path) -> None:
+        """Note of what it is made, before that begins: else a run that is killed would not be known to have made it."""
+        original = look_at(self._source / path)
+        if original is None:  # it fails, with its reason
+            return
+        if self._originals.of(path) != original and self._is_made(path):
+            # Made of another original, or no result at all, such as a contact sheet. From now on nobody takes it for one.
+            os.utime(self._target / path, (0, 0))
+        self._originals.note(path, original)
 
     def _is_made(self, path: Path) -> bool:
         return is_made(self._source / path, self._target / path, self._recipe.since)

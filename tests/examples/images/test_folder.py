@@ -145,6 +145,37 @@ def test_what_is_done_is_not_done_again_unless_its_original_is_newer(folder: Fol
     assert [name for name in before if before[name] != after[name]] == ["photo-0003.jpg"]
 
 
+def test_an_original_that_gave_way_to_an_older_one_is_processed_again(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    first, _ = make_photographs(source, 2, (90, 60))
+    assert process_folder(source, out, "edges", ONE).processed == 2
+    (other,) = make_photographs(tmp_path / "other", 1, (60, 40))
+    os.utime(other, (1_000_000_000, 1_000_000_000))
+    other.replace(first)
+    again = process_folder(source, out, "edges", ONE)
+    assert (again.processed, again.before) == (1, 1)
+    with Image.open(out / first.name) as image:
+        assert image.size == (60, 40)
+    assert process_folder(source, out, "edges", ONE).before == 2
+    (out / STATE / "originals").write_bytes(b"this is no database" * 100)
+    assert process_folder(source, out, "edges", ONE).processed == 2
+
+
+def test_a_contact_sheet_is_not_taken_for_a_result(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    (photo,) = make_photographs(source, 1, (90, 60))
+    command = ["process", str(source), str(out), "--filters", "edges", "--processes", "1"]
+    assert __main__.main(command) == 0
+    assert (out / "contact-sheet.png").exists()
+    photo.with_name("contact-sheet.png").write_bytes(photo.read_bytes())
+    old = photo.stat().st_mtime
+    os.utime(photo.with_name("contact-sheet.png"), (old, old))
+    assert __main__.main(command) == 0
+    with Image.open(out / "contact-sheet.png") as image:
+        assert image.size == (90, 60)
+    assert (out / STATE / "contact-sheet.png").exists()
+
+
 def test_results_of_other_filters_are_not_mixed_in(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     make_photographs(folder.source, 2, (90, 60))
