@@ -100,7 +100,8 @@ def _process(given: argparse.Namespace) -> int:
         journal = given.journal or target / STATE / JOURNAL
         console.print(f"more about a failure: conveyor trace ID --file {journal}", soft_wrap=True, highlight=False)
     if report.interrupted:
-        console.print("interrupted; the same command again does the rest")
+        without = " without --again" if given.again else ""
+        console.print(f"interrupted; the same command again{without} does the rest")
         return INTERRUPTED
     try:
         if sheet := make_sheet(report, source, target, given.filters, given.sheet):

@@ -412,7 +412,9 @@ async def fail_without(problem: Callable[[], str | None]) -> None:
         if (said := problem()) is None:
             last = time.monotonic()
         elif time.monotonic() - last >= JOURNAL_SECONDS:
-            raise FolderError(f"{said}; the images that are there stay, and the same command again does the rest")
+            raise FolderError(
+                f"{said}; the images that are there stay, and the same command (without --again) does the rest"
+            )
         await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -443,7 +445,11 @@ def begin(state: Path, source: Path, filters: str, *, again: bool) -> Recipe:
     """
     file, instead = state / RECIPE, "use another folder, or --again to write over those of the same names"
     if not again:
-        if known := recipe_by_now(file):
+        try:
+            known = recipe_by_now(file)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise FolderError(f"{file} is damaged ({error}); --again makes it, and all images, anew") from error
+        if known:
             if known.filters != filters:
                 raise FolderError(f"{state.parent} holds images made with {known.filters!r}; {instead}")
             if known.source != str(source):

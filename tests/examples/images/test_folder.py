@@ -25,6 +25,7 @@ from examples.images.app import Images, make_app, recipe_by_now
 from examples.images.files import LARGEST_PIXELS, TEMPORARY
 from examples.images.folder import AHEAD, JOURNAL, RECIPE, STATE, FolderError, Found, Run, process_folder, walk
 from examples.images.pictures import make_photographs
+from examples.images.report import Report
 from examples.images.settings import Settings
 from tests.examples.beside import Program, wait_for
 from tests.examples.images.odd import HANDLED, REFUSED, no_files, write
@@ -480,6 +481,34 @@ def test_files_from_the_future_and_files_whose_names_are_no_text_disturb_nobody(
     assert report["left_out"] == {"its name is no UTF-8; rename it": {"count": 1, "paths": ["caf?.jpg"]}}
     code, report = folder.run(filters="blur:1")
     assert (code, report["processed"], report["before"]) == (0, 0, 2)
+
+
+def test_a_damaged_recipe_is_named_and_made_anew_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_photographs(tmp_path / "in", 1, (90, 60))
+    recipe = tmp_path / "out" / STATE / RECIPE
+    recipe.parent.mkdir(parents=True)
+    command = ["process", str(tmp_path / "in"), str(tmp_path / "out"), "--filters", "edges", "--processes", "1"]
+    for content in (b"", b'{"filters": "ed', b"\xff\xfe", b'{"filters": 7}'):
+        recipe.write_bytes(content)
+        assert __main__.main(command) == 2
+        assert f"{recipe} is damaged" in (said := capsys.readouterr().err)
+        assert "--again" in said
+    assert __main__.main([*command, "--again"]) == 0
+    assert __main__.main(command) == 0
+
+
+def test_an_interrupted_run_names_the_command_that_does_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> Report:
+        report = Report()
+        report.interrupted = True
+        return report
+
+    monkeypatch.setattr(__main__, "process_folder", interrupted)
+    for flags, said in (([], "the same command again does the rest"), (["--again"], "without --again does the rest")):
+        assert __main__.main(["process", str(tmp_path), str(tmp_path / "out"), *flags]) == 130
+        assert said in capsys.readouterr().out
 
 
 def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:
