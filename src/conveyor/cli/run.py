@@ -121,6 +121,8 @@ def run(
         http: Serve /livez, /readyz and /metrics here, for example :9000.
         grace: Seconds that running handlers may take to finish at the end. Default: 25.
         max_rss: Replace a process that uses more megabytes of memory.
+            One of cpu=True handlers is killed at once, also in the
+            middle of an attempt, which has failed then, and counts.
         max_messages: Replace a process after so many messages.
         hang_limit: Kill a process that stood still for so many seconds. Default: 30.
         log_level: The least severe entries that are written. Default: info.
