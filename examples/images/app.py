@@ -40,7 +40,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
 
 class Outdated(Exception):
-    """By now the output folder has another recipe."""
+    """By now the output folder has another recipe, or is gone."""
 
 
 def process_image(
@@ -57,20 +57,21 @@ def process_image(
     looks first whether the image is there, and before it writes whether it is still wanted like this.
 
     Parameters:
-        recipe_file: what holds for the output folder by now; an image of another recipe is not written.
+        recipe_file: what holds for the output folder by now; an image of another recipe is not written, nor one for a folder
+            that is gone. Left out, it is always wanted.
 
     Raises:
         Refused: this image will not do, now or later.
         OSError: another time it may.
     """
-    if recipe_by_now(recipe_file) not in (None, recipe) or is_made(source, target, recipe.since):
+    if not wanted(recipe, recipe_file) or is_made(source, target, recipe.since):
         return None
     pipeline = FilterPipeline(recipe.filters)
     steps = itertools.count(1)
     of = len(pipeline.filters) + LOAD_AND_SAVE
 
     def tell(step: Step) -> None:
-        if recipe_by_now(recipe_file) not in (None, recipe):
+        if not wanted(recipe, recipe_file):
             raise Outdated
         if context is not None:
             context.progress(next(steps), of, step.name)
@@ -82,11 +83,17 @@ def process_image(
     return processed if context is None else msgspec.structs.replace(processed, attempt=context.attempt)
 
 
-def recipe_by_now(file: Path | None) -> Recipe | None:
+def wanted(recipe: Recipe, recipe_file: Path | None) -> bool:
+    """Whether the output folder is still there, and its recipe is still this one."""
+    return recipe_file is None or recipe_by_now(recipe_file) == recipe
+
+
+def recipe_by_now(file: Path) -> Recipe | None:
     """The recipe of an output folder; None where it has none."""
-    if file is None or not file.exists():
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Recipe)
+    except FileNotFoundError:
         return None
-    return msgspec.json.decode(file.read_bytes(), type=Recipe)
 
 
 ProcessImage = Task[[Path, Path, Recipe, int, Path], Processed | None]

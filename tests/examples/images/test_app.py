@@ -43,10 +43,19 @@ def test_a_task_of_an_earlier_run_writes_nothing_once_its_folder_has_another_rec
     assert process_image(photos[0], target, Recipe("edges", 1.0), LARGEST_PIXELS, file) is not None
 
 
+def test_a_task_of_an_earlier_run_does_not_bring_back_a_folder_that_is_gone(
+    photos: Sequence[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert process_image(photos[0], out / "a.jpg", BLUR, LARGEST_PIXELS, out / ".conveyor" / "recipe.json") is None
+    assert not out.exists()
+
+
 def test_an_image_in_hand_is_not_written_when_its_folder_gets_another_recipe_meanwhile(
     photos: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target, file = tmp_path / "out.jpg", tmp_path / "recipe.json"
+    file.write_bytes(msgspec.json.encode(BLUR))
 
     def blur(_: BlurFilter, image: Image.Image) -> Image.Image:
         file.write_bytes(msgspec.json.encode(Recipe("edges", 1.0)))
@@ -60,11 +69,10 @@ def test_an_image_in_hand_is_not_written_when_its_folder_gets_another_recipe_mea
 async def test_a_ticket_tells_how_far_a_long_image_is_and_what_came_of_it(tmp_path: Path) -> None:
     (photo,) = make_photographs(tmp_path / "in", 1, (1600, 1200))
     images = make_app(ONE, f"sqlite:///{tmp_path / 'images.queue'}", tmp_path / "images.journal")
-    recipe = Recipe(",".join(["blur:3"] * 30), 0.0)
+    recipe, file = Recipe(",".join(["blur:3"] * 30), 0.0), tmp_path / "recipe.json"
+    file.write_bytes(msgspec.json.encode(recipe))
     async with images.app.running(), asyncio.timeout(PATIENCE_SECONDS):
-        ticket = await images.process.send(
-            photo, tmp_path / "out.jpg", recipe, LARGEST_PIXELS, tmp_path / "recipe.json"
-        )
+        ticket = await images.process.send(photo, tmp_path / "out.jpg", recipe, LARGEST_PIXELS, file)
         while (job := await ticket.status()).note != "blur":
             assert not job.status.ended
             await asyncio.sleep(0.05)
@@ -75,9 +83,10 @@ async def test_a_ticket_tells_how_far_a_long_image_is_and_what_came_of_it(tmp_pa
 
 
 async def test_a_ticket_tells_why_an_image_was_refused(tmp_path: Path) -> None:
-    images = make_app(ONE, "memory://", journal=True)
+    images, file = make_app(ONE, "memory://", journal=True), tmp_path / "recipe.json"
+    file.write_bytes(msgspec.json.encode(BLUR))
     async with images.app.running():
-        ticket = await images.process.send(tmp_path / "a.jpg", tmp_path / "b.jpg", BLUR, LARGEST_PIXELS, tmp_path / "c")
+        ticket = await images.process.send(tmp_path / "a.jpg", tmp_path / "b.jpg", BLUR, LARGEST_PIXELS, file)
         with pytest.raises(JobFailed, match="there is no file") as failed:
             await ticket.result(PATIENCE_SECONDS)
         assert failed.value.attempts == 1
