@@ -26,7 +26,7 @@ from examples.images.display import RunDisplay, workers_table
 from examples.images.files import LARGEST_PIXELS, Refused, format_for
 from examples.images.filters import EXAMPLES, FilterError, FilterPipeline, parse_filters
 from examples.images.folder import JOURNAL, MEGAPIXEL, STATE, FolderError, process_folder, walk
-from examples.images.report import Report
+from examples.images.report import Report, writable
 from examples.images.settings import Settings
 from examples.images.sheet import contact_sheet
 from examples.images.tasks import LEASE_SECONDS, TaskQueue
@@ -104,7 +104,16 @@ def _process(given: argparse.Namespace) -> int:
         console.print(f"interrupted; the same command again{without} does the rest")
         return INTERRUPTED
     try:
-        if sheet := make_sheet(report, source, target, given.filters, given.sheet):
+
+        def tell(name: str, error: Exception) -> None:
+            console.print(
+                f"not on the contact sheet: {writable(f'{name}: {error}')}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+
+        if sheet := make_sheet(report, source, target, given.filters, given.sheet, tell):
             console.print(f"before and after: {sheet}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         console.print("interrupted; the images are done, and the contact sheet is not")
@@ -127,12 +136,20 @@ def check_sheet(sheet: Path, source: Path, target: Path) -> None:
         raise FolderError(f"{sheet} is among the originals in {source}; let --sheet name a file elsewhere")
 
 
-def make_sheet(report: Report, source: Path, target: Path, filters: str, asked: str | None) -> Path | None:
+def make_sheet(
+    report: Report,
+    source: Path,
+    target: Path,
+    filters: str,
+    asked: str | None,
+    on_missing: Callable[[str, Exception], object],
+) -> Path | None:
     """The contact sheet of a run; it never takes the place of an image."""
     sheet = Path(asked) if asked else target / (SHEET if not (source / SHEET).exists() else f"{STATE}/{SHEET}")
     shown = sorted(report.examples)
     pairs = [(source / path, target / path) for path in shown]
-    return sheet if contact_sheet(pairs, [str(path) for path in shown], sheet, f"before and after {filters}") else None
+    names, title = [str(path) for path in shown], f"before and after {filters}"
+    return sheet if contact_sheet(pairs, names, sheet, title, on_missing) else None
 
 
 # --- a task queue with workers elsewhere ------------------------------------------------------------------------------------

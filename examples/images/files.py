@@ -187,6 +187,18 @@ def load_image(
         return plain
 
 
+def pixels_of(path: Path) -> int:
+    """How many pixels a result has, however many: nothing is decompressed. 0 where it cannot be read any more."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # load_image has a limit of its own
+    try:
+        with _opened(path) as file, Image.open(file) as image:
+            return image.width * image.height
+    except (OSError, ValueError, SyntaxError, Refused):
+        return 0
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None, not_before: float = 0.0) -> None:
     """Write an image in the format that the target's ending says: under a temporary name, then renamed.
 

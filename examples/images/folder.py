@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from PIL import Image
 
 from conveyor import Conveyor, JobError, JobFailed, PayloadError
 from conveyor.errors import HandlerTimeout, JournalError
 from examples.images.app import Images, Recipe, make_app, recipe_by_now
-from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made
+from examples.images.files import FORMATS, TEMPORARY, Processed, Refused, is_made, pixels_of
 from examples.images.filters import parse_filters
 from examples.images.originals import Originals, look_at, noted
 from examples.images.report import Report
@@ -253,8 +252,7 @@ class Conductor:
         self._room.release()
 
     def _note_unseen(self, path: Path) -> None:
-        with Image.open(self._target / path) as made:
-            self._run.report.add_unseen(path, made.width * made.height)
+        self._run.report.add_unseen(path, pixels_of(self._target / path))
 
     def _is_done(self, path: Path) -> bool:
         """Whether it is there, and made of the original that is there now."""

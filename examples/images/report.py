@@ -117,14 +117,14 @@ class Report:
         """An image was given up."""
         self.failed += 1
         if len(self.failures) < FAILURES:
-            self.failures.append(Failure(_writable(str(path)), _writable(reason), id))
+            self.failures.append(Failure(writable(str(path)), writable(reason), id))
 
     def add_left_out(self, path: Path, reason: str) -> None:
         """Something in the folder is nothing to process."""
         left_out = self.left_out.setdefault(reason, LeftOut(0, []))
         left_out.count += 1
         if len(left_out.paths) < SHOWN:
-            left_out.paths.append(_writable(str(path)))
+            left_out.paths.append(writable(str(path)))
 
     def _note_example(self, path: Path) -> None:
         if len(self.examples) < EXAMPLES:
@@ -190,7 +190,7 @@ class Report:
             console.print(f"  … and {self.failed - SHOWN} more failed (--json has the first {FAILURES:,})")
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
     """A file's name may be no text at all: what no text has becomes question marks, what steers terminals is spelled out."""
     plain = text.encode("utf-8", "replace").decode()
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -24,19 +24,26 @@ FONTS: Final = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regula
 NOT_A_CHARACTER: Final = "\uffff"
 
 
-def contact_sheet(pairs: Sequence[tuple[Path, Path]], names: Sequence[str], sheet: Path, title: str) -> bool:
+def contact_sheet(
+    pairs: Sequence[tuple[Path, Path]],
+    names: Sequence[str],
+    sheet: Path,
+    title: str,
+    on_missing: Callable[[str, Exception], object] = lambda _, __: None,
+) -> bool:
     """Write the sheet; gives whether there was anything to show.
 
     Parameters:
         pairs: each image before and after.
         names: what is written below each pair.
+        on_missing: called with the name of a pair that cannot be shown, and why.
     """
     shown = []
     for (source, made), name in zip(pairs, names, strict=True):
         try:
             shown.append((_preview(source), _preview(made), name))
-        except (Refused, OSError):
-            continue  # removed meanwhile, perhaps; the others are worth seeing
+        except (Refused, OSError) as error:  # removed meanwhile, perhaps; the others are worth seeing
+            on_missing(name, error)
     if not shown:
         return False
     across = min(PAIRS_ACROSS, len(shown))

@@ -22,7 +22,7 @@ from PIL import Image
 from examples.images import __main__
 from examples.images import folder as images_folder
 from examples.images.app import Images, make_app, recipe_by_now
-from examples.images.files import LARGEST_PIXELS, TEMPORARY
+from examples.images.files import LARGEST_PIXELS, TEMPORARY, pixels_of
 from examples.images.folder import AHEAD, JOURNAL, RECIPE, STATE, FolderError, Found, Run, process_folder, walk
 from examples.images.pictures import make_photographs
 from examples.images.report import Report
@@ -424,6 +424,29 @@ def test_what_a_run_left_among_the_originals_and_names_that_are_no_text_are_left
         f"{TEMPORARY}x.jpg": "its name begins with .conveyor-, as those of half-written images",
         os.fsdecode(b"caf\xe9.jpg"): "its name is no UTF-8; rename it",
     }
+
+
+def test_results_too_large_for_the_contact_sheet_are_counted_and_their_absence_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photo,) = make_photographs(tmp_path / "in", 1, (90, 60))
+    command = [
+        "process",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--filters",
+        "resize:200x200",
+        "--processes",
+        "1",
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+        assert pixels_of(photo) == 5_400
+        assert __main__.main(command) == 0
+        assert pixels_of(tmp_path / "out" / photo.name) == 40_000
+    said = capsys.readouterr().out
+    assert f"not on the contact sheet: {photo.name}: {photo.name} is a decompression bomb" in said
+    assert not (tmp_path / "out" / "contact-sheet.png").exists()
 
 
 def test_what_took_too_long_and_what_was_too_large_name_the_option_that_allows_more(tmp_path: Path) -> None:
