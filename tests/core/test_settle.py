@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from conveyor.core.message import Message
 from conveyor.core.retry import NO_RETRY, RetryPolicy
 from conveyor.core.settle import (
-    CANCELLED,
     LONGEST_ERROR,
     Dead,
+    Done,
     Reason,
     Release,
     RetryAt,
@@ -100,7 +100,8 @@ def test_reject_ends_it_at_once() -> None:
 
 def test_a_handler_has_its_own_job_cancelled_but_fails_with_that_of_another_one() -> None:
     for error in (JobCancelled(), JobCancelled("enough"), pickle.loads(pickle.dumps(JobCancelled("enough")))):
-        assert verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0) is CANCELLED
+        verdict = verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0)
+        assert verdict == Done(cancelled=True, error=describe(error))
     for error in (JobCancelled("it was", "other"), pickle.loads(pickle.dumps(JobCancelled("it was", "other")))):
         assert isinstance(verdict_on_error(error, attempts=0, policy=RetryPolicy(), now=NOW, chance=0.0), RetryAt)
 

@@ -390,11 +390,11 @@ async def test_a_handler_may_end_its_job_as_cancelled(kind: str, caplog: pytest.
     tasks: dict[str, Any] = {"async": in_loop, "thread": in_thread, "process": in_process}
     async with app.running():
         ticket = await tasks[kind].send()
-        with pytest.raises(JobCancelled) as caught:
+        with pytest.raises(JobCancelled, match="was cancelled; last error: JobCancelled: nobody wants it") as caught:
             await ticket.result(SECONDS)
         assert caught.value.id == ticket.id
         job = await ticket.status()
-        assert (job.status, job.attempts) == ("cancelled", 1)
+        assert (job.status, job.attempts, job.error) == ("cancelled", 1, "JobCancelled: nobody wants it any more")
     assert f"the handler of message {ticket.id} has it cancelled: nobody wants it any more" in caplog.text
 
 

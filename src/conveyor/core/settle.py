@@ -43,6 +43,7 @@ class Done(msgspec.Struct, frozen=True, gc=False):
         unkept: why nothing is kept of it; "" where it is, or where it returned nothing.
         repeated: nothing was done: the ledger knew the message already.
         cancelled: somebody cancelled it, before it began or while it ran; or its handler did.
+        error: what the handler said when it did.
     """
 
     emits: tuple[Message, ...] = ()
@@ -50,6 +51,7 @@ class Done(msgspec.Struct, frozen=True, gc=False):
     unkept: str = ""
     repeated: bool = False
     cancelled: bool = False
+    error: str = ""
 
 
 class RetryAt(msgspec.Struct, frozen=True, gc=False):
@@ -100,7 +102,7 @@ def verdict_on_error(
         # It is not the message's fault, and may outlast any number of attempts.
         return Release(now + OUTAGE_SECONDS * (1 + chance))
     if isinstance(error, JobCancelled) and not error.id:
-        return CANCELLED
+        return Done(cancelled=True, error=text)
     if isinstance(error, Reject):
         return Dead(Reason.REJECTED, text, traceback)
     if isinstance(error, PayloadError):

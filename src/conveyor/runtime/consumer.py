@@ -687,7 +687,7 @@ class Consumer:
             chance=random.random(),
             traceback=trace_of(error),
         )
-        if verdict is CANCELLED:
+        if isinstance(verdict, Done):
             log.info(
                 "worker %s: the handler of message %s has it cancelled: %s",
                 self.worker.name,
@@ -729,10 +729,11 @@ class Consumer:
         if self._journal is not None:
             self._journal.settled(self.worker.identity, delivery, verdict, begun, soon=self._is_job)
         metrics = self.metrics
-        if verdict is CANCELLED:
-            metrics.cancelled += 1
-        elif isinstance(verdict, Done):
-            metrics.succeeded += 1
+        if isinstance(verdict, Done):
+            if verdict.cancelled:
+                metrics.cancelled += 1
+            else:
+                metrics.succeeded += 1
             if verdict.emits:
                 self._note_emits(verdict.emits)
         elif isinstance(verdict, Release):

@@ -234,6 +234,7 @@ class Journal:
                 kind = Kind.DUPLICATE
             elif verdict.cancelled:
                 kind, attempt = Kind.CANCELLED, attempt if started is not None else delivery.attempts
+                error = verdict.error
             for emitted in verdict.emits:
                 self.published(emitted, worker, nowhere=not self.is_received(emitted.topic))
         elif type(verdict) is RetryAt:

@@ -25,12 +25,6 @@ class Publisher(Office, Protocol):
         """See Conveyor.publish."""
         ...
 
-    def publish_sync(
-        self, event: object, *, require_subscriber: bool = False, **options: Unpack[Publishing]
-    ) -> Message:
-        """See Conveyor.publish_sync."""
-        ...
-
 
 class Task(Generic[P, R]):
     """A job: a function whose own parameters are the payload. Call it to run it here, send it to have it run by a worker."""
@@ -77,7 +71,8 @@ class Task(Generic[P, R]):
     def send_sync(self, *args: P.args, **kwargs: P.kwargs) -> Ticket[Any]:
         """send() for code without an event loop."""
         payload = self._payload(args, kwargs)
-        message = self._app.publish_sync(payload, require_subscriber=True, **self._publishing())
+        work = self._app.publish(payload, require_subscriber=True, **self._publishing())
+        message = self._app.wait_here(work, "send_sync", f"{self.name}.send(…)")
         return Ticket(self._app, message.id, message)
 
     @overload

@@ -318,7 +318,8 @@ def result_of(job: Job, returns: Any) -> Any:
         PayloadError: the result is not of this type.
     """
     if job.status is Status.CANCELLED:
-        raise JobCancelled(f"job {job.id} of {job.worker or job.topic} was cancelled", job.id)
+        why = f"; last error: {job.error}" if job.error else ""
+        raise JobCancelled(f"job {job.id} of {job.worker or job.topic} was cancelled{why}", job.id)
     if job.status is not Status.DONE:
         raise JobFailed(
             f"job {job.id} of {job.worker} was given up after {counted(job.attempts, 'attempt')} ({job.reason}): {job.error}",
