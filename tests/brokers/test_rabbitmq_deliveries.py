@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from conveyor.broker import Delivery, Queue, Settlement
-from conveyor.brokers.rabbitmq import RabbitBroker, delay, publisher, work
+from conveyor.brokers.rabbitmq import RabbitBroker, delay, order, publisher, work
 from conveyor.brokers.rabbitmq.amqp import AmqpError
 from conveyor.brokers.rabbitmq.held import Held
 from conveyor.brokers.rabbitmq.order import Keyed, Place
@@ -284,6 +284,27 @@ async def test_what_was_drawn_and_leased_is_received_whatever_happens_to_the_key
         async with asyncio.timeout(PATIENCE_SECONDS):
             [delivery] = await subscription.fetch(10)
         assert delivery.message.id == "without a key"
+
+
+async def test_a_key_whose_waiting_messages_leave_no_room_for_its_neighbours_is_told_of(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(order, "AHEAD", 5)
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="q", topics=("t",), ordered=True)])
+        await broker.publish([Message(str(number), "t", b"{}", key="k") for number in range(6)])
+        subscription = await broker.subscribe("q", 10)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [first] = await subscription.fetch(10)
+            while broker.keyed("q").waiting < 4:
+                await asyncio.sleep(0.01)
+        assert "get nothing" not in caplog.text
+        assert await broker.settle([Settlement(first, RetryAt(broker.clock() + 2.0, "away"))]) == []
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            [again] = await subscription.fetch(10)
+        assert again.message.id == "0"
+        assert [each for each in caplog.messages if "5 messages of q" in each and "get nothing" in each]
+        assert await broker.settle([Settlement(again, DONE)]) == []
 
 
 # --- queues that others made, and delete ------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class Keyed:
         self._since = 0.0
         # Somebody deleted a partition, or its notes: it is created again before all are taken anew.
         self._incomplete = False
+        self._full = False
         self._kept: dict[str, Place] = {}
         # What is to be delivered anew, by id; until all of it is there, what else comes waits behind it.
         self._returning: Counter[str] = Counter()
@@ -120,6 +121,8 @@ class Keyed:
         async with self._changing:
             if self.work is None or self.work.lost:
                 await self._own()
+        if self._due is None and self._chains:
+            self._look()  # nobody was there to be woken when what waits for its time was put back
 
     def end(self, news: asyncio.Event) -> None:
         """It does not wait any more."""
@@ -439,11 +442,30 @@ class Keyed:
             for news in self._waiters:
                 news.set()
         elif dues and self._fetching:
+            self._tell_full()
             self._due = asyncio.get_running_loop().call_later(min(max(0.001, min(dues) - now), 3600.0), self._look)
         elif not self._chains and self._waiters:
             for news in self._waiters:  # whoever receives early looks at everything
                 news.set()
         self._maybe_idle()
+
+    def _tell_full(self) -> None:
+        """Nothing is ready: say so, once, where that is for want of room."""
+        there: Counter[int] = Counter()
+        busy: set[int] = set()
+        for chain in self._chains.values():
+            there[chain[0].partition] += len(chain)
+            if chain[0].out:
+                busy.add(chain[0].partition)
+        full = any(count >= AHEAD for number, count in there.items() if number not in busy)
+        if full and not self._full:
+            log.warning(
+                "%d messages of %s, as many as one process takes of a quarter of its keys, wait for a retry or a due time, or behind "
+                "one that does: the other keys of that quarter get nothing until then",
+                AHEAD,
+                self._queue,
+            )
+        self._full = full
 
     def _maybe_idle(self) -> None:
         out = any(place.out for chain in self._chains.values() for place in chain)
