@@ -86,6 +86,8 @@ class Loops:
                 await body()
                 return
             except Exception as error:
+                if (task := asyncio.current_task()) is not None and task.cancelling():
+                    return  # it was stopped, and its broker could not even be told so
                 failures = 1 if loop.time() - started > CALM_SECONDS else failures + 1
                 self.problems[name] = describe(error)
                 wait = RESTARTS.wait_seconds(failures, 0.0)
