@@ -355,4 +355,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done and said: one more Ctrl-C changes nothing of that
+    sys.exit(code)

@@ -44,6 +44,11 @@ AHEAD: Final = 4
 MEGAPIXEL: Final = 1_000_000
 JOURNAL_SECONDS: Final = 10.0
 """A journal that cannot be kept for so long ends the run: what becomes of the images is known from it alone."""
+LOW_DISK_BYTES: Final = 64 * 2**20
+LOW_DISK_SHARE: Final = 0.05
+"""Where less than both is free, a queue in a file takes nothing in and hands nothing out."""
+LAST_SECONDS: Final = 3.0
+"""What waits for room on a full disk is given up so long after the end began."""
 LOOK_SECONDS: Final = 0.2
 """Between two looks whether it is kept."""
 
@@ -76,6 +81,8 @@ class Run:
         """By host and process id."""
         self.stopping = False
         """It was interrupted, and finishes what is in hand."""
+        self.problem = ""
+        """Why it cannot go on, and ends."""
 
     @property
     def ended(self) -> int:
@@ -132,19 +139,24 @@ def process_folder(
         recipe = begin(state, source, filters, again=again)
         clean(target)
         own = None if journal else state / JOURNAL
-        images = make_app(settings, broker or own_queue(state), journal or own)
+        queue = None if broker else own_queue(state)
+        images = make_app(settings, broker or f"sqlite:///{queue}/images.queue?durability=normal", journal or own)
         run = Run(sum(not found.left_out for found in walk(source, target)))
         on_start(run)
         started = time.monotonic()
-        conductor = Conductor(run, source, target, recipe, settings, images, originals, own)
-        asyncio.run(_to_the_end(conductor.work(), run))
+        conductor = Conductor(run, source, target, recipe, settings, images, originals, own, queue)
+        asyncio.run(_to_the_end(conductor.work(), run, queue))
         run.report.seconds = time.monotonic() - started
         clean(target)
     return run.report
 
 
-async def _to_the_end(work: Coroutine[Any, Any, None], run: Run) -> None:
-    """Do the work, or as much of it as signals leave time for."""
+async def _to_the_end(work: Coroutine[Any, Any, None], run: Run, queue: Path | None) -> None:
+    """Do the work, or as much of it as signals leave time for.
+
+    Raises:
+        FolderError: it cannot go on.
+    """
     task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
 
     def stop() -> None:
@@ -153,10 +165,25 @@ async def _to_the_end(work: Coroutine[Any, Any, None], run: Run) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
+    hurry = asyncio.create_task(_give_up_without_room(task, run, queue), name="hurry")
     try:
         await task
     except asyncio.CancelledError:
+        if run.problem:
+            raise FolderError(run.problem) from None
         run.report.interrupted = True
+    finally:
+        hurry.cancel()
+
+
+async def _give_up_without_room(work: asyncio.Future[None], run: Run, queue: Path | None) -> None:
+    """Interrupt once more what ends and cannot, because the disk is full: it would wait long for room, and the next run does it."""
+    while not (run.stopping or run.problem):  # noqa: ASYNC110 - two flags, and a disk
+        await asyncio.sleep(LOOK_SECONDS)
+    await asyncio.sleep(LAST_SECONDS)
+    while no_room(queue) is None:  # noqa: ASYNC110
+        await asyncio.sleep(LOOK_SECONDS)
+    work.cancel()
 
 
 class Conductor:
@@ -164,6 +191,7 @@ class Conductor:
 
     Parameters:
         journal: its file, where that is ours to move aside.
+        queue: its folder, where that is ours.
     """
 
     def __init__(
@@ -176,6 +204,7 @@ class Conductor:
         images: Images,
         originals: Originals,
         journal: Path | None,
+        queue: Path | None,
     ) -> None:
         self._run = run
         self._source = source
@@ -188,6 +217,8 @@ class Conductor:
         self._images = images
         self._originals = originals
         self._journal = journal
+        self._queue = queue
+        self._ended = 0
 
     async def work(self) -> None:
         """Have every image processed that is not there yet."""
@@ -197,7 +228,7 @@ class Conductor:
                 self._images.app.running(keeper=False),
                 asyncio.TaskGroup() as group,
             ):
-                watch = group.create_task(fail_without(problem), name="journal")
+                watch = group.create_task(self._watch(problem), name="watch")
                 await self._send_all(group)
                 for _ in range(self._ahead):  # every image has come back
                     await self._room.acquire()
@@ -208,6 +239,18 @@ class Conductor:
             # What was in hand when it was interrupted is finished by now, or comes the next time.
             for path in filter(self._is_made, self._open):
                 self._note_unseen(path)
+
+    async def _watch(self, problem: Callable[[], str | None]) -> None:
+        try:
+            await fail_without(lambda: problem() or self._stuck())
+        except FolderError as error:
+            self._run.problem = str(error)  # also where the end itself is interrupted
+            raise
+
+    def _stuck(self) -> str | None:
+        """Why no image ends, where that is because the queue has no room."""
+        before, self._ended = self._ended, self._run.ended
+        return no_room(self._queue) if self._ended == before else None
 
     async def _send_all(self, following: asyncio.TaskGroup) -> None:
         for path, left_out in walk(self._source, self._target):
@@ -400,10 +443,10 @@ async def kept(app: Conveyor, own: Path | None) -> AsyncIterator[Callable[[], st
 
 
 async def fail_without(problem: Callable[[], str | None]) -> None:
-    """Watch the journal, for ever.
+    """Watch what the run cannot do without, for ever: the journal, and room for the queue.
 
     Raises:
-        FolderError: it could not be kept for long.
+        FolderError: it was not there for long.
     """
     last = time.monotonic()
     while True:
@@ -462,12 +505,25 @@ def begin(state: Path, source: Path, filters: str, *, again: bool) -> Recipe:
     return recipe
 
 
-def own_queue(state: Path) -> str:
-    """The URL of a new queue in the state's folder. That of an interrupted run goes: what it held is among what is not done yet."""
+def own_queue(state: Path) -> Path:
+    """The folder of a new queue in the state's. That of an interrupted run goes: what it held is among what is not done yet."""
     folder = state / "queue"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    return f"sqlite:///{folder / 'images.queue'}?durability=normal"
+    return folder
+
+
+def no_room(queue: Path | None) -> str | None:
+    """Why the queue in this folder takes nothing in; None where there is room, or it is not ours."""
+    if queue is None:
+        return None
+    disk = os.statvfs(queue)
+    free, size = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    if free >= min(LOW_DISK_BYTES, size * LOW_DISK_SHARE):
+        return None
+    return (
+        f"the disk of {queue} is almost full ({free // 1024} kB free), and no image is done any more: free some space"
+    )
 
 
 def clean(target: Path) -> None:

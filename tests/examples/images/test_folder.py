@@ -23,7 +23,7 @@ from examples.images import __main__
 from examples.images import folder as images_folder
 from examples.images.app import Images, make_app, recipe_by_now
 from examples.images.files import LARGEST_PIXELS, TEMPORARY, pixels_of
-from examples.images.folder import AHEAD, JOURNAL, RECIPE, STATE, FolderError, Found, Run, process_folder, walk
+from examples.images.folder import AHEAD, JOURNAL, RECIPE, STATE, FolderError, Found, Run, no_room, process_folder, walk
 from examples.images.pictures import make_photographs
 from examples.images.report import Report
 from examples.images.settings import Settings
@@ -105,6 +105,10 @@ def almost_full(path: Path) -> os.statvfs_result:
     """A disk with room for a queue, and not for a journal."""
     block, free = 4096, 100 * 2**20 // 4096
     return os.statvfs_result((block, block, 2**24, free, free, 10**6, 10**6, 10**6, 0, 255))
+
+
+def nothing_free(disk: os.statvfs_result) -> os.statvfs_result:
+    return os.statvfs_result((*disk[:3], 0, 0, *disk[5:]))
 
 
 def peak_megabytes(program: Program) -> dict[str, float]:
@@ -645,6 +649,34 @@ def test_a_run_whose_journal_cannot_be_kept_ends_with_words(
     assert "almost full" in capsys.readouterr().err
     monkeypatch.undo()
     assert __main__.main(command) == 0
+
+
+def test_a_run_whose_queue_has_no_room_ends_with_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_photographs(tmp_path / "in", 12, (90, 60))
+    monkeypatch.setattr(images_folder, "JOURNAL_SECONDS", 1.0)
+    monkeypatch.setattr(images_folder, "LAST_SECONDS", 0.2)
+    command = ["process", str(tmp_path / "in"), str(tmp_path / "out"), "--filters", "blur:1", "--processes", "1"]
+    command += ["--journal", str(tmp_path / "images.journal")]
+    statvfs = os.statvfs
+
+    def full(path: Path | str) -> os.statvfs_result:  # for the queue alone
+        return nothing_free(statvfs(path)) if "queue" in str(path) else statvfs(path)
+
+    monkeypatch.setattr(os, "statvfs", full)
+    assert __main__.main(command) == 2
+    assert "is almost full" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert __main__.main(command) == 0
+
+
+def test_the_room_of_a_queue_is_looked_at_where_it_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert no_room(tmp_path) is None
+    disk = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: nothing_free(disk))
+    assert "no image is done any more: free some space" in (no_room(tmp_path) or "")
+    assert no_room(None) is None
 
 
 def test_the_queue_may_be_on_any_broker(tmp_path: Path, shared_url: str) -> None:
