@@ -35,6 +35,8 @@ OPAQUE: Final = ("JPEG", "BMP")
 """Formats that know no transparency."""
 FROM_CAMERAS: Final = "MPO"
 """A JPEG with a preview, or what else a camera knows, behind the image itself."""
+LARGEST_SIDES: Final = {"JPEG": 65_500, "WEBP": 16_383, "GIF": 65_535}
+"""Pixels of a side that a format can hold at most; the others hold any that fit into the memory."""
 WITH_PROFILE: Final = ("JPEG", "PNG", "WEBP", "TIFF")
 LARGEST_PIXELS: Final = 80_000_000
 """An image may be larger than any camera's, but not so large that a small file fills the memory."""
@@ -111,6 +113,8 @@ def process_file(
     image = load_image(source, largest_pixels=largest_pixels)
     load = Step("load", time.perf_counter() - started)
     on_step(load)
+    if size := pipeline.size_of(*image.size):  # before the work, where that is known
+        check_size(target, *size)
     filtered = pipeline.apply(image, on_step)
     saving = time.perf_counter()
     save_image(filtered.image, target, profile=_profile_for(filtered.image, image), not_before=changed)
@@ -155,6 +159,20 @@ def check_target(source: Path, target: Path) -> None:
         _check_kind(target, found.st_mode)
         if os.path.samestat(found, source.stat()):
             raise itself
+
+
+def check_size(target: Path, width: int, height: int) -> None:
+    """See that the target's format can hold an image of this size.
+
+    Raises:
+        Refused: it cannot.
+    """
+    kind = format_for(target)
+    most = LARGEST_SIDES.get(kind)
+    if most is not None and max(width, height) > most:
+        raise Refused(
+            f"{target.name} would have {width} × {height} pixels; {kind} holds at most {most:,} a side: write another format"
+        )
 
 
 def load_image(
@@ -207,10 +225,11 @@ def save_image(image: Image.Image, target: Path, *, profile: bytes | None = None
         not_before: Unix seconds; the file is not older than that, whatever the clock says.
 
     Raises:
-        Refused: there is no such format.
+        Refused: there is no such format, or it holds no image so large.
         OSError: it cannot be written now.
     """
     kind = format_for(target)
+    check_size(target, *image.size)
     if kind in OPAQUE and image.mode.endswith("A"):
         image = _on_white(image)
     extra = (

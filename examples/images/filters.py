@@ -142,6 +142,9 @@ class ThumbnailFilter(Struct, frozen=True):
         return small
 
 
+SAME_SIZE: Final = (BlurFilter, BrightnessFilter, ContrastFilter, GrayscaleFilter, EdgesFilter, SharpenFilter)
+
+
 # --- expressions --------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +259,18 @@ class FilterPipeline:
             steps.append(Step(each.name, time.perf_counter() - started))
             on_step(steps[-1])
         return Filtered(image, tuple(steps))
+
+    def size_of(self, width: int, height: int) -> tuple[int, int] | None:
+        """How large what it makes of an image of this size is, in pixels; None where a filter of somebody's making decides."""
+        for each in self.filters:
+            if isinstance(each, ResizeFilter):
+                width, height = each.width, each.height
+            elif isinstance(each, ThumbnailFilter):
+                scale = min(1.0, each.size / max(width, height))
+                width, height = round(width * scale), round(height * scale)
+            elif not isinstance(each, SAME_SIZE):
+                return None
+        return width, height
 
     def __repr__(self) -> str:
         return f"FilterPipeline({list(self.filters)!r})"

@@ -49,6 +49,24 @@ def test_a_truncated_image_is_refused_wherever_it_ends(tmp_path: Path, kind: str
         load_image(write(tmp_path, name, content[: int(len(content) * keep)]))
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "most"), [("a.jpg", 65_501, "65,500"), ("a.webp", 16_384, "16,383"), ("a.gif", 65_536, "65,535")]
+)
+def test_an_image_too_large_for_its_format_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, width: int, most: str
+) -> None:
+    source = write(tmp_path, name, encoded(Image.new("L", (width, 1)), "PNG"))
+    with pytest.raises(Refused, match=f"{width} × 1 pixels; .* holds at most {most} a side"):
+        save_image(Image.new("L", (width, 1)), tmp_path / "b" / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(GrayscaleFilter, "apply", lambda *_: pytest.fail("it was worked on"))
+        with pytest.raises(Refused, match=f"at most {most} a side"):
+            process_file(source, tmp_path / "out" / name, FilterPipeline("grayscale"))
+    assert not (tmp_path / "out").exists()
+    assert process_file(source, tmp_path / "out" / name, FilterPipeline("grayscale,thumbnail:100")).width == 100
+    save_image(Image.new("L", (int(most.replace(",", "")), 1)), tmp_path / "b" / name)
+
+
 def test_what_is_no_file_is_refused_in_words_and_never_waited_for(tmp_path: Path) -> None:
     for name, reason in no_files(tmp_path).items():
         with pytest.raises(Refused, match=f"{name}.*{reason}|{reason}.*{name}"):
