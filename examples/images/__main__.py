@@ -7,9 +7,11 @@ import contextlib
 import json
 import logging
 import os
+import queue as queues
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -177,11 +179,19 @@ def add(given: argparse.Namespace) -> int:
 
 def work(given: argparse.Namespace) -> int:
     """Run one worker on a task queue, until told to stop."""
+    # stop() takes a lock, which the code that a signal interrupts may hold; put() of such a queue may interrupt itself.
+    told: queues.SimpleQueue[None] = queues.SimpleQueue()
     pipeline, largest_pixels = FilterPipeline(given.filters), round(given.largest_megapixels * MEGAPIXEL)
     with TaskQueue(given.broker, lease=given.lease) as queue:
         worker = SimpleWorker(given.worker, pipeline, queue, largest_pixels=largest_pixels)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: worker.stop())
+            signal.signal(number, lambda *_: told.put(None))
+
+        def heed() -> None:
+            told.get()
+            worker.stop()
+
+        threading.Thread(target=heed, name="signals", daemon=True).start()
         worker.start(forever=not given.until_empty)
         print(worker.get_stats())
     return 0

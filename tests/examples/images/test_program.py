@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,26 @@ def test_the_monitor_shows_who_works_and_how_well(tmp_path: Path) -> None:
         said = monitor.communicate(timeout=60)[0]
     assert "3 completed" in said
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_worker_that_is_told_to_stop_again_and_again_stops(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'images.queue'}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "examples.images", "--log-level", "info", "work", "--broker", url],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert worker.stderr is not None
+        while "running" not in worker.stderr.readline():
+            assert worker.poll() is None
+        for _ in range(50):
+            worker.send_signal(signal.SIGTERM)
+            worker.send_signal(signal.SIGINT)
+        said, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 0
+    assert "'tasks_completed': 0" in said
 
 
 def lines_of(what: RenderableType, width: int = 80) -> list[str]:
