@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
+from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -74,8 +75,9 @@ def test_whatever_is_changed_on_the_way_is_read_as_by_the_long_way_or_not_at_all
     incoming.raw_properties = bytes(raw)
     found = plain.decode(incoming, envelope._KNOWN)
     if found is not None:
-        id_, _, journey = simple
+        id_, created, journey = simple
         assert (id_, journey) == (found[2]["cloudEvents:id"], found[1])
+        assert created == datetime.fromisoformat(str(found[2]["cloudEvents:time"])).timestamp()
 
 
 NOTES: Final[dict[str, FieldValue]] = {

@@ -33,6 +33,7 @@ from conveyor.errors import (
     NoKeeper,
     PublishFailed,
 )
+from conveyor.runtime import batches
 from conveyor.runtime import journal as journals
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
@@ -499,7 +500,7 @@ async def test_what_the_broker_refuses_for_good_is_dropped_alone_and_counted() -
         metrics = Metrics("1")
         journal = Journal("shop", broker, metrics, TurnableClock())
         for number in range(2):
-            journal.note(Entry(Kind.SUCCEEDED, 1.0, str(number), "t", result="x" * journals.LARGEST_BATCH_BYTES))
+            journal.note(Entry(Kind.SUCCEEDED, 1.0, str(number), "t", result="x" * batches.LARGEST_BATCH_BYTES))
         await journal.flush()
         assert metrics.journal_dropped == 1
         journal.published(message("later"))
@@ -656,7 +657,7 @@ async def test_an_entry_that_cannot_be_encoded_or_read_is_lost_alone(
 async def test_successes_that_share_a_batch_are_kept_each_with_what_is_its_own(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journals, "LARGEST_BATCH", 4)
+    monkeypatch.setattr(batches, "LARGEST_BATCH", 4)
     told = []
     for number in range(11):
         worker, topic = f"shop.worker{number % 3}", f"topic{number % 2}"

@@ -35,6 +35,7 @@ from conveyor import (
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.handler import Mode
+from conveyor.core.questions import Answer
 from conveyor.core.settle import Done
 from conveyor.errors import (
     BrokerError,
@@ -45,6 +46,7 @@ from conveyor.errors import (
     PublishFailed,
     RemoteTraceback,
 )
+from conveyor.runtime import ask as asks
 from conveyor.runtime import ticket as tickets
 from conveyor.runtime.ask import Asker
 from conveyor.runtime.call import RESULT_LIMIT
@@ -485,7 +487,7 @@ async def test_gather_raises_the_first_error_or_puts_it_in_its_place() -> None:
         assert isinstance(error, JobFailed)
 
 
-async def test_gather_says_what_has_not_ended_in_time() -> None:
+async def test_gather_says_what_has_not_ended_in_time_or_puts_that_in_the_place_of_its_result() -> None:
     app = make()
 
     @app.task
@@ -502,6 +504,10 @@ async def test_gather_says_what_has_not_ended_in_time() -> None:
         await tickets[0].result(SECONDS)
         with pytest.raises(JobTimeout, match=f"1 job has not ended after 0.2 s, such as {tickets[1].id}"):
             await app.gather(tickets, timeout=0.2)
+        first, late = await app.gather(tickets, timeout=0.2, return_errors=True)
+        assert first == 1
+        assert isinstance(late, JobTimeout)
+        assert late.id == tickets[1].id
 
 
 async def test_gather_of_more_jobs_than_fit_into_a_question() -> None:
@@ -1021,33 +1027,20 @@ async def test_a_job_in_a_process_has_a_typed_result() -> None:
 async def test_a_result_that_cannot_leave_its_process_is_not_kept_and_its_job_is_done_once() -> None:
     app = make()
     keep = app.task(cpu=True, retry=TWICE)(jobs.keep_to_itself)
+    seen: asyncio.Queue[jobs.Picture] = asyncio.Queue()
+
+    @app.worker
+    async def look(picture: jobs.Picture) -> None:
+        seen.put_nowait(picture)
+
     async with app.running():
         ticket = await keep.send()
         with pytest.raises(ResultNotKept, match="cannot be sent to another process"):
             await ticket.result(SECONDS)
         job = await ticket.status()
         assert (job.status, job.attempts) == ("done", 1)
-
-
-async def test_gather_puts_a_timeout_in_the_place_of_what_has_not_ended() -> None:
-    app = make()
-
-    @app.task
-    async def quick() -> int:
-        return 1
-
-    @app.task
-    async def never() -> int:
-        await asyncio.Event().wait()
-        return 2
-
-    async with app.running(grace_seconds=0.0):
-        tickets = [await quick.send(), await never.send()]
-        await tickets[0].result(SECONDS)
-        first, late = await app.gather(tickets, timeout=0.2, return_errors=True)
-        assert first == 1
-        assert isinstance(late, JobTimeout)
-        assert late.id == tickets[1].id
+        async with asyncio.timeout(SECONDS):
+            assert await seen.get() == jobs.Picture("kept", b"")  # what it published besides
 
 
 async def test_what_is_no_id_and_what_is_no_ticket_is_refused_at_once() -> None:
@@ -1059,7 +1052,17 @@ async def test_what_is_no_id_and_what_is_no_ticket_is_refused_at_once() -> None:
             await app.gather(cast("list[Ticket[Any]]", ["some id"]))
 
 
-async def test_where_a_keeper_is_silent_a_question_ends_with_its_time_and_an_order_goes_out() -> None:
+async def test_where_a_keeper_is_silent_a_question_ends_with_its_time_and_an_order_goes_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[float] = []
+
+    class Answers(asks._Answers):
+        def __init__(self, arriving: asyncio.Queue[Answer], until: float) -> None:
+            super().__init__(arriving, until)
+            given.append(until - asyncio.get_running_loop().time())
+
+    monkeypatch.setattr(asks, "_Answers", Answers)
     app = make()
     began, stopped = asyncio.Event(), asyncio.Event()
 
@@ -1080,6 +1083,11 @@ async def test_where_a_keeper_is_silent_a_question_ends_with_its_time_and_an_ord
         for asked in (ticket.status(0.1), ticket.result(0.1), app.gather([ticket], timeout=0.1)):
             with pytest.raises(NoKeeper, match="answered in time"):
                 await asked
+        assert given
+        assert max(given) <= asks.LOOK_SECONDS
+        given.clear()
         await ticket.cancel()
+        assert given
+        assert max(given) <= tickets.SOON_SECONDS
         async with asyncio.timeout(SECONDS):
             await stopped.wait()

@@ -15,6 +15,7 @@ from conveyor.cli.terminal import FAILED, OK, Output, moment, out, safe, shorten
 from conveyor.core.journal import NOWHERE, Entry, Kind, Stop, stops
 from conveyor.core.questions import Answer, JourneyOf
 from conveyor.core.words import counted, far
+from conveyor.runtime.journal import LONGEST_NOTE
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -31,8 +32,6 @@ STYLES: Final = {
 TIMES: Final = ("at", "started", "due")
 DEEPEST: Final = 20
 """Hops that are indented; a journey may have thousands."""
-LONGEST_NOTE: Final = 500
-"""Characters of what a handler said that are shown on the line."""
 
 command = App(
     name="trace",

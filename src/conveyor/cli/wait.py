@@ -23,6 +23,7 @@ from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
 from conveyor.runtime.ask import MOST_IDS, Asker
+from conveyor.runtime.journal import LONGEST_NOTE
 from conveyor.runtime.ticket import in_words, may_pass
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ async def _wait(ids: Sequence[str], seconds: float, where: Where, output: Output
                 _tell(job, output, bars)
     left = [id for id in ids if id not in last or not last[id].status.ended]
     for id in left:
-        output.note(f"{id} has not ended after {seconds:g} s: {shortened(in_words(last.get(id)), 500)}", "yellow")
+        output.note(
+            f"{id} has not ended after {seconds:g} s: {shortened(in_words(last.get(id)), LONGEST_NOTE)}", "yellow"
+        )
     if len(ids) > 1:
         output.note(f"{good:,} of {counted(len(ids), 'job')} done")
     return OK if good == len(ids) else FAILED

@@ -7,8 +7,8 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice, zip_longest
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -18,11 +18,12 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
-from conveyor.core.journal import NEVER_BEGUN, NOWHERE, Entry, Kind, Successes, each_of
+from conveyor.core.journal import NEVER_BEGUN, NOWHERE, Entry, Kind
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, PublishFailed, is_outage
+from conveyor.runtime.batches import Row, Shared, packed, weight
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics, process_name
 
@@ -43,10 +44,6 @@ CAPACITY: Final = 50_000
 """Entries that wait to be shipped at most; beyond, they are dropped and counted."""
 CAPACITY_BYTES: Final = 16 * 1024 * 1024
 """Bytes of results and tracebacks among them at most."""
-LARGEST_BATCH: Final = 2_000
-"""Entries in one message at most."""
-LARGEST_BATCH_BYTES: Final = 256 * 1024
-"""Bytes of results and tracebacks after which a batch is full."""
 SHIPPED_AT_ONCE: Final = 8
 """Batches in one call of the broker at most: fewer commits, and no more memory than that."""
 QUEUE_LENGTH: Final = 2_000
@@ -63,13 +60,6 @@ IN_MEMORY: Final = ":memory:"
 """Instead of a file: the journal goes with its process."""
 LAST_FLUSH_SECONDS: Final = 2.0
 """How long the last batches may take when everything else has ended."""
-
-Row = tuple[Any, ...]
-"""The fields of an entry, as far as the last one that is not at its default; or what is one success's own."""
-_Shared = tuple[str, str, str, str]
-_Alike = tuple[str, str, str, str, list[Row]]
-"""The fields of Successes."""
-_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 def keeper_topic(app: str) -> str:
@@ -119,7 +109,7 @@ class Journal:
         self._broker = broker
         self._metrics = metrics
         self._entries: list[Entry | Row] = []
-        self._successes: dict[_Shared, list[Row]] = {}
+        self._successes: dict[Shared, list[Row]] = {}
         self._noted = 0
         """How many of both."""
         self._bytes = 0
@@ -142,14 +132,12 @@ class Journal:
         Parameters:
             soon: somebody may be waiting for it: ship it at once.
         """
-        if self._noted >= CAPACITY:
-            self._drop(1)
+        if not self._has_room():
             return
-        self._noted += 1
         if entry.result is not None or entry.traceback:
-            weight = _weight(entry)
-            if self._bytes + weight <= CAPACITY_BYTES:
-                self._bytes += weight
+            size = weight(entry)
+            if self._bytes + size <= CAPACITY_BYTES:
+                self._bytes += size
             else:  # what happened is told all the same: somebody may wait for the end
                 unkept = entry.unkept if entry.result is None else NO_ROOM
                 entry = msgspec.structs.replace(entry, result=None, traceback="", unkept=unkept)
@@ -173,11 +161,16 @@ class Journal:
             self._note_row((*row, None, message.due) if message.due else row)
 
     def _note_row(self, row: Row) -> None:
+        if self._has_room():
+            self._entries.append(row)
+
+    def _has_room(self) -> bool:
+        """Count one more that is noted; where there is no room for it, it is dropped."""
         if self._noted >= CAPACITY:
             self._drop(1)
-        else:
-            self._noted += 1
-            self._entries.append(row)
+            return False
+        self._noted += 1
+        return True
 
     def cancelling(self, id: str, topic: str, journey: str | None, *, at: float | None = None) -> None:
         """Somebody wants a message cancelled.
@@ -207,10 +200,8 @@ class Journal:
             return
         message, attempts = delivery.message, delivery.attempts
         id, journey = message.id, message.correlation_id
-        if self._noted >= CAPACITY:
-            self._drop(1)
+        if not self._has_room():
             return
-        self._noted += 1
         cause, again = message.causation_id, delivery.deliveries - attempts - 1
         row = id, now, started, attempts + 1, again, None if journey == id else journey, cause
         shared = message.topic, worker, self.process, delivery.queue
@@ -378,9 +369,8 @@ class Journal:
         successes, self._successes = self._successes, {}
         heavy, self._bytes, self._noted = self._bytes > 0, 0, 0
         self._progress.clear()
-        for batch in zip_longest(_batches(entries, heavy=heavy), _shared_out(successes), fillvalue=()):
+        for body, number, unfit in packed(entries, successes, heavy=heavy):
             now = self.clock()
-            number, body, unfit = _encoded(*batch)
             if unfit:
                 log.error("%s of the journal dropped: they cannot be encoded", counted(unfit, "entry", "entries"))
                 self._drop(unfit)
@@ -438,74 +428,3 @@ def place(app: str, said: bool | str | Path, broker: Broker, url: str | None) ->
     if parts.scheme == "sqlite":
         return Path(f"{unquote(parts.path[1:])}.journal")
     return IN_MEMORY if Feature.DURABLE in broker.missing else Path(f"{app}.journal")
-
-
-def _weight(entry: Entry | Row) -> int:
-    return 0 if isinstance(entry, tuple) else len(entry.traceback) + (0 if entry.result is None else len(entry.result))
-
-
-def _batches(entries: Sequence[Entry | Row], *, heavy: bool) -> Iterator[Sequence[Entry | Row]]:
-    """Entries in portions that a broker can carry.
-
-    Parameters:
-        heavy: some have a weight.
-    """
-    if not heavy:
-        yield from (entries[start : start + LARGEST_BATCH] for start in range(0, len(entries), LARGEST_BATCH))
-        return
-    batch: list[Entry | Row] = []
-    weight = 0
-    for entry in entries:
-        batch.append(entry)
-        weight += _weight(entry)
-        if len(batch) == LARGEST_BATCH or weight >= LARGEST_BATCH_BYTES:
-            yield batch
-            batch, weight = [], 0
-    if batch:
-        yield batch
-
-
-def _shared_out(successes: Mapping[_Shared, list[Row]]) -> Iterator[Sequence[_Alike]]:
-    """Successes in portions that a broker can carry."""
-    portion: list[_Alike] = []
-    room = LARGEST_BATCH
-    for shared, rows in successes.items():
-        while rows:
-            some, rows = rows[:room], rows[room:]  # noqa: PLW2901
-            portion.append((*shared, some))
-            room -= len(some)
-            if room == 0:
-                yield portion
-                portion, room = [], LARGEST_BATCH
-    if portion:
-        yield portion
-
-
-def _encoded(entries: Sequence[Entry | Row], successes: Sequence[_Alike]) -> tuple[int, bytes, int]:
-    """A batch as it travels, without what cannot; how many entries are in it, and how many are not."""
-    number = len(entries) + sum(len(rows) for *_, rows in successes)
-    try:
-        return number, _encode((entries, successes)), 0
-    except Exception:  # whatever one of them holds, the others are told
-        each = [*entries, *each_of(Successes(*alike) for alike in successes)]
-        fit = [msgspec.Raw(body) for body in map(_alone, each) if body is not None]
-        return len(fit), _encode((fit,)), number - len(fit)
-
-
-def _alone(entry: Entry | Row) -> bytes | None:
-    """An entry as it travels; None where it cannot."""
-    try:
-        try:
-            return _encode(entry)
-        except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
-            return _encode(_clean(entry))
-    except Exception:
-        return None
-
-
-def _clean(entry: Entry | Row) -> Entry:
-    if isinstance(entry, tuple):
-        entry = Entry(*entry)
-    texts = {name: getattr(entry, name) for name in entry.__struct_fields__}
-    clean = {name: text.encode("utf-8", "replace").decode() for name, text in texts.items() if type(text) is str}
-    return msgspec.structs.replace(entry, **clean)

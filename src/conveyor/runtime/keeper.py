@@ -18,7 +18,6 @@ import msgspec
 from conveyor.broker import Broker, Clock, Delivery, Settlement
 from conveyor.core.journal import (
     ENDS,
-    Batch,
     Entry,
     Job,
     JobFilter,
@@ -33,9 +32,9 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
 from conveyor.core.settle import DONE, describe
 from conveyor.core.wishes import MOST, forget_oldest, latest
-from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
 from conveyor.runtime.archive import Archive, fit
+from conveyor.runtime.batches import told_by
 from conveyor.runtime.control import Cancel, Control, Order, Over, tell
 from conveyor.runtime.health import Health
 from conveyor.runtime.journal import ASK, IN_MEMORY, MSGPACK, journal_queue, keeper_topic
@@ -74,9 +73,6 @@ RESULTS_AT_ONCE: Final = 50
 LONGEST_WAIT_SECONDS: Final = 60.0
 """A question that waits is answered by then at the latest; whoever wants to wait longer asks again."""
 
-_batch: Final = msgspec.msgpack.Decoder(Batch[Entry]).decode
-_parts: Final = msgspec.msgpack.Decoder(Batch[msgspec.Raw]).decode
-_part: Final = msgspec.msgpack.Decoder(Entry).decode
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -241,25 +237,13 @@ class Keeper:
 
     def _told(self, delivery: Delivery) -> list[Told]:
         """What is in a batch, without what cannot be read; nothing where it ends whoever reads it."""
-        body = delivery.message.body
-        problem: Exception
         try:
             if delivery.deliveries > SPOILT_DELIVERIES:
                 raise ValueError(f"handed over {delivery.deliveries} times")
-            try:
-                return _batch(body).told()
-            except (ValueError, msgspec.MsgspecError) as error:
-                problem, batch = error, _parts(body)
+            return told_by(delivery.message.body)
         except (ValueError, msgspec.MsgspecError) as error:
             log.error("a batch of the journal is dropped, it makes no sense: %s", describe(error))
             return []
-        entries = []
-        for part in batch.entries:
-            with contextlib.suppress(ValueError, msgspec.MsgspecError):
-                entries.append(_part(part))
-        left_out = counted(len(batch.entries) - len(entries), "entry", "entries")
-        log.error("left %s out of the journal, of which nobody can make sense: %s", left_out, describe(problem))
-        return Batch(entries, batch.successes).told()
 
     async def _keep(self, batches: Sequence[tuple[str, Sequence[Told]]], deliveries: Sequence[Delivery]) -> None:
         """Write batches, however long it takes until that is possible."""

@@ -145,15 +145,18 @@ def decode_simplest(raw: bytes, topic: str) -> tuple[str, float, str] | None:
         and len(raw) == mode_at + 2 + _ID_SIZE + 1 + _ID_SIZE + 8 + len(kind)
     ):
         return None
-    time = raw[time_at:mode_at]
+    time, fraction = raw[time_at : time_at + _TO_SECONDS], raw[time_at + _TO_SECONDS + 1 : mode_at - 1]
+    if raw[time_at + _TO_SECONDS] != _POINT or raw[mode_at - 1] != _ZULU or not fraction.isdigit():
+        return None
     try:
-        micros = _micros(time[:_TO_SECONDS]) + int(time[_TO_SECONDS + 1 : -1])
+        micros = _micros(time) + int(fraction)
         id_ = raw[id_at : id_at + _ID_SIZE].decode()
         return id_, micros / 1_000_000, raw[mode_at + 2 : mode_at + 2 + _ID_SIZE].decode()
     except ValueError:
         return None
 
 
+_POINT, _ZULU = b".Z"
 _PERSISTENT_AND_ID: Final = bytes([2, _ID_SIZE])
 
 

@@ -1,0 +1,141 @@
+"""What the journals of many processes tell their keeper, as it travels: packed on one side, read on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from conveyor.core.journal import Batch, Entry, Successes, Told, each_of
+from conveyor.core.settle import describe
+from conveyor.core.words import counted
+
+log = logging.getLogger("conveyor.keeper")
+
+LARGEST_BATCH: Final = 2_000
+"""Entries in one message at most."""
+LARGEST_BATCH_BYTES: Final = 256 * 1024
+"""Bytes of results and tracebacks after which a batch is full."""
+
+Row = tuple[Any, ...]
+"""The fields of an entry, as far as the last one that is not at its default; or what is one success's own, see OWN."""
+Shared = tuple[str, str, str, str]
+"""What successes have in common: topic, worker, process and queue."""
+_Alike = tuple[str, str, str, str, list[Row]]
+"""The fields of Successes."""
+_encode: Final = msgspec.msgpack.Encoder().encode
+_batch: Final = msgspec.msgpack.Decoder(Batch[Entry]).decode
+_parts: Final = msgspec.msgpack.Decoder(Batch[msgspec.Raw]).decode
+_part: Final = msgspec.msgpack.Decoder(Entry).decode
+
+
+class Packed(NamedTuple):
+    """A batch as it travels.
+
+    Parameters:
+        number: entries in it.
+        unfit: entries that could not be encoded, and are not in it.
+    """
+
+    body: bytes
+    number: int
+    unfit: int
+
+
+def packed(entries: Sequence[Entry | Row], successes: Mapping[Shared, list[Row]], *, heavy: bool) -> Iterator[Packed]:
+    """Batches that a broker can carry.
+
+    Parameters:
+        heavy: some of the entries have a weight.
+    """
+    for batch in zip_longest(_portions(entries, heavy=heavy), _shared_out(successes), fillvalue=()):
+        yield _encoded(*batch)
+
+
+def weight(entry: Entry | Row) -> int:
+    """How many bytes of results and tracebacks are in an entry."""
+    return 0 if isinstance(entry, tuple) else len(entry.traceback) + (0 if entry.result is None else len(entry.result))
+
+
+def _portions(entries: Sequence[Entry | Row], *, heavy: bool) -> Iterator[Sequence[Entry | Row]]:
+    if not heavy:
+        yield from (entries[start : start + LARGEST_BATCH] for start in range(0, len(entries), LARGEST_BATCH))
+        return
+    batch: list[Entry | Row] = []
+    size = 0
+    for entry in entries:
+        batch.append(entry)
+        size += weight(entry)
+        if len(batch) == LARGEST_BATCH or size >= LARGEST_BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _shared_out(successes: Mapping[Shared, list[Row]]) -> Iterator[Sequence[_Alike]]:
+    portion: list[_Alike] = []
+    room = LARGEST_BATCH
+    for shared, rows in successes.items():
+        while rows:
+            some, rows = rows[:room], rows[room:]  # noqa: PLW2901
+            portion.append((*shared, some))
+            room -= len(some)
+            if room == 0:
+                yield portion
+                portion, room = [], LARGEST_BATCH
+    if portion:
+        yield portion
+
+
+def _encoded(entries: Sequence[Entry | Row], successes: Sequence[_Alike]) -> Packed:
+    """A batch without what cannot travel."""
+    number = len(entries) + sum(len(rows) for *_, rows in successes)
+    try:
+        return Packed(_encode((entries, successes)), number, 0)
+    except Exception:  # whatever one of them holds, the others are told
+        each = [*entries, *each_of(Successes(*alike) for alike in successes)]
+        fit = [msgspec.Raw(body) for body in map(_alone, each) if body is not None]
+        return Packed(_encode((fit,)), len(fit), number - len(fit))
+
+
+def _alone(entry: Entry | Row) -> bytes | None:
+    """An entry as it travels; None where it cannot."""
+    try:
+        try:
+            return _encode(entry)
+        except UnicodeEncodeError:  # an error's text may hold half characters, which no store can keep
+            return _encode(_clean(entry))
+    except Exception:
+        return None
+
+
+def _clean(entry: Entry | Row) -> Entry:
+    if isinstance(entry, tuple):
+        entry = Entry(*entry)
+    texts = {name: getattr(entry, name) for name in entry.__struct_fields__}
+    clean = {name: text.encode("utf-8", "replace").decode() for name, text in texts.items() if type(text) is str}
+    return msgspec.structs.replace(entry, **clean)
+
+
+def told_by(body: bytes) -> list[Told]:
+    """What is in a batch, without what cannot be read.
+
+    Raises:
+        ValueError: it makes no sense at all.
+    """
+    try:
+        return _batch(body).told()
+    except (ValueError, msgspec.MsgspecError) as error:
+        problem, batch = error, _parts(body)
+    entries = []
+    for part in batch.entries:
+        with contextlib.suppress(ValueError, msgspec.MsgspecError):
+            entries.append(_part(part))
+    left_out = counted(len(batch.entries) - len(entries), "entry", "entries")
+    log.error("left %s out of the journal, of which nobody can make sense: %s", left_out, describe(problem))
+    return Batch(entries, batch.successes).told()
