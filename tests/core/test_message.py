@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conveyor.core.message import JSON, NO_HEADERS, SOURCE, Message, emitted_id, from_headers, to_headers, uuid7
+from conveyor.core.message import (
+    JSON,
+    NO_HEADERS,
+    SOURCE,
+    Message,
+    emitted_id,
+    from_headers,
+    timestamp,
+    to_headers,
+    uuid7,
+)
 
 WIRE_FORMAT = Path(__file__).parents[2] / "docs" / "wire-format.md"
 PREFIXES = ("ce-", "ce_", "cloudEvents:", "cloudEvents_")
@@ -55,6 +65,11 @@ def arrive(headers: dict[str, Any], *, topic: str = "order.created") -> Message:
 def test_a_message_survives_its_journey_through_headers(message: Message, prefix: str) -> None:
     headers = to_headers(message, prefix)
     assert from_headers(message.topic, message.body, headers, fallback_id="made-up", now=0.0) == message
+
+
+@given(st.floats(-62_135_596_800.0, 253_402_300_799.0))
+def test_a_moment_is_written_as_the_standard_library_writes_it(seconds: float) -> None:
+    assert timestamp(seconds) == datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 @given(st.dictionaries(header_names, anything, max_size=12))

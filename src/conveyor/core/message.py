@@ -122,7 +122,7 @@ def to_headers(message: Message, prefix: str = PREFIX) -> dict[str, str]:
     for attribute, value in said.items():
         headers[prefix + attribute] = value
     if message.created:
-        headers[prefix + "time"] = _timestamp(message.created)
+        headers[prefix + "time"] = timestamp(message.created)
     if message.key:
         headers[prefix + "partitionkey"] = message.key
     if message.correlation_id:
@@ -130,9 +130,9 @@ def to_headers(message: Message, prefix: str = PREFIX) -> dict[str, str]:
     if message.causation_id:
         headers[prefix + "causationid"] = message.causation_id
     if message.due:
-        headers[prefix + "duetime"] = _timestamp(message.due)
+        headers[prefix + "duetime"] = timestamp(message.due)
     if message.expires is not None:
-        headers[prefix + "expirytime"] = _timestamp(message.expires)
+        headers[prefix + "expirytime"] = timestamp(message.expires)
     if message.priority:
         headers[prefix + "priority"] = str(message.priority)
     return headers
@@ -219,10 +219,24 @@ def _in_words(value: Any) -> str:
     return value.isoformat() if isinstance(value, datetime) else ""
 
 
-def _timestamp(unix_seconds: float) -> str:
+def timestamp(unix_seconds: float) -> str:
     """As RFC 3339 has it; what lies beyond its years 1 to 9999 becomes the nearest that it can say."""
-    within = min(max(unix_seconds, _FIRST_SECOND), _LAST_SECOND)
-    return datetime.fromtimestamp(within, UTC).isoformat().replace("+00:00", "Z")
+    if not 0.0 <= unix_seconds < _LAST_SECOND:
+        return _day_and_time(min(max(unix_seconds, _FIRST_SECOND), _LAST_SECOND)) + "Z"
+    whole = int(unix_seconds)
+    micro = round((unix_seconds - whole) * 1e6)
+    if micro == 1_000_000:
+        whole, micro = whole + 1, 0
+    return f"{_second(whole)}.{micro:06}Z" if micro else _second(whole) + "Z"
+
+
+@functools.lru_cache(maxsize=4)  # nearly all that is written now says one of few seconds
+def _second(unix_seconds: int) -> str:
+    return _day_and_time(unix_seconds)
+
+
+def _day_and_time(unix_seconds: float) -> str:
+    return datetime.fromtimestamp(unix_seconds, UTC).isoformat().removesuffix("+00:00")
 
 
 def _seconds(value: Any) -> float | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 
 from conveyor.brokers.rabbitmq.amqp import Incoming
-from conveyor.core.message import JSON, SOURCE, Message
+from conveyor.core.message import JSON, SOURCE, Message, timestamp
 
 PREFIX: Final = "cloudEvents:"
 """CloudEvents 1.0.2, AMQP protocol binding, section 3.1.3."""
@@ -69,20 +69,6 @@ def _begin(topic: str, id_size: int, time_size: int, others_size: int, correlate
     return _FLAGS.pack(flags) + _JSON_TYPE + _SIZE.pack(size) + until_id, until_time, _short(raw)
 
 
-@functools.lru_cache(maxsize=4)
-def _second(whole: int) -> bytes:
-    return datetime.fromtimestamp(whole, UTC).isoformat()[:-6].encode()
-
-
-def _rfc_3339(seconds: float) -> bytes:
-    """A moment as datetime.isoformat() writes it; most of it is the same for all messages of a second."""
-    whole = int(seconds)
-    micro = round((seconds - whole) * 1e6)
-    if micro == 1_000_000:
-        whole, micro = whole + 1, 0
-    return b"%b.%06dZ" % (_second(whole), micro) if micro else _second(whole) + b"Z"
-
-
 def encode(message: Message, slot: bytes) -> bytes | None:
     """The properties of a message that has no more than the usual, as they travel; None for any other.
 
@@ -104,7 +90,7 @@ def encode(message: Message, slot: bytes) -> bytes | None:
     if message.key:
         raw = message.key.encode()
         others = _NAMES["key"] + _SIZE.pack(len(raw)) + raw + others
-    time = _rfc_3339(created)
+    time = timestamp(created).encode()
     until_id, until_time, kind = _begin(message.topic, len(id_), len(time), len(others), bool(correlation))
     return b"".join(
         (

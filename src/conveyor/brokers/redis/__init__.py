@@ -83,11 +83,9 @@ class RedisBroker:
         self._prefix = f"{{{namespace}}}:"
         self._address = address
         self._link = Link(address, self._prefix + "queues", self._greet)
-        sender = (
-            uuid.uuid4().hex
-        )  # names this object's batches, also where an owner has several objects, or had another one before
-        self._publishing = Publishing(self._link, sender)
-        self._settling = Settling(self._link, sender)
+        self._sender = uuid.uuid4().hex  # of this object's batches; an owner may have had, or have, other objects
+        self._publishing = Publishing(self._link, self._sender)
+        self._settling = Settling(self._link, self._sender)
         self._graveyard = Graveyard(self._link, self._prefix)
         self._claims = random.getrandbits(40)  # its claims are no other object's, either
         self._doubtful: dict[int, str] = {}
@@ -291,7 +289,7 @@ class RedisBroker:
     async def _greet(self, link: Link) -> None:
         """First on every connection: the scripts are there, the server knows who lives, and what was half done is undone."""
         await _bring_scripts(link)
-        await link.run_now(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000))
+        await link.run_now(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000), self._sender)
         for claim, queue in tuple(self._doubtful.items()):
             cursor: Any = None
             while cursor != FROM_THE_BEGINNING:
@@ -310,7 +308,7 @@ class RedisBroker:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
             with contextlib.suppress(BrokerError):
-                if await self._link.run(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000)):
+                if await self._link.run(scripts.BEAT, self.owner, int(DEAD_AFTER_SECONDS * 1000), self._sender):
                     await self._declare_missing()
 
     async def _declare(self, queues: Sequence[Queue]) -> None:

@@ -22,6 +22,8 @@ class Script:
 
 
 _FOLDER: Final = resources.files("conveyor.brokers.redis") / "lua"
+_HERE: Final = "-- (queue.lua)\n"
+"""Where a script wants the definitions that it uses; at its beginning where it does not say."""
 _DEFINITION: Final = re.compile(r"^local (?:function )?(\w+(?:, \w+)*)", re.MULTILINE)
 
 
@@ -37,10 +39,12 @@ _COMMON: Final = _definitions()
 
 
 def script_of(text: str) -> Script:
-    """A script behind what it uses of queue.lua, and nothing more: the server defines all of that anew each time it runs it."""
+    """A script with what it uses of queue.lua, and nothing more: the server defines all of that anew each time it runs it."""
+    first, _, text = text.rpartition(_HERE)
     for names, definition in reversed(_COMMON):
         if not names.isdisjoint(re.findall(r"\w+", text)):
             text = definition + text
+    text = first + text
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

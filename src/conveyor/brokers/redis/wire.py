@@ -10,7 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from conveyor.broker import DeadLetter
-from conveyor.core.message import JSON, NO_HEADERS, PRIORITIES, SOURCE, Message, from_headers, to_headers
+from conveyor.core.message import JSON, NO_HEADERS, PRIORITIES, SOURCE, Message, from_headers, timestamp, to_headers
 
 PREFIX: Final = "ce_"
 TOPIC: Final = "conveyor_topic"
@@ -64,12 +64,37 @@ def arguments_of(message: Message, queue: str = "") -> list[Any]:
     Raises:
         ValueError: it has a text that is no UTF-8 (a lone surrogate).
     """
-    fields = [each.encode() if type(each) is str else each for each in fields_of(message, topic=bool(queue))]
+    if message.headers or queue:
+        fields = [each.encode() if type(each) is str else each for each in fields_of(message, topic=bool(queue))]
+    else:
+        fields = _usual_fields_of(message)
     if len(fields) > 2 * MOST_FIELDS:
         fields = _packed(fields)
     key = "-" if message.key is None else "+" + message.key
     way = milliseconds(message.due), message.priority, key.encode()
     return [message.topic.encode(), queue.encode(), *way, len(fields), *fields]
+
+
+def _usual_fields_of(message: Message) -> list[bytes]:
+    """As fields_of(), of a message without headers of its own, in a quarter of the time."""
+    kind = _JSON if message.content_type == JSON else message.content_type.encode()
+    fields = [b"body", message.body, b"content-type", kind, b"ce_specversion", b"1.0", b"ce_id", message.id.encode()]
+    fields += b"ce_source", _CONVEYOR, b"ce_type", message.topic.encode()
+    if message.created:
+        fields += b"ce_time", timestamp(message.created).encode()
+    if message.key is not None:
+        fields += b"ce_partitionkey", message.key.encode()
+    if message.correlation_id:
+        fields += b"ce_correlationid", message.correlation_id.encode()
+    if message.causation_id:
+        fields += b"ce_causationid", message.causation_id.encode()
+    if message.due:
+        fields += b"ce_duetime", timestamp(message.due).encode()
+    if message.expires is not None:
+        fields += b"ce_expirytime", timestamp(message.expires).encode()
+    if message.priority:
+        fields += b"ce_priority", b"%d" % message.priority
+    return fields
 
 
 def milliseconds(seconds: float) -> int:

@@ -1,10 +1,37 @@
 -- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, 1 for early, 1 for one that has waited.
 -- Gives fresh ones as XREADGROUP does, others as {reference, counts, fields, when due where that is to come}, and after how many milliseconds there may be more.
-local name, room, early = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1'
-local token = ' ' .. ARGV[3] .. ' ' .. ARGV[4]
+local call, prefix = redis.call, string.sub(KEYS[1], 1, -7)
+local name, room, early, has_waited = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1', ARGV[6] == '1'
+local token, few, woken_by = ' ' .. ARGV[3] .. ' ' .. ARGV[4], 16, nil
 -- A claim that was long on its way must not take what nobody waits for any more.
 -- (To look by deleting also makes the first write one that takes no memory; see begin() in queue.lua.)
 if call('DEL', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then return {{}, {}, -1} end
+
+-- Who has waited was most likely woken by a few fresh messages that want nothing special: it has them before anything else is looked at,
+-- or defined.
+if has_waited and not call('ZRANGE', prefix .. 'ready:' .. name, 0, 0)[1] then
+  local settings = call('HMGET', prefix .. 'settings:' .. name, 'lease', 'ordered')
+  local asked = math.min(room, few)
+  woken_by = settings[1]
+    and call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', asked, 'NOACK', 'STREAMS', prefix .. 'queue:' .. name, '>')
+  if woken_by and #woken_by[1][2] < asked then
+    local now = call('TIME')
+    local ends = string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000) + settings[1])
+    local special = {ce_duetime = true, ce_priority = true, ce_partitionkey = settings[2] == '1'}
+    local leases, plain = {}, true
+    for _, entry in ipairs(woken_by[1][2]) do
+      for f = 1, #entry[2], 2 do plain = plain and not special[entry[2][f]] end
+      leases[#leases + 1] = ends
+      leases[#leases + 1] = entry[1] .. 'm0' .. token
+    end
+    if plain then
+      call('ZADD', prefix .. 'leases:' .. name, unpack(leases))
+      return {woken_by[1][2], {}, 0}
+    end
+  end
+end
+
+-- (queue.lua)
 local queue = queue_of(name)
 if not queue then return redis.error_reply('NOQUEUE ' .. name) end
 
@@ -24,7 +51,7 @@ end
 
 -- An answer has about this many bytes at most: a larger one would hold up the server, and everybody else, for its time. So the first
 -- few tell how large messages are, and how many more may be asked for, but for no more than four times as many as came.
-local most_bytes, few, bytes, taken = 4194304, 16, 0, 0
+local most_bytes, bytes, taken = 4194304, 0, 0
 local function ask()
   if bytes >= most_bytes then return 0 end
   if taken == 0 then return math.min(room, few) end
@@ -72,7 +99,8 @@ end
 
 local function take_fresh()
   local asked = ask()
-  local read = call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', asked, 'NOACK', 'STREAMS', queue.fresh, '>')
+  local read = woken_by or call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', asked, 'NOACK', 'STREAMS', queue.fresh, '>')
+  woken_by = nil
   if not read then return false end
   local found, aside = read[1][2], false
   for i = 1, #found do
@@ -129,7 +157,7 @@ local function take_all()
 end
 
 -- Who has waited looked at the clock before, and was most likely woken by a fresh message: it is given that at once.
-if ARGV[6] == '1' then
+if has_waited then
   take_ready()
   if room > 0 and take_fresh() and room > 0 then take_fresh() end
 end

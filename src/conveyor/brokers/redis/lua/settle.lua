@@ -99,5 +99,6 @@ while i <= #ARGV do
   end
 end
 keep_bounds()
-call('SET', mine, ARGV[2] .. ' ' .. (#lost > 0 and cjson.encode(lost) or '[]'), 'EX', 3600)
+local answer = ARGV[2] .. ' ' .. (#lost > 0 and cjson.encode(lost) or '[]')
+if before then call('SET', mine, answer, 'KEEPTTL') else call('SET', mine, answer, 'EX', 3600) end
 return lost
