@@ -23,7 +23,7 @@ from conveyor.brokers.memory import MemoryBroker
 from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
-from conveyor.core.settle import DONE
+from conveyor.core.settle import DONE, Dead
 from conveyor.errors import (
     BrokerError,
     BrokerFull,
@@ -673,6 +673,22 @@ async def test_successes_that_share_a_batch_are_kept_each_with_what_is_its_own(
     assert told == [
         (e.correlation_id, e.worker, e.topic, e.queue, e.attempt, e.crashes, e.causation_id) for [e] in found
     ]
+
+
+async def test_an_attempt_is_told_with_when_it_began_and_ended_however_the_clock_was_turned_before(kept: Kept) -> None:
+    now = monotonic()
+    for id, verdict in ("good", DONE), ("bad", Dead("rejected", "no")):
+        kept.clock.turn(3600.0)
+        await kept.journal.flush()  # looks at the clock
+        kept.journal.settled("shop.w", Delivery(message(id), "shop.w", id, 1, 0), verdict, now - 7.0, now - 2.0)
+    await kept.journal.flush()
+    async with kept.keeper():
+        for id, hours in ("good", 1), ("bad", 2):
+            await kept.until_known(id)
+            [entry] = (await kept.asker.journey(id)).entries
+            assert entry.started is not None
+            assert entry.at - entry.started == pytest.approx(5.0)
+            assert entry.at == pytest.approx(kept.clock() - (2 - hours) * 3600.0 - 2.0, abs=600.0)
 
 
 async def test_a_success_that_cannot_be_encoded_takes_none_of_its_batch_along(kept: Kept) -> None:

@@ -498,9 +498,12 @@ class Consumer:
             # For every message, where max() costs twice as much.
             waited = self._clock() - (message.created if message.created > message.due else message.due)  # noqa: FURB136
             self.metrics.wait.observe(waited if waited > 0.0 else 0.0)  # noqa: FURB136
+        ended = None
         try:
             if len(deliveries) == 1:
-                self._settle_in(lane, first, await self._attempt(lane, first))
+                verdict = await self._attempt(lane, first)
+                ended = time.monotonic()
+                self._settle_in(lane, first, verdict, ended)
             else:
                 await self._attempt_batch(lane, deliveries)
         except Exception as error:  # not the handler's: those have become verdicts
@@ -509,7 +512,7 @@ class Consumer:
                 self._settle_in(lane, delivery, Dead(Reason.REJECTED, f"Conveyor's own failure: {describe(error)}"))
         finally:
             if lane.task is not None:
-                self._end(lane, started)
+                self._end(lane, started, ended)
 
     def _begin(self, lane: Lane) -> float:
         """An attempt begins now (monotonic seconds)."""
@@ -520,10 +523,10 @@ class Consumer:
         lane.deadline = FOREVER if timeout is None else started + timeout
         return started
 
-    def _end(self, lane: Lane, started: float) -> None:
+    def _end(self, lane: Lane, started: float, ended: float | None = None) -> None:
         self._handled += len(lane.deliveries)
         lane.deliveries = ()
-        self.progressed = time.monotonic()
+        self.progressed = time.monotonic() if ended is None else ended
         self.metrics.duration.observe(self.progressed - started)
         self._busy -= 1
         if self._stillness is not None and self._busy == 0:
@@ -715,19 +718,22 @@ class Consumer:
             return self._on_error(delivery, HandlerTimeout(text))
         return None if delivery.receipt in lane.lost else Release()
 
-    def _settle_in(self, lane: Lane, delivery: Delivery, verdict: Verdict | None) -> None:
+    def _settle_in(self, lane: Lane, delivery: Delivery, verdict: Verdict | None, ended: float | None = None) -> None:
         """Settle what was handled in a lane, unless it was left behind and settled by then."""
         if verdict is not None and lane.task is not None:
-            self._settle(delivery, verdict, lane.started)
+            self._settle(delivery, verdict, lane.started, ended)
 
-    def _settle(self, delivery: Delivery, verdict: Verdict, begun: float | None = None) -> None:
+    def _settle(
+        self, delivery: Delivery, verdict: Verdict, begun: float | None = None, ended: float | None = None
+    ) -> None:
         """Let a delivery end.
 
         Parameters:
             begun: when the attempt began, on the monotonic clock; None where none was made.
+            ended: when it ended; None is now.
         """
         if self._journal is not None:
-            self._journal.settled(self.worker.identity, delivery, verdict, begun, soon=self._is_job)
+            self._journal.settled(self.worker.identity, delivery, verdict, begun, ended, soon=self._is_job)
         metrics = self.metrics
         if isinstance(verdict, Done):
             if verdict.cancelled:

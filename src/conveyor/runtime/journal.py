@@ -120,9 +120,16 @@ class Journal:
         self._unsent: deque[tuple[int, Message]] = deque()
         """Batches under way, each with the number of its entries."""
         self._failures = 0
+        self._zero = 0.0
+        """What the clock said when the monotonic one was at zero."""
+        self._set_clock(monotonic())
         self._soon = asyncio.Event()
         self._shipping = asyncio.Lock()
         self._loops = Loops()
+
+    def _set_clock(self, now: float) -> None:
+        """What the monotonic clock says now is what the clock says now: reading both for each message costs more than its note."""
+        self._zero = self.clock() - now
 
     # --- noting -------------------------------------------------------------------------------------------------------
 
@@ -184,24 +191,37 @@ class Journal:
         self.note(entry, soon=True)
 
     def settled(
-        self, worker: str, delivery: Delivery, verdict: Verdict, begun: float | None, *, soon: bool = False
+        self,
+        worker: str,
+        delivery: Delivery,
+        verdict: Verdict,
+        begun: float | None,
+        ended: float | None = None,
+        *,
+        soon: bool = False,
     ) -> None:
         """A delivery has ended, and with it perhaps the message. What it emits is noted, too.
 
         Parameters:
             worker: the identity of the worker that had it.
             begun: when the attempt began, on the monotonic clock; None where none was made.
+            ended: when it ended, on the same clock; None is now.
             soon: somebody may be waiting for its result.
         """
-        now = self.clock()
-        started = None if begun is None else now - (monotonic() - begun)
+        if ended is None:
+            ended = monotonic()
+            self._set_clock(ended)
+        now = self._zero + ended
+        started = None if begun is None else self._zero + begun
         if verdict is not DONE:
             self._settled_otherwise(worker, delivery, verdict, now, started, soon=soon)
             return
         message, attempts = delivery.message, delivery.attempts
         id, journey = message.id, message.correlation_id
-        if not self._has_room():
+        if self._noted >= CAPACITY:
+            self._drop(1)
             return
+        self._noted += 1  # as _has_room(), without a call for each message
         cause, again = message.causation_id, delivery.deliveries - attempts - 1
         row = id, now, started, attempts + 1, again, None if journey == id else journey, cause
         shared = message.topic, worker, self.process, delivery.queue
@@ -356,6 +376,7 @@ class Journal:
 
     def _gather(self) -> None:
         """Make batches of all that is to tell."""
+        self._set_clock(monotonic())
         told = []
         for source in self.at_work:
             for worker, delivery, begun in source():
