@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from conveyor.core.journal import Batch, Entry, Successes, Told, each_of
+from conveyor.core.journal import Batch, Entry, Told
 from conveyor.core.settle import describe
 from conveyor.core.words import counted
 
@@ -23,14 +23,52 @@ LARGEST_BATCH_BYTES: Final = 256 * 1024
 
 Row = tuple[Any, ...]
 """The fields of an entry, as far as the last one that is not at its default; or what is one success's own, see OWN."""
-Shared = tuple[str, str, str, str]
-"""What successes have in common: topic, worker, process and queue."""
-_Alike = tuple[str, str, str, str, list[Row]]
-"""The fields of Successes."""
 _encode: Final = msgspec.msgpack.Encoder().encode
+_write: Final = msgspec.msgpack.Encoder().encode_into
 _batch: Final = msgspec.msgpack.Decoder(Batch[Entry]).decode
 _parts: Final = msgspec.msgpack.Decoder(Batch[msgspec.Raw]).decode
 _part: Final = msgspec.msgpack.Decoder(Entry).decode
+
+
+class Alike:
+    """Successes that have all but OWN in common; LARGEST_BATCH of them at most.
+
+    Each is written down as it comes: what is kept of thousands of messages until the next flush makes all else slower that
+    takes memory meanwhile, by more than the writing costs.
+
+    Parameters:
+        topic, worker, process, queue: of them all.
+
+    Raises:
+        Exception: these cannot be encoded.
+    """
+
+    __slots__ = ("_begin", "_rows", "number")
+
+    def __init__(self, topic: str, worker: str, process: str, queue: str) -> None:
+        self.number = 0
+        self._begin = _encode((topic, worker, process, queue, ()))[:-1]  # without the empty array at the end
+        self._rows = bytearray()
+
+    def add(self, row: Row) -> bool:
+        """One more; whether there is no room for another one.
+
+        Raises:
+            Exception: it cannot be encoded.
+        """
+        start = len(self._rows)
+        try:
+            _write(row, self._rows, -1)
+        except Exception:
+            del self._rows[start:]
+            raise
+        self.number += 1
+        return self.number >= LARGEST_BATCH
+
+    def packed(self) -> msgspec.Raw:
+        """Successes, as they travel."""
+        array = b"\xdc" + self.number.to_bytes(2, "big")  # MessagePack's "array 16"
+        return msgspec.Raw(b"".join((self._begin, array, self._rows)))
 
 
 class Packed(NamedTuple):
@@ -46,7 +84,7 @@ class Packed(NamedTuple):
     unfit: int
 
 
-def packed(entries: Sequence[Entry | Row], successes: Mapping[Shared, list[Row]], *, heavy: bool) -> Iterator[Packed]:
+def packed(entries: Sequence[Entry | Row], successes: Iterable[Alike], *, heavy: bool) -> Iterator[Packed]:
     """Batches that a broker can carry.
 
     Parameters:
@@ -77,30 +115,27 @@ def _portions(entries: Sequence[Entry | Row], *, heavy: bool) -> Iterator[Sequen
         yield batch
 
 
-def _shared_out(successes: Mapping[Shared, list[Row]]) -> Iterator[Sequence[_Alike]]:
-    portion: list[_Alike] = []
+def _shared_out(successes: Iterable[Alike]) -> Iterator[Sequence[Alike]]:
+    portion: list[Alike] = []
     room = LARGEST_BATCH
-    for shared, rows in successes.items():
-        while rows:
-            some, rows = rows[:room], rows[room:]  # noqa: PLW2901
-            portion.append((*shared, some))
-            room -= len(some)
-            if room == 0:
-                yield portion
-                portion, room = [], LARGEST_BATCH
+    for alike in successes:
+        if alike.number > room:
+            yield portion
+            portion, room = [], LARGEST_BATCH
+        portion.append(alike)
+        room -= alike.number
     if portion:
         yield portion
 
 
-def _encoded(entries: Sequence[Entry | Row], successes: Sequence[_Alike]) -> Packed:
+def _encoded(entries: Sequence[Entry | Row], successes: Sequence[Alike]) -> Packed:
     """A batch without what cannot travel."""
-    number = len(entries) + sum(len(rows) for *_, rows in successes)
+    number, shared = sum(alike.number for alike in successes), [alike.packed() for alike in successes]
     try:
-        return Packed(_encode((entries, successes)), number, 0)
+        return Packed(_encode((entries, shared)), len(entries) + number, 0)
     except Exception:  # whatever one of them holds, the others are told
-        each = [*entries, *each_of(Successes(*alike) for alike in successes)]
-        fit = [msgspec.Raw(body) for body in map(_alone, each) if body is not None]
-        return Packed(_encode((fit,)), len(fit), number - len(fit))
+        fit = [msgspec.Raw(body) for body in map(_alone, entries) if body is not None]
+        return Packed(_encode((fit, shared)), len(fit) + number, len(entries) - len(fit))
 
 
 def _alone(entry: Entry | Row) -> bytes | None:

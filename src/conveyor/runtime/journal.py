@@ -23,7 +23,7 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, PublishFailed, is_outage
-from conveyor.runtime.batches import Row, Shared, packed, weight
+from conveyor.runtime.batches import Alike, Row, packed, weight
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics, process_name
 
@@ -109,9 +109,11 @@ class Journal:
         self._broker = broker
         self._metrics = metrics
         self._entries: list[Entry | Row] = []
-        self._successes: dict[Shared, list[Row]] = {}
+        self._successes: dict[tuple[str, str, str], Alike] = {}
+        """Of each topic, worker and queue."""
+        self._full: list[Alike] = []
         self._noted = 0
-        """How many of both."""
+        """How many of all."""
         self._bytes = 0
         self._progress: dict[tuple[str, str], Entry] = {}
         """The latest of each worker and message since the last flush."""
@@ -224,11 +226,16 @@ class Journal:
         self._noted += 1  # as _has_room(), without a call for each message
         cause, again = message.causation_id, delivery.deliveries - attempts - 1
         row = id, now, started, attempts + 1, again, None if journey == id else journey, cause
-        shared = message.topic, worker, self.process, delivery.queue
+        of = message.topic, worker, delivery.queue
         try:
-            self._successes[shared].append(row)
-        except KeyError:
-            self._successes[shared] = [row]
+            alike = self._successes.get(of)
+            if alike is None:
+                alike = self._successes[of] = Alike(message.topic, worker, self.process, delivery.queue)
+            if alike.add(row):
+                self._full.append(self._successes.pop(of))
+        except Exception:  # a text of half characters: at length there is a way for it
+            entry = (Kind.SUCCEEDED, now, id, message.topic, worker, self.process, delivery.queue, attempts + 1, again)
+            self._entries.append((*entry, row[-2], cause, started))
         if soon:
             self._soon.set()
 
@@ -387,7 +394,7 @@ class Journal:
                         self.note(self._of(Kind.STARTED, began, worker, delivery, started=began))
         self._told = frozenset(told)
         entries, self._entries = [*self._entries, *self._progress.values()], []
-        successes, self._successes = self._successes, {}
+        successes, self._full, self._successes = [*self._full, *self._successes.values()], [], {}
         heavy, self._bytes, self._noted = self._bytes > 0, 0, 0
         self._progress.clear()
         for body, number, unfit in packed(entries, successes, heavy=heavy):
