@@ -56,7 +56,7 @@ SPOILT_DELIVERIES: Final = 5
 """A batch that was handed over so often has ended its keepers; it is dropped."""
 AGAIN_SECONDS: Final = 2.0
 """Between two tries to write to an archive that cannot be written."""
-LINGER_SECONDS: Final = 0.1
+LINGER_SECONDS: Final = 0.25
 """While nobody waits for an end, what comes in so long is taken together: each commit costs the queue's file, and its users, something."""
 TIDY_SECONDS: Final = 10.0
 """Between two looks at what is too old, or too much."""
