@@ -18,6 +18,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from redis import Redis as Client
+from redis import ResponseError
 
 import conveyor.brokers.redis as module
 from conveyor.broker import DeadFilter, Delivery, Queue, Settlement
@@ -360,6 +361,36 @@ async def test_a_batch_that_comes_late_when_a_later_one_is_done_does_nothing(red
             for stream in streams:
                 entries = client.xrange(f"{namespace}:queue:{stream}")
                 assert [fields["ce_id"] for _, fields in entries] == ["1", "2", "3"]
+
+
+async def test_a_batch_that_failed_is_done_when_it_comes_again_and_one_that_was_done_is_known_by_a_full_server(
+    own_server: Redis,
+) -> None:
+    url = own_server.url()
+    namespace = f"{{{namespace_of(url)}}}"
+    queues = Queue(name="q", topics=("t",)), Queue(name="both", topics=("u",)), Queue(name="p", topics=("u",))
+    async with opened(url, *queues) as broker:
+        with plain(own_server) as client:
+
+            def publish(topic: str, number: int) -> Any:
+                message = arguments_of(Message(f"{topic}{number}", topic, b"1"))
+                return client.evalsha(scripts.PUBLISH.digest, 1, f"{namespace}:queues", f"of {topic}", number, *message)
+
+            for topic, stream in ("t", "q"), ("u", "p"):
+                client.rename(f"{namespace}:queue:{stream}", "aside")
+                client.set(f"{namespace}:queue:{stream}", "of another kind")
+                with pytest.raises(ResponseError, match="WRONGTYPE"):
+                    publish(topic, 1)
+                client.rename("aside", f"{namespace}:queue:{stream}")
+                publish(topic, 1)
+                assert client.xlen(f"{namespace}:queue:{stream}") == 1
+                client.config_set("maxmemory", "1mb")
+                publish(topic, 1)
+                with pytest.raises(ResponseError, match="maxmemory"):
+                    publish(topic, 2)
+                client.config_set("maxmemory", "0")
+                assert client.xlen(f"{namespace}:queue:{stream}") == 1
+        assert sum(queue.ready for queue in await broker.queues()) >= 3
 
 
 async def test_what_was_done_is_remembered_for_as_long_as_the_sender_gives_signs_of_life(

@@ -691,6 +691,32 @@ async def test_an_attempt_is_told_with_when_it_began_and_ended_however_the_clock
             assert entry.at == pytest.approx(kept.clock() - (2 - hours) * 3600.0 - 2.0, abs=600.0)
 
 
+async def test_a_keeper_does_not_wait_for_more_while_there_is_more(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keepers, "LINGER_SECONDS", 3600.0)
+    for number in range(2 * keepers.FETCH + 1):
+        kept.journal.published(message(str(number)))
+        await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known(str(2 * keepers.FETCH))
+        assert len(await kept.asker.jobs(limit=1000)) == 2 * keepers.FETCH + 1
+
+
+async def test_attempts_are_told_by_the_right_clock_also_while_the_broker_is_away(kept: Kept) -> None:
+    await kept.broker.close()
+    kept.journal.published(message("early"))
+    await kept.journal.flush()  # in vain
+    kept.clock.turn(3600.0)
+    await kept.journal.flush()
+    kept.journal.settled("shop.w", Delivery(message("late"), "shop.w", "late", 1, 0), DONE, monotonic(), monotonic())
+    await kept.broker.open()
+    await kept.journal.flush()
+    await kept.journal.flush()
+    async with kept.keeper():
+        await kept.until_known("late")
+        [entry] = (await kept.asker.journey("late")).entries
+        assert entry.at == pytest.approx(kept.clock(), abs=600.0)
+
+
 async def test_a_success_that_cannot_be_encoded_takes_none_of_its_batch_along(kept: Kept) -> None:
     for id in ("before", "half \ud800", "behind"):
         kept.journal.settled("shop.w", Delivery(message(id), "shop.w", id, 1, 0), DONE, monotonic())

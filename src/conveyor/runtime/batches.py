@@ -17,7 +17,7 @@ from conveyor.core.words import counted
 log = logging.getLogger("conveyor.keeper")
 
 LARGEST_BATCH: Final = 2_000
-"""Entries in one message at most."""
+"""Entries in one message at most; of one Alike, not more than 65,535."""
 LARGEST_BATCH_BYTES: Final = 256 * 1024
 """Bytes of results and tracebacks after which a batch is full."""
 
@@ -119,6 +119,8 @@ def _shared_out(successes: Iterable[Alike]) -> Iterator[Sequence[Alike]]:
     portion: list[Alike] = []
     room = LARGEST_BATCH
     for alike in successes:
+        if alike.number == 0:  # its first one could not be encoded
+            continue
         if alike.number > room:
             yield portion
             portion, room = [], LARGEST_BATCH

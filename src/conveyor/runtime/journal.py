@@ -124,14 +124,14 @@ class Journal:
         self._failures = 0
         self._zero = 0.0
         """What the clock said when the monotonic one was at zero."""
-        self._set_clock(monotonic())
+        self._set_clock()
         self._soon = asyncio.Event()
         self._shipping = asyncio.Lock()
         self._loops = Loops()
 
-    def _set_clock(self, now: float) -> None:
-        """What the monotonic clock says now is what the clock says now: reading both for each message costs more than its note."""
-        self._zero = self.clock() - now
+    def _set_clock(self) -> None:
+        """Look how far the clock is from the monotonic one: to read both for each message would cost too much."""
+        self._zero = self.clock() - monotonic()
 
     # --- noting -------------------------------------------------------------------------------------------------------
 
@@ -210,10 +210,7 @@ class Journal:
             ended: when it ended, on the same clock; None is now.
             soon: somebody may be waiting for its result.
         """
-        if ended is None:
-            ended = monotonic()
-            self._set_clock(ended)
-        now = self._zero + ended
+        now = self._zero + (monotonic() if ended is None else ended)
         started = None if begun is None else self._zero + begun
         if verdict is not DONE:
             self._settled_otherwise(worker, delivery, verdict, now, started, soon=soon)
@@ -365,6 +362,7 @@ class Journal:
 
     async def flush(self) -> None:
         """Ship what has gathered; what the broker cannot take now stays for the next time, within bounds."""
+        self._set_clock()
         async with self._shipping:
             if not self._unsent:
                 self._gather()
@@ -383,7 +381,6 @@ class Journal:
 
     def _gather(self) -> None:
         """Make batches of all that is to tell."""
-        self._set_clock(monotonic())
         told = []
         for source in self.at_work:
             for worker, delivery, begun in source():

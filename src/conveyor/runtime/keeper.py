@@ -230,7 +230,7 @@ class Keeper:
                 if self._waits:
                     self._note_ends(each_of(told))
                 await self._broker.settle([Settlement(delivery, DONE) for delivery in deliveries])
-                if not self._waits:
+                if not self._waits and len(deliveries) < FETCH:  # else there is more, and it is taken together anyway
                     await asyncio.sleep(LINGER_SECONDS)
         finally:
             await subscription.close()

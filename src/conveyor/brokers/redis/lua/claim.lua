@@ -2,7 +2,8 @@
 -- Gives fresh ones as XREADGROUP does, others as {reference, counts, fields, when due where that is to come}, and after how many milliseconds there may be more.
 local call, prefix = redis.call, string.sub(KEYS[1], 1, -7)
 local name, room, early, has_waited = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1', ARGV[6] == '1'
-local token, few, woken_by = ' ' .. ARGV[3] .. ' ' .. ARGV[4], 16, nil
+local token, few = ' ' .. ARGV[3] .. ' ' .. ARGV[4], 16
+local woken_by -- what the short way read and did not hand out: take_fresh() must, or it is lost
 -- A claim that was long on its way must not take what nobody waits for any more.
 -- (To look by deleting also makes the first write one that takes no memory; see begin() in queue.lua.)
 if call('DEL', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then return {{}, {}, -1} end

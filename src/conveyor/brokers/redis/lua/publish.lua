@@ -4,13 +4,12 @@
 local call, prefix = redis.call, string.sub(KEYS[1], 1, -7)
 local mine = prefix .. 'sent:' .. ARGV[1] .. ':publish'
 
--- Notes the number of this batch; whether the batch was done before. The sender's signs of life renew the time.
-local function begin_batch()
-  local before = call('SET', mine, ARGV[2], 'KEEPTTL', 'GET')
-  if not before then call('SET', mine, ARGV[2], 'EX', 3600) end
-  local again = before and tonumber(before) >= tonumber(ARGV[2])
-  if again then call('SET', mine, before, 'KEEPTTL') end
-  return again
+local before = call('GET', mine)
+local again = before and tonumber(before) >= tonumber(ARGV[2])
+
+-- Last, behind all that may fail: a batch whose number is noted is done. The sender's signs of life renew the time.
+local function note_number()
+  if before then call('SET', mine, ARGV[2], 'KEEPTTL') else call('SET', mine, ARGV[2], 'EX', 3600) end
 end
 
 -- Nearly always: one message, for one queue, that goes to its end. It is on its way before anything else is looked at, or defined.
@@ -19,14 +18,16 @@ if #ARGV == 8 + ARGV[8] and ARGV[4] == '' and ARGV[5] == '0' and ARGV[6] == '0' 
   if #names == 1 then
     local settings = call('HMGET', prefix .. 'settings:' .. names[1], 'ordered', 'max')
     if settings[1] == '0' and settings[2] == '' then
-      if not begin_batch() then call('XADD', prefix .. 'queue:' .. names[1], '*', unpack(ARGV, 9)) end
+      if not again then
+        call('XADD', prefix .. 'queue:' .. names[1], '*', unpack(ARGV, 9))
+        note_number()
+      end
       return {{}, {}}
     end
   end
 end
 
 -- (queue.lua)
-local again = begin_batch()
 local nowhere, missing, position, i = {}, {}, 0, 3
 while i <= #ARGV do
   local topic, target, reached = ARGV[i], ARGV[i + 1], true
@@ -42,5 +43,8 @@ while i <= #ARGV do
   if not reached then nowhere[#nowhere + 1] = position end
   position = position + 1
 end
-keep_bounds()
+if not again then
+  keep_bounds()
+  note_number()
+end
 return {nowhere, missing}
