@@ -31,10 +31,7 @@ _part: Final = msgspec.msgpack.Decoder(Entry).decode
 
 
 class Alike:
-    """Successes that have all but OWN in common; LARGEST_BATCH of them at most.
-
-    Each is written down as it comes: what is kept of thousands of messages until the next flush makes all else slower that
-    takes memory meanwhile, by more than the writing costs.
+    """Successes that have all but OWN in common, written down as they came.
 
     Parameters:
         topic, worker, process, queue: of them all.
@@ -43,32 +40,60 @@ class Alike:
         Exception: these cannot be encoded.
     """
 
-    __slots__ = ("_begin", "_rows", "number")
+    __slots__ = ("_begin", "number", "rows")
 
     def __init__(self, topic: str, worker: str, process: str, queue: str) -> None:
         self.number = 0
+        self.rows = bytearray()
         self._begin = _encode((topic, worker, process, queue, ()))[:-1]  # without the empty array at the end
-        self._rows = bytearray()
-
-    def add(self, row: Row) -> bool:
-        """One more; whether there is no room for another one.
-
-        Raises:
-            Exception: it cannot be encoded.
-        """
-        start = len(self._rows)
-        try:
-            _write(row, self._rows, -1)
-        except Exception:
-            del self._rows[start:]
-            raise
-        self.number += 1
-        return self.number >= LARGEST_BATCH
 
     def packed(self) -> msgspec.Raw:
         """Successes, as they travel."""
         array = b"\xdc" + self.number.to_bytes(2, "big")  # MessagePack's "array 16"
-        return msgspec.Raw(b"".join((self._begin, array, self._rows)))
+        return msgspec.Raw(b"".join((self._begin, array, self.rows)))
+
+
+class Gathered:
+    """The successes of a process until they are shipped.
+
+    Each is written down as it comes: what is kept of thousands of messages until then makes all else slower that takes memory
+    meanwhile, by more than the writing costs.
+
+    Parameters:
+        process: where they were.
+    """
+
+    def __init__(self, process: str) -> None:
+        self._process = process
+        self._open: dict[tuple[str, str, str], Alike] = {}
+        self._full: list[Alike] = []
+
+    def add(self, topic: str, worker: str, queue: str, row: Row) -> None:
+        """One more.
+
+        Raises:
+            Exception: it cannot be encoded.
+        """
+        of = topic, worker, queue
+        alike = self._open.get(of)
+        if alike is None:
+            alike = self._open[of] = Alike(topic, worker, self._process, queue)
+        rows = alike.rows
+        start = len(rows)
+        try:
+            _write(row, rows, -1)
+        except Exception:
+            del rows[start:]
+            raise
+        alike.number += 1
+        if alike.number >= LARGEST_BATCH:
+            self._full.append(self._open.pop(of))
+
+    def take(self) -> list[Alike]:
+        """All of them, to be shipped."""
+        taken = self._full + [alike for alike in self._open.values() if alike.number]
+        self._open, self._full = {}, []
+        return taken
 
 
 class Packed(NamedTuple):
@@ -119,8 +144,6 @@ def _shared_out(successes: Iterable[Alike]) -> Iterator[Sequence[Alike]]:
     portion: list[Alike] = []
     room = LARGEST_BATCH
     for alike in successes:
-        if alike.number == 0:  # its first one could not be encoded
-            continue
         if alike.number > room:
             yield portion
             portion, room = [], LARGEST_BATCH

@@ -23,7 +23,7 @@ from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, PublishFailed, is_outage
-from conveyor.runtime.batches import Alike, Row, packed, weight
+from conveyor.runtime.batches import Gathered, Row, packed, weight
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.metrics import Metrics, process_name
 
@@ -109,11 +109,9 @@ class Journal:
         self._broker = broker
         self._metrics = metrics
         self._entries: list[Entry | Row] = []
-        self._successes: dict[tuple[str, str, str], Alike] = {}
-        """Of each topic, worker and queue."""
-        self._full: list[Alike] = []
+        self._successes = Gathered(self.process)
         self._noted = 0
-        """How many of all."""
+        """How many of both."""
         self._bytes = 0
         self._progress: dict[tuple[str, str], Entry] = {}
         """The latest of each worker and message since the last flush."""
@@ -122,16 +120,11 @@ class Journal:
         self._unsent: deque[tuple[int, Message]] = deque()
         """Batches under way, each with the number of its entries."""
         self._failures = 0
-        self._zero = 0.0
+        self._zero = clock() - monotonic()
         """What the clock said when the monotonic one was at zero."""
-        self._set_clock()
         self._soon = asyncio.Event()
         self._shipping = asyncio.Lock()
         self._loops = Loops()
-
-    def _set_clock(self) -> None:
-        """Look how far the clock is from the monotonic one: to read both for each message would cost too much."""
-        self._zero = self.clock() - monotonic()
 
     # --- noting -------------------------------------------------------------------------------------------------------
 
@@ -223,13 +216,8 @@ class Journal:
         self._noted += 1  # as _has_room(), without a call for each message
         cause, again = message.causation_id, delivery.deliveries - attempts - 1
         row = id, now, started, attempts + 1, again, None if journey == id else journey, cause
-        of = message.topic, worker, delivery.queue
         try:
-            alike = self._successes.get(of)
-            if alike is None:
-                alike = self._successes[of] = Alike(message.topic, worker, self.process, delivery.queue)
-            if alike.add(row):
-                self._full.append(self._successes.pop(of))
+            self._successes.add(message.topic, worker, delivery.queue, row)
         except Exception:  # a text of half characters: at length there is a way for it
             entry = (Kind.SUCCEEDED, now, id, message.topic, worker, self.process, delivery.queue, attempts + 1, again)
             self._entries.append((*entry, row[-2], cause, started))
@@ -362,7 +350,7 @@ class Journal:
 
     async def flush(self) -> None:
         """Ship what has gathered; what the broker cannot take now stays for the next time, within bounds."""
-        self._set_clock()
+        self._zero = self.clock() - monotonic()  # once for all that is noted until the next time
         async with self._shipping:
             if not self._unsent:
                 self._gather()
@@ -391,10 +379,9 @@ class Journal:
                         self.note(self._of(Kind.STARTED, began, worker, delivery, started=began))
         self._told = frozenset(told)
         entries, self._entries = [*self._entries, *self._progress.values()], []
-        successes, self._full, self._successes = [*self._full, *self._successes.values()], [], {}
         heavy, self._bytes, self._noted = self._bytes > 0, 0, 0
         self._progress.clear()
-        for body, number, unfit in packed(entries, successes, heavy=heavy):
+        for body, number, unfit in packed(entries, self._successes.take(), heavy=heavy):
             now = self.clock()
             if unfit:
                 log.error("%s of the journal dropped: they cannot be encoded", counted(unfit, "entry", "entries"))

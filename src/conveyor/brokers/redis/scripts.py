@@ -22,8 +22,10 @@ class Script:
 
 
 _FOLDER: Final = resources.files("conveyor.brokers.redis") / "lua"
-_HERE: Final = "-- (queue.lua)\n"
-"""Where a script wants the definitions that it uses; at its beginning where it does not say."""
+_REST: Final = "-- The rest of queue.lua that is needed:\n"
+"""Stands in a script that is often over before: what is used only below it is defined only there."""
+_NO_CODE: Final = re.compile(r"--.*|'[^']*'")
+_WORD: Final = re.compile(r"\w+")
 _DEFINITION: Final = re.compile(r"^local (?:function )?(\w+(?:, \w+)*)", re.MULTILINE)
 
 
@@ -40,11 +42,16 @@ _COMMON: Final = _definitions()
 
 def script_of(text: str) -> Script:
     """A script with what it uses of queue.lua, and nothing more: the server defines all of that anew each time it runs it."""
-    first, _, text = text.rpartition(_HERE)
-    for names, definition in reversed(_COMMON):
-        if not names.isdisjoint(re.findall(r"\w+", text)):
-            text = definition + text
-    text = first + text
+    missing = list(_COMMON)
+    parts = []
+    for part in text.split(_REST):
+        for definition in reversed(missing.copy()):
+            names, defining = definition
+            if not names.isdisjoint(_WORD.findall(_NO_CODE.sub("", part))):
+                part = defining + part  # noqa: PLW2901
+                missing.remove(definition)
+        parts.append(part)
+    text = _REST.join(parts)
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -76,7 +76,7 @@ def arguments_of(message: Message, queue: str = "") -> list[Any]:
 
 
 def _usual_fields_of(message: Message) -> list[bytes]:
-    """As fields_of(), of a message without headers of its own, in a quarter of the time."""
+    """As fields_of(), of a message without headers of its own, in a third of the time."""
     kind = _JSON if message.content_type == JSON else message.content_type.encode()
     fields = [b"body", message.body, b"content-type", kind, b"ce_specversion", b"1.0", b"ce_id", message.id.encode()]
     fields += b"ce_source", _CONVEYOR, b"ce_type", message.topic.encode()

@@ -1,6 +1,5 @@
 -- Count and lease up to limit messages. ARGV: queue, limit, number of this claim, owner, 1 for early, 1 for one that has waited.
 -- Gives fresh ones as XREADGROUP does, others as {reference, counts, fields, when due where that is to come}, and after how many milliseconds there may be more.
-local call, prefix = redis.call, string.sub(KEYS[1], 1, -7)
 local name, room, early, has_waited = ARGV[1], tonumber(ARGV[2]), ARGV[5] == '1', ARGV[6] == '1'
 local token, few = ' ' .. ARGV[3] .. ' ' .. ARGV[4], 16
 local woken_by -- what the short way read and did not hand out: take_fresh() must, or it is lost
@@ -8,20 +7,20 @@ local woken_by -- what the short way read and did not hand out: take_fresh() mus
 -- (To look by deleting also makes the first write one that takes no memory; see begin() in queue.lua.)
 if call('DEL', prefix .. 'void:' .. ARGV[4] .. ':' .. ARGV[3]) == 1 then return {{}, {}, -1} end
 
--- Who has waited was most likely woken by a few fresh messages that want nothing special: it has them before anything else is looked at,
--- or defined.
+-- Who has waited was most likely woken by a few fresh messages that want nothing special: it has them before the rest is looked
+-- at, or defined.
 if has_waited and not call('ZRANGE', prefix .. 'ready:' .. name, 0, 0)[1] then
   local settings = call('HMGET', prefix .. 'settings:' .. name, 'lease', 'ordered')
   local asked = math.min(room, few)
   woken_by = settings[1]
     and call('XREADGROUP', 'GROUP', 'conveyor', 'all', 'COUNT', asked, 'NOACK', 'STREAMS', prefix .. 'queue:' .. name, '>')
   if woken_by and #woken_by[1][2] < asked then
-    local now = call('TIME')
-    local ends = string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000) + settings[1])
-    local special = {ce_duetime = true, ce_priority = true, ce_partitionkey = settings[2] == '1'}
-    local leases, plain = {}, true
+    local ends, leases, plain, ordered = number(now() + settings[1]), {}, true, settings[2] == '1'
     for _, entry in ipairs(woken_by[1][2]) do
-      for f = 1, #entry[2], 2 do plain = plain and not special[entry[2][f]] end
+      for f = 1, #entry[2], 2 do
+        local field = entry[2][f]
+        if ways[field] and (ordered or field ~= 'ce_partitionkey') then plain = false end
+      end
       leases[#leases + 1] = ends
       leases[#leases + 1] = entry[1] .. 'm0' .. token
     end
@@ -32,7 +31,7 @@ if has_waited and not call('ZRANGE', prefix .. 'ready:' .. name, 0, 0)[1] then
   end
 end
 
--- (queue.lua)
+-- The rest of queue.lua that is needed:
 local queue = queue_of(name)
 if not queue then return redis.error_reply('NOQUEUE ' .. name) end
 

@@ -1,18 +1,11 @@
 -- Publish a batch. ARGV: sender, number of this batch, then the messages (see publish() in queue.lua).
 -- Gives the positions of those whose topic no queue has, and of those whose queue is not there.
 -- A batch that comes again, because its answer was lost, does nothing.
-local call, prefix = redis.call, string.sub(KEYS[1], 1, -7)
 local mine = prefix .. 'sent:' .. ARGV[1] .. ':publish'
-
 local before = call('GET', mine)
 local again = before and tonumber(before) >= tonumber(ARGV[2])
 
--- Last, behind all that may fail: a batch whose number is noted is done. The sender's signs of life renew the time.
-local function note_number()
-  if before then call('SET', mine, ARGV[2], 'KEEPTTL') else call('SET', mine, ARGV[2], 'EX', 3600) end
-end
-
--- Nearly always: one message, for one queue, that goes to its end. It is on its way before anything else is looked at, or defined.
+-- Nearly always: one message, for one queue, that goes to its end. It is on its way before the rest is defined.
 if #ARGV == 8 + ARGV[8] and ARGV[4] == '' and ARGV[5] == '0' and ARGV[6] == '0' then
   local names = call('SMEMBERS', prefix .. 'topic:' .. ARGV[3])
   if #names == 1 then
@@ -20,14 +13,14 @@ if #ARGV == 8 + ARGV[8] and ARGV[4] == '' and ARGV[5] == '0' and ARGV[6] == '0' 
     if settings[1] == '0' and settings[2] == '' then
       if not again then
         call('XADD', prefix .. 'queue:' .. names[1], '*', unpack(ARGV, 9))
-        note_number()
+        note(mine, before, ARGV[2])
       end
       return {{}, {}}
     end
   end
 end
 
--- (queue.lua)
+-- The rest of queue.lua that is needed:
 local nowhere, missing, position, i = {}, {}, 0, 3
 while i <= #ARGV do
   local topic, target, reached = ARGV[i], ARGV[i + 1], true
@@ -45,6 +38,6 @@ while i <= #ARGV do
 end
 if not again then
   keep_bounds()
-  note_number()
+  note(mine, before, ARGV[2])
 end
 return {nowhere, missing}

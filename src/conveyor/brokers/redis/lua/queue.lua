@@ -25,6 +25,14 @@ local function begin()
   call('DEL', prefix .. 'nothing')
 end
 
+-- The number of a sender's last batch is kept for so long, in seconds, behind the sender's last sign of life.
+local remembered = 3600
+
+-- Notes the number of a batch, and its answer, in place of what was there before: behind all that may fail, for what is noted is done.
+local function note(mine, before, said)
+  if before then call('SET', mine, said, 'KEEPTTL') else call('SET', mine, said, 'EX', remembered) end
+end
+
 local known = {}
 local function queue_of(name)
   local queue = known[name]

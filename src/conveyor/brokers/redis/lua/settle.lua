@@ -99,6 +99,5 @@ while i <= #ARGV do
   end
 end
 keep_bounds()
-local answer = ARGV[2] .. ' ' .. (#lost > 0 and cjson.encode(lost) or '[]')
-if before then call('SET', mine, answer, 'KEEPTTL') else call('SET', mine, answer, 'EX', 3600) end
+note(mine, before, ARGV[2] .. ' ' .. (#lost > 0 and cjson.encode(lost) or '[]'))
 return lost
