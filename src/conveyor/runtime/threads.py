@@ -22,7 +22,7 @@ def _raise_in(thread_id: int, error: type[BaseException] | None) -> None:
 class _Job:
     """One call, and the thread that runs it."""
 
-    __slots__ = ("call", "ended", "future", "interrupted", "lock", "loop", "thread_id")
+    __slots__ = ("call", "ended", "error", "future", "interrupted", "lock", "loop", "result", "thread_id")
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call = call
@@ -32,18 +32,24 @@ class _Job:
         self.thread_id: int | None = None
         self.interrupted = False
         self.ended = False
+        self.result: Any = None
+        self.error: BaseException | None = None
 
-    def run(self) -> None:
-        """Run the call in this thread; if it is not given up, tell the loop how it ended."""
+    def run(self) -> bool:
+        """Run the call in this thread, and say whether it came to its end without having been given up."""
         try:
             if not self._begin():
-                return
-            result, error = self._called()
+                return False
+            self.result, self.error = self._called()
             self._end()
         except asyncio.CancelledError:  # interrupted on the threshold, where nobody waits any more
-            return
+            return False
+        return not self.interrupted
+
+    def tell(self) -> None:
+        """Tell the loop how the call ended."""
         with contextlib.suppress(RuntimeError):  # the loop has ended before the handler did
-            self.loop.call_soon_threadsafe(self._finish, result, error)
+            self.loop.call_soon_threadsafe(self._finish, self.result, self.error)
 
     def _begin(self) -> bool:
         with self.lock:
@@ -132,11 +138,12 @@ class Threads:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.run()
+            ended = job.run()
             with self._lock:
-                if job.interrupted:
+                if not ended:
                     self.stuck -= 1
                     self._started -= 1
                     return
-                self._idle += 1
+                self._idle += 1  # before its caller knows, so that the caller's next call finds it
+            job.tell()
             del job  # while it waits for the next one, it holds nothing of this one
