@@ -8,10 +8,13 @@ import threading
 from pathlib import Path
 
 import apsw
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conveyor import brokers
-from conveyor.core.journal import Entry, JobFilter, Kind, Status, Wish, in_order
+from conveyor.core.journal import Entry, JobFilter, Kind, Status, Successes, Told, Wish, each_of, in_order
 from conveyor.core.questions import JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime import archive as archives
@@ -23,6 +26,10 @@ from conveyor.testing.clock import TurnableClock
 def entry(kind: Kind, id: str, at: float = 1.0, *, worker: str = "shop.charge", **more: object) -> Entry:
     given = {"correlation_id": None, "topic": "placed", **more}
     return Entry(kind=kind, at=at, message_id=id, worker="" if kind is Kind.PUBLISHED else worker, **given)  # type: ignore[arg-type]
+
+
+WITHOUT = (None, 1, 0, None, None)
+"""A success that began at no known time, and is on no journey but its own."""
 
 
 @pytest.fixture
@@ -49,6 +56,64 @@ def test_what_is_written_is_read_again_whole(path: Path) -> None:
     again = Archive(path).open(create=False)
     assert in_order(again.journey("m").entries) == told
     again.close()
+
+
+IDS = [f"m{n}" for n in range(6)]
+SUCCESSES = st.builds(
+    Successes,
+    st.sampled_from(["placed", "shop.charge"]),
+    st.sampled_from(["shop.charge", "shop.mail"]),
+    st.sampled_from(["host/1", "host/2"]),
+    st.just("shop.charge"),
+    st.lists(
+        st.tuples(
+            st.sampled_from(IDS),
+            st.floats(0.0, 10.0),
+            st.none() | st.floats(0.0, 10.0),
+            st.integers(1, 3),
+            st.integers(0, 2),
+            st.none() | st.sampled_from(IDS),
+            st.none() | st.sampled_from(IDS),
+        ),
+        max_size=25,
+    ),
+)
+ENTRIES = st.builds(
+    entry,
+    st.sampled_from(Kind),
+    st.sampled_from(IDS),
+    st.floats(0.0, 10.0),
+    topic=st.sampled_from(["placed", "shop.charge"]),
+    correlation_id=st.none() | st.sampled_from(IDS),
+)
+
+
+@given(batches=st.lists(st.tuples(st.lists(ENTRIES, max_size=4), st.lists(SUCCESSES, max_size=3)), max_size=3))
+def test_successes_are_kept_in_short_and_found_like_all_others(
+    batches: list[tuple[list[Entry], list[Successes]]],
+) -> None:
+    in_short, at_length = Archive(IN_MEMORY).open(), Archive(IN_MEMORY).open()
+    for number, (entries, successes) in enumerate(batches):
+        told: list[Told] = [*entries, *successes]
+        in_short.write([(str(number), told)])
+        at_length.write([(str(number), list(each_of(told)))])
+    for status in (None, *Status):
+        for which in (
+            JobFilter(status=status),
+            JobFilter(status=status, worker="mail"),
+            JobFilter(status=status, topic="placed", since=5.0),
+        ):
+            for limit in (3, 1_000):
+                assert in_short.jobs(which, limit) == at_length.jobs(which, limit)
+    for id in IDS:
+        assert in_order(in_short.of([id])) == in_order(at_length.of([id]))
+        short, long = in_short.journey(id), at_length.journey(id)
+        assert (in_order(short.entries), short.more) == (in_order(long.entries), long.more)
+        assert set(short.others) == set(long.others)
+    assert set(in_short.journey("m").others) == set(at_length.journey("m").others)
+    assert in_short.cancelled(100) == at_length.cancelled(100)
+    in_short.close()
+    at_length.close()
 
 
 def test_a_batch_that_comes_again_changes_nothing(path: Path) -> None:
@@ -214,6 +279,28 @@ def test_what_is_too_old_goes(path: Path) -> None:
     archive.close()
 
 
+def test_of_successes_that_are_too_old_nothing_is_left(path: Path) -> None:
+    clock = TurnableClock(1_000.0)
+    archive = Archive(path, age_seconds=100.0, clock=clock).open()
+    for process in ("host/1", "host/2"):
+        successes = Successes("placed", "shop.charge", process, "q", [("m", 1.0, None, 1, 0, "j", None)] * 300)
+        archive.write([(process, [successes, entry(Kind.DEAD, process)])])
+        clock.turn(60.0)
+    while archive.prune():
+        pass
+    assert count(archive) == 2
+    assert {found.process for found in archive.of(["m"])} == {"host/2"}
+    assert archive._rows("SELECT process FROM origins") == [("host/2",)]
+    clock.turn(60.0)
+    while archive.prune():
+        pass
+    assert [archive._rows(f"SELECT count(*) FROM {table}") for table in ("entries", "successes", "origins")] == [
+        [(0,)]
+    ] * 3
+    assert archive.journey("j").entries == []
+    archive.close()
+
+
 def test_the_file_stays_within_its_size_and_the_newest_stay(path: Path) -> None:
     archive = Archive(path, size_bytes=1_000_000).open()
     for batch in range(60):
@@ -222,11 +309,11 @@ def test_the_file_stays_within_its_size_and_the_newest_stay(path: Path) -> None:
             pass
     while archive.prune():
         pass
-    assert path.stat().st_size < 1_500_000
     assert len(archive.of(["59-99"])) == 1
     assert archive.of(["0-0"]) == []
     assert 1_000 < count(archive) < 3_000
     archive.close()
+    assert path.stat().st_size < 1_500_000
 
 
 def test_nobody_else_may_read_the_file(path: Path) -> None:
@@ -349,6 +436,34 @@ def test_a_place_that_cannot_be_says_so(tmp_path: Path) -> None:
         Archive(tmp_path / "nowhere" / "x.journal").open()
     with pytest.raises(JournalError, match="it is a folder"):
         Archive(tmp_path).open()
+
+
+def test_a_file_of_the_first_version_is_taken_over_with_all_that_is_in_it(path: Path) -> None:
+    old = apsw.Connection(str(path))
+    old.execute("PRAGMA auto_vacuum = incremental; PRAGMA journal_mode = wal")
+    old.execute(f"""
+        CREATE TABLE batches (
+            seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, arrived REAL NOT NULL, last_entry INTEGER NOT NULL
+        );
+        CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, {archives.COLUMNS});
+        CREATE INDEX entries_by_message ON entries (message_id);
+        CREATE INDEX entries_by_journey ON entries (correlation_id) WHERE correlation_id IS NOT NULL;
+        CREATE INDEX entries_by_rare_kind ON entries (kind) WHERE kind NOT IN ('published', 'succeeded');
+        PRAGMA application_id = {archives.APPLICATION_ID}; PRAGMA user_version = 1;
+    """)
+    known = entry(Kind.SUCCEEDED, "old", 5.0)
+    marks = ", ".join("?" * len(archives.FIELDS))
+    old.execute(f"INSERT INTO entries ({archives.COLUMNS}) VALUES ({marks})", msgspec.structs.astuple(known))
+    old.execute("INSERT INTO batches (id, arrived, last_entry) VALUES ('1', 1000.0, 1)")
+    old.close()
+    archive = Archive(path, age_seconds=100.0, clock=lambda: 1_200.0).open(create=False)
+    assert archive.journey("old").entries == [known]
+    archive.write([("1", [known]), ("2", [Successes("placed", "shop.charge", "", "", [("new", 6.0, *WITHOUT)])])])
+    assert [job.id for job in archive.jobs(JobFilter(status=Status.DONE), 10).jobs] == ["new", "old"]
+    while archive.prune():
+        pass
+    assert [job.id for job in archive.jobs(JobFilter(), 10).jobs] == ["new"]
+    archive.close()
 
 
 def test_a_file_of_a_later_version_is_left_alone(path: Path) -> None:
