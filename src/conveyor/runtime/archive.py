@@ -566,16 +566,20 @@ def _shortened(entry: Entry) -> Entry:
 @functools.cache
 def _insert(rows: int) -> str:
     """The statement that writes so many entries; its first value is the seq of the first one."""
-    row = ", ?" * len(FIELDS)
-    return f"INSERT INTO entries (seq, {COLUMNS}) VALUES {', '.join(f'(?1 + {n}{row})' for n in range(rows))}"
+    return _insert_into("entries", FIELDS, rows, "")
 
 
 @functools.cache
 def _insert_successes(rows: int) -> str:
     """The statement that writes so many successes; its first values are the seq of the first one and the origin of all."""
-    row = ", ?" * len(OWN)
-    values = ", ".join(f"(?1 + {n}, ?2{row})" for n in range(rows))
-    return f"INSERT INTO successes (seq, origin, {', '.join(OWN)}) VALUES {values}"
+    return _insert_into("successes", OWN, rows, ", ?2")
+
+
+def _insert_into(table: str, columns: Sequence[str], rows: int, shared: str) -> str:
+    row = shared + ", ?" * len(columns)
+    # Without a seq SQLite gives the next one, and appends without a search.
+    values = ", ".join([f"(?1{row})", *[f"(NULL{row})"] * (rows - 1)])
+    return f"INSERT INTO {table} (seq{', origin' * bool(shared)}, {', '.join(columns)}) VALUES {values}"
 
 
 _ORIGIN: Final = (
