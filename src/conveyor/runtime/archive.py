@@ -30,7 +30,7 @@ DEFAULT_SIZE_BYTES: Final = 1024**3
 APPLICATION_ID: Final = 0x436E764A
 """'CnvJ' in the file's header: it is a journal."""
 SCHEMA_VERSION: Final = 2
-"""Version 1 kept all entries at length."""
+"""Version 1 kept all entries at length, in one table."""
 BUSY_SECONDS: Final = 5.0
 """How long to wait for another keeper of the same file."""
 QUESTION_SECONDS: Final = 3.0
@@ -38,6 +38,8 @@ QUESTION_SECONDS: Final = 3.0
 ROWS_AT_ONCE: Final = (200, 20, 1)
 """Rows in one statement: the connection gives up the interpreter's lock at every step, and behind a busy event loop each return of
 it may take milliseconds. Of more text than 16 KiB apsw keeps no prepared statement."""
+FEW: Final = 3
+"""Successes with an origin of their own, in a batch, of which fewer are not worth an origin: they are kept at length."""
 PRUNED_AT_ONCE: Final = 10_000
 """Entries that one step of pruning deletes at most: nobody waits long behind it."""
 PRUNE_TO: Final = 0.95
@@ -66,11 +68,14 @@ def _literal(value: str | float | None) -> str:
     return "NULL" if value is None else f"'{value}'" if isinstance(value, str) else repr(value)
 
 
+AT_LENGTH: Final = "entries_at_length"
+SUCCEEDED: Final = "succeeded"
+"""Where all entries are."""
 SHARED: Final = ("topic", "worker", "process", "queue")
 """The fields that successes of one origin have in common."""
 _REST: Final = dict(zip(FIELDS[::-1], map(_literal, Entry.__struct_defaults__[::-1]), strict=False))
 """What all the others are in a success, as SQL."""
-_SUCCEEDED: Final = {**_REST, "kind": _literal(Kind.SUCCEEDED.value), **{name: name for name in SHARED + OWN}}
+_SUCCESS: Final = {**_REST, "kind": _literal(Kind.SUCCEEDED.value), **{name: name for name in SHARED + OWN}}
 SCHEMA: Final = f"""
 CREATE TABLE IF NOT EXISTS batches (
     seq INTEGER PRIMARY KEY,
@@ -78,12 +83,12 @@ CREATE TABLE IF NOT EXISTS batches (
     arrived REAL NOT NULL,      -- Unix seconds
     last_entry INTEGER NOT NULL -- the seq of its last one: whole batches are pruned
 );
--- What is rarer than a success, or has more to say. An entry's seq is given once, to one here or to a success.
-CREATE TABLE IF NOT EXISTS entries (seq INTEGER PRIMARY KEY, {COLUMNS});
-CREATE INDEX IF NOT EXISTS entries_by_message ON entries (message_id);
-CREATE INDEX IF NOT EXISTS entries_by_journey ON entries (correlation_id) WHERE correlation_id IS NOT NULL;
-CREATE INDEX IF NOT EXISTS entries_by_rare_kind ON entries (kind) WHERE kind NOT IN ('published', 'succeeded');
--- Successes are nearly all that there is: without what they share they take half the time and two thirds of the room.
+-- What is rarer than a success, or has more to say. A seq is given once, to an entry here or to a success.
+CREATE TABLE IF NOT EXISTS {AT_LENGTH} (seq INTEGER PRIMARY KEY, {COLUMNS});
+CREATE INDEX IF NOT EXISTS entries_by_message ON {AT_LENGTH} (message_id);
+CREATE INDEX IF NOT EXISTS entries_by_journey ON {AT_LENGTH} (correlation_id) WHERE correlation_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS entries_by_rare_kind ON {AT_LENGTH} (kind) WHERE kind NOT IN ('published', 'succeeded');
+-- Successes are nearly all that there is: without what they share they take two thirds of the time and of the room.
 CREATE TABLE IF NOT EXISTS origins (
     id INTEGER PRIMARY KEY, {", ".join(SHARED)},
     last_entry INTEGER NOT NULL, -- the seq of the last success that came from there
@@ -92,10 +97,9 @@ CREATE TABLE IF NOT EXISTS origins (
 CREATE TABLE IF NOT EXISTS successes (seq INTEGER PRIMARY KEY, origin INTEGER NOT NULL, {", ".join(OWN)});
 CREATE INDEX IF NOT EXISTS successes_by_message ON successes (message_id);
 CREATE INDEX IF NOT EXISTS successes_by_journey ON successes (correlation_id) WHERE correlation_id IS NOT NULL;
-CREATE VIEW IF NOT EXISTS succeeded AS
-    SELECT seq, {", ".join(f"{_SUCCEEDED[name]} AS {name}" for name in FIELDS)}
+CREATE VIEW {SUCCEEDED} AS SELECT seq, {", ".join(f"{_SUCCESS[name]} AS {name}" for name in FIELDS)}
     FROM successes JOIN origins ON origins.id = successes.origin;
-CREATE VIEW IF NOT EXISTS everything AS SELECT seq, {COLUMNS} FROM entries UNION ALL SELECT seq, {COLUMNS} FROM succeeded;
+CREATE VIEW entries AS SELECT seq, {COLUMNS} FROM {AT_LENGTH} UNION ALL SELECT seq, {COLUMNS} FROM {SUCCEEDED};
 """
 
 _decode: Final = msgspec.json.Decoder(list[Entry]).decode
@@ -210,37 +214,45 @@ class Archive:
         if not new:
             return
         last = self._last()
-        entries = [each for each in told if isinstance(each, Entry)]
-        self._insert(_insert, (last + 1,), [msgspec.structs.astuple(each) for each in entries])
-        last += len(entries)
+        at_length, in_short = list[Entry](), list[Successes]()
         for each in told:
-            if isinstance(each, Successes):
-                first, last = last + 1, last + len(each.each)
-                origin = self._rows(_ORIGIN, each.topic, each.worker, each.process, each.queue, last)[0][0]
-                self._insert(_insert_successes, (first, origin), each.each)
+            if isinstance(each, Entry):
+                at_length.append(each)
+            elif len(each.each) < FEW:
+                at_length += each.entries()
+            else:
+                in_short.append(each)
+        self._insert(_insert, last + 1, (), [msgspec.structs.astuple(entry) for entry in at_length])
+        last += len(at_length)
+        for each in in_short:
+            first, last = last + 1, last + len(each.each)
+            origin = self._rows(_ORIGIN, each.topic, each.worker, each.process, each.queue, last)[0][0]
+            self._insert(_insert_successes, first, (origin,), each.each)
         self._rows("UPDATE batches SET last_entry = ? WHERE seq = ?", last, *new[0])
 
     def _last(self) -> int:
-        """The last seq that was given to an entry: it may be pruned, its batch is still there."""
-        last: int = self._rows(
-            "SELECT max((SELECT coalesce(max(seq), 0) FROM entries), (SELECT coalesce(max(seq), 0) FROM successes),"
-            " coalesce((SELECT last_entry FROM batches WHERE last_entry > 0 ORDER BY seq DESC LIMIT 1), 0))"
-        )[0][0]
-        return last
+        """The last seq that was given: its entry may be pruned, the batch is still there."""
+        last = self._rows("SELECT last_entry FROM batches WHERE last_entry > 0 ORDER BY seq DESC LIMIT 1")
+        return int(last[0][0]) if last else 0
 
     def _insert(
-        self, statement: Callable[[int], str], shared: tuple[int, ...], rows: Sequence[tuple[object, ...]]
+        self,
+        statement: Callable[[int], str],
+        first: int,
+        shared: tuple[object, ...],
+        rows: Sequence[tuple[object, ...]],
     ) -> None:
         """Write rows.
 
         Parameters:
             statement: for so many rows.
-            shared: its first values; the very first is the seq of the first row.
+            first: the seq of the first row.
+            shared: what they all have.
         """
-        at, (first, *others) = 0, shared
+        at = 0
         for size in ROWS_AT_ONCE:
             while len(rows) - at >= size:
-                values = chain((first + at, *others), *rows[at : at + size])
+                values = chain((first + at, *shared), *rows[at : at + size])
                 self._db.execute(statement(size), cast("Any", tuple(values)))
                 at += size
         self._unlooked += len(rows)
@@ -279,7 +291,7 @@ class Archive:
         until = min(old, first + PRUNED_AT_ONCE - 1)
         if first <= until and first <= last:
             with self._transaction("BEGIN IMMEDIATE"):
-                self._rows("DELETE FROM entries WHERE seq <= ?", until)
+                self._rows(f"DELETE FROM {AT_LENGTH} WHERE seq <= ?", until)
                 self._rows("DELETE FROM successes WHERE seq <= ?", until)
                 self._rows("DELETE FROM origins WHERE last_entry <= ?", until)
                 self._rows("DELETE FROM batches WHERE last_entry <= ? AND last_entry < ?", until, last)
@@ -306,15 +318,10 @@ class Archive:
 
     def _journey(self, id: str) -> Found:
         journeys = self._rows(
-            "SELECT DISTINCT coalesce(correlation_id, message_id) FROM everything WHERE message_id = ?1"
-            " UNION SELECT ?1 WHERE EXISTS (SELECT 1 FROM everything WHERE correlation_id = ?1)",
+            "SELECT coalesce(correlation_id, message_id) FROM entries WHERE message_id = ?1"
+            " UNION SELECT ?1 WHERE EXISTS (SELECT 1 FROM entries WHERE correlation_id = ?1)",
             id,
-        ) or self._rows(
-            "SELECT DISTINCT coalesce(correlation_id, message_id) FROM everything WHERE message_id >= ?1 AND message_id < ?2"
-            " UNION SELECT correlation_id FROM everything WHERE correlation_id >= ?1 AND correlation_id < ?2 LIMIT 11",
-            id,
-            id + "\U0010ffff",
-        )
+        ) or self._rows(_JOURNEYS_FROM, id, id + "\U0010ffff")
         if len(journeys) > 1:
             return Found([], len(journeys) > 10, tuple(journey for (journey,) in journeys[:10]))
         if not journeys:
@@ -322,7 +329,7 @@ class Archive:
         # What began it comes first: without that nobody can tell what the rest is about.
         entries: list[Entry] = []
         for belongs in ("message_id = ?1 AND correlation_id IS NOT ?1", "correlation_id = ?1"):
-            selection = f"SELECT {COLUMNS} FROM everything WHERE {belongs} ORDER BY seq LIMIT ?2"
+            selection = _in_order(f"seq, {COLUMNS}", belongs, "seq LIMIT ?2")
             entries += self._entries(selection, journeys[0][0], LONGEST_JOURNEY + 1 - len(entries))
         return Found(entries[:LONGEST_JOURNEY], len(entries) > LONGEST_JOURNEY)
 
@@ -339,7 +346,7 @@ class Archive:
         columns = COLUMNS if results else BRIEF
         wanted = msgspec.json.encode(list(ids)).decode()
         return self._entries(
-            f"SELECT {columns} FROM everything WHERE message_id IN (SELECT value FROM json_each(?))", wanted
+            f"SELECT {columns} FROM entries WHERE message_id IN (SELECT value FROM json_each(?))", wanted
         )
 
     def cancelled(self, limit: int) -> dict[str, Wish]:
@@ -350,10 +357,10 @@ class Archive:
         """
         with self._asking():
             rows = self._rows(
-                "SELECT message_id FROM entries AS wish WHERE kind = 'cancelling' AND kind NOT IN ('published', 'succeeded')"
-                " AND NOT EXISTS (SELECT 1 FROM entries WHERE message_id = wish.message_id"
+                f"SELECT message_id FROM {AT_LENGTH} AS wish WHERE kind = 'cancelling' AND kind NOT IN ('published', 'succeeded')"
+                f" AND NOT EXISTS (SELECT 1 FROM {AT_LENGTH} WHERE message_id = wish.message_id"
                 " AND kind IN ('succeeded', 'duplicate', 'cancelled') AND worker = topic)"
-                " AND NOT EXISTS (SELECT 1 FROM succeeded WHERE message_id = wish.message_id AND worker = topic)"
+                f" AND NOT EXISTS (SELECT 1 FROM {SUCCEEDED} WHERE message_id = wish.message_id AND worker = topic)"
                 " ORDER BY seq DESC LIMIT ?",
                 limit,
             )
@@ -394,13 +401,7 @@ class Archive:
     def _candidates(self, which: JobFilter, before: int) -> tuple[list[str], int]:
         """A page of messages that may be meant, the newest first, and where the next page begins."""
         conditions, values = _conditions(which)
-        # Each by itself, in the order in which it is stored: of both together, SQLite would sort all that there is.
-        pages = (
-            f"SELECT * FROM (SELECT message_id, seq FROM {table} AS entry WHERE {' AND '.join(('seq < ?', *conditions))}"
-            f" ORDER BY seq DESC LIMIT {PAGE})"
-            for table in ("entries", "succeeded")
-        )
-        page = f"SELECT * FROM ({' UNION ALL '.join(pages)}) ORDER BY seq DESC LIMIT {PAGE}"
+        page = _in_order("message_id, seq", " AND ".join(("seq < ?", *conditions)), f"seq DESC LIMIT {PAGE}")
         rows = self._rows(
             f"SELECT coalesce(json_group_array(message_id), '[]'), min(seq) FROM ({page})", *(before, *values) * 2
         )
@@ -463,8 +464,13 @@ class Archive:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
-        if self._pragma("user_version") < SCHEMA_VERSION:
+        if create:
             self._bring_up_to_date()
+        elif self._pragma("user_version") < SCHEMA_VERSION:
+            raise JournalError(
+                f"cannot open {self.path}: an earlier version of Conveyor made it; it is brought up to date by the keeper of this"
+                " version, when it starts (conveyor run, conveyor journal)"
+            )
         if (version := self._pragma("user_version")) != SCHEMA_VERSION:
             raise JournalError(
                 f"cannot open {self.path}: a later version of Conveyor made it (file version {version}); upgrade Conveyor here"
@@ -472,10 +478,18 @@ class Archive:
 
     def _bring_up_to_date(self) -> None:
         """Make what the file does not have yet."""
+        if self._is_ours() and self._pragma("user_version") >= SCHEMA_VERSION:
+            return
         with self._transaction("BEGIN IMMEDIATE"):
-            if not self._is_ours() or self._pragma("user_version") < SCHEMA_VERSION:
+            if not self._is_ours():
                 self._db.execute(SCHEMA)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}")
+            elif self._pragma("user_version") < SCHEMA_VERSION:
+                # A keeper of the earlier version that still runs finds no such table, and leaves its batches in the queue.
+                self._db.execute(f"ALTER TABLE entries RENAME TO {AT_LENGTH}")
+                self._db.execute(SCHEMA)
+            else:
+                return
+            self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _is_ours(self) -> bool:
         return bool(self._pragma("application_id") == APPLICATION_ID)
@@ -566,27 +580,50 @@ def _shortened(entry: Entry) -> Entry:
 @functools.cache
 def _insert(rows: int) -> str:
     """The statement that writes so many entries; its first value is the seq of the first one."""
-    return _insert_into("entries", FIELDS, rows, "")
+    return _insert_into(AT_LENGTH, FIELDS, ", ?" * len(FIELDS), rows)
 
 
 @functools.cache
 def _insert_successes(rows: int) -> str:
     """The statement that writes so many successes; its first values are the seq of the first one and the origin of all."""
-    return _insert_into("successes", OWN, rows, ", ?2")
+    return _insert_into("successes", ("origin", *OWN), ", ?2" + ", ?" * len(OWN), rows)
 
 
-def _insert_into(table: str, columns: Sequence[str], rows: int, shared: str) -> str:
-    row = shared + ", ?" * len(columns)
+def _insert_into(table: str, columns: Sequence[str], row: str, rows: int) -> str:
     # Without a seq SQLite gives the next one, and appends without a search.
     values = ", ".join([f"(?1{row})", *[f"(NULL{row})"] * (rows - 1)])
-    return f"INSERT INTO {table} (seq{', origin' * bool(shared)}, {', '.join(columns)}) VALUES {values}"
+    return f"INSERT INTO {table} (seq, {', '.join(columns)}) VALUES {values}"
 
 
+def _in_order(columns: str, condition: str, order: str) -> str:
+    """The selection of some entries in an order; its values are given twice, or have numbers.
+
+    Each place is asked by itself, in the order in which it is stored: of the view SQLite would sort all that there is.
+
+    Parameters:
+        order: which, and how many.
+    """
+    each = (
+        f"SELECT * FROM (SELECT {columns} FROM {table} AS entry WHERE {condition} ORDER BY {order})"
+        for table in (AT_LENGTH, SUCCEEDED)
+    )
+    return f"SELECT * FROM ({' UNION ALL '.join(each)}) ORDER BY {order}"
+
+
+_JOURNEYS_FROM: Final = (
+    " UNION ".join(
+        f"SELECT coalesce(correlation_id, message_id) FROM {table} WHERE message_id >= ?1 AND message_id < ?2"
+        f" UNION SELECT correlation_id FROM {table} WHERE correlation_id >= ?1 AND correlation_id < ?2"
+        for table in (AT_LENGTH, "successes")
+    )
+    + " LIMIT 11"
+)
+"""The journeys that an id with this beginning may mean."""
 _ORIGIN: Final = (
     f"INSERT INTO origins ({', '.join(SHARED)}, last_entry) VALUES (?, ?, ?, ?, ?)"
     " ON CONFLICT DO UPDATE SET last_entry = excluded.last_entry RETURNING id"
 )
-_FIRST: Final = "SELECT min(seq) FROM entries UNION ALL SELECT min(seq) FROM successes"
+_FIRST: Final = f"SELECT min(seq) FROM {AT_LENGTH} UNION ALL SELECT min(seq) FROM successes"
 
 _KINDS: Final = {
     Status.DONE: (Kind.SUCCEEDED, Kind.DUPLICATE),
@@ -613,7 +650,7 @@ def _conditions(which: JobFilter) -> tuple[list[str], list[object]]:
     if which.status is Status.WAITING:
         conditions.append(
             "NOT EXISTS (SELECT 1 FROM successes AS later WHERE later.message_id = entry.message_id)"
-            " AND NOT EXISTS (SELECT 1 FROM entries AS later WHERE later.message_id = entry.message_id"
+            f" AND NOT EXISTS (SELECT 1 FROM {AT_LENGTH} AS later WHERE later.message_id = entry.message_id"
             " AND later.kind NOT IN ('published', 'released'))"
         )
     if which.worker is not None:

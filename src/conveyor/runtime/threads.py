@@ -138,9 +138,9 @@ class Threads:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            ended = job.run()
+            free = job.run()
             with self._lock:
-                if not ended:
+                if not free:
                     self.stuck -= 1
                     self._started -= 1
                     return
