@@ -19,6 +19,7 @@ from conveyor.core.journal import Entry, JobFilter, Kind, Status, Successes, Tol
 from conveyor.core.questions import JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime import archive as archives
+from conveyor.runtime import tables
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.journal import IN_MEMORY
 from conveyor.testing.clock import TurnableClock
@@ -474,15 +475,15 @@ def test_a_file_of_the_first_version_is_taken_over_with_all_that_is_in_it(path: 
         CREATE TABLE batches (
             seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, arrived REAL NOT NULL, last_entry INTEGER NOT NULL
         );
-        CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, {archives.COLUMNS});
+        CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, {tables.COLUMNS});
         CREATE INDEX entries_by_message ON entries (message_id);
         CREATE INDEX entries_by_journey ON entries (correlation_id) WHERE correlation_id IS NOT NULL;
         CREATE INDEX entries_by_rare_kind ON entries (kind) WHERE kind NOT IN ('published', 'succeeded');
-        PRAGMA application_id = {archives.APPLICATION_ID}; PRAGMA user_version = 1;
+        PRAGMA application_id = {tables.APPLICATION_ID}; PRAGMA user_version = 1;
     """)
     known = entry(Kind.SUCCEEDED, "old", 5.0)
-    marks = ", ".join("?" * len(archives.FIELDS))
-    old.execute(f"INSERT INTO entries ({archives.COLUMNS}) VALUES ({marks})", msgspec.structs.astuple(known))
+    marks = ", ".join("?" * len(tables.FIELDS))
+    old.execute(f"INSERT INTO entries ({tables.COLUMNS}) VALUES ({marks})", msgspec.structs.astuple(known))
     old.execute("INSERT INTO batches (id, arrived, last_entry) VALUES ('1', 1000.0, 1)")
     old.close()
     with pytest.raises(

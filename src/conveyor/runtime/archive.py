@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,20 +16,32 @@ import msgspec
 
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
-from conveyor.core.journal import OWN, Entry, Job, JobFilter, Kind, Status, Successes, Told, Wish, jobs_of, wish_of
+from conveyor.core.journal import Entry, Job, JobFilter, Successes, Told, Wish, jobs_of, wish_of
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
+from conveyor.runtime.tables import (
+    APPLICATION_ID,
+    AT_LENGTH,
+    BRIEF,
+    COLUMNS,
+    FIRST_SEQ,
+    JOURNEYS_FROM,
+    ORIGIN,
+    SCHEMA,
+    SCHEMA_VERSION,
+    SUCCEEDED,
+    conditions_of,
+    in_order,
+    insert_entries,
+    insert_successes,
+)
 
 DEFAULT_AGE_SECONDS: Final = 7 * 86_400.0
 """A week: time to come back from a weekend and look."""
 DEFAULT_SIZE_BYTES: Final = 1024**3
 """About three million messages."""
 
-APPLICATION_ID: Final = 0x436E764A
-"""'CnvJ' in the file's header: it is a journal."""
-SCHEMA_VERSION: Final = 2
-"""Version 1 kept all entries at length, in one table."""
 BUSY_SECONDS: Final = 5.0
 """How long to wait for another keeper of the same file."""
 QUESTION_SECONDS: Final = 3.0
@@ -57,50 +68,6 @@ CUT: Final = "left out here: the whole journey would not fit into an answer"
 KEPT_FREE_BYTES: Final = 2 * queue_file.LOW_DISK_BYTES
 KEPT_FREE_SHARE: Final = 2 * queue_file.LOW_DISK_SHARE
 """Nothing is written while less than both of the disk is free: the queue file may be on it, and needs the room more."""
-
-FIELDS: Final = Entry.__struct_fields__
-COLUMNS: Final = ", ".join(FIELDS)
-BRIEF: Final = COLUMNS.replace("traceback", "'' AS traceback").replace("result", "NULL AS result")
-"""Without what may be long."""
-
-
-def _literal(value: str | float | None) -> str:
-    return "NULL" if value is None else f"'{value}'" if isinstance(value, str) else repr(value)
-
-
-AT_LENGTH: Final = "entries_at_length"
-SUCCEEDED: Final = "succeeded"
-"""Where all entries are."""
-SHARED: Final = ("topic", "worker", "process", "queue")
-"""The fields that successes of one origin have in common."""
-_REST: Final = dict(zip(FIELDS[::-1], map(_literal, Entry.__struct_defaults__[::-1]), strict=False))
-"""What all the others are in a success, as SQL."""
-_SUCCESS: Final = {**_REST, "kind": _literal(Kind.SUCCEEDED.value), **{name: name for name in SHARED + OWN}}
-SCHEMA: Final = f"""
-CREATE TABLE IF NOT EXISTS batches (
-    seq INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,    -- of the message that brought it: a repeat changes nothing
-    arrived REAL NOT NULL,      -- Unix seconds
-    last_entry INTEGER NOT NULL -- the seq of its last one: whole batches are pruned
-);
--- What is rarer than a success, or has more to say. A seq is given once, to an entry here or to a success.
-CREATE TABLE IF NOT EXISTS {AT_LENGTH} (seq INTEGER PRIMARY KEY, {COLUMNS});
-CREATE INDEX IF NOT EXISTS entries_by_message ON {AT_LENGTH} (message_id);
-CREATE INDEX IF NOT EXISTS entries_by_journey ON {AT_LENGTH} (correlation_id) WHERE correlation_id IS NOT NULL;
-CREATE INDEX IF NOT EXISTS entries_by_rare_kind ON {AT_LENGTH} (kind) WHERE kind NOT IN ('published', 'succeeded');
--- Successes are nearly all that there is: without what they share they take two thirds of the time and of the room.
-CREATE TABLE IF NOT EXISTS origins (
-    id INTEGER PRIMARY KEY, {", ".join(SHARED)},
-    last_entry INTEGER NOT NULL, -- the seq of the last success that came from there
-    UNIQUE ({", ".join(SHARED)})
-);
-CREATE TABLE IF NOT EXISTS successes (seq INTEGER PRIMARY KEY, origin INTEGER NOT NULL, {", ".join(OWN)});
-CREATE INDEX IF NOT EXISTS successes_by_message ON successes (message_id);
-CREATE INDEX IF NOT EXISTS successes_by_journey ON successes (correlation_id) WHERE correlation_id IS NOT NULL;
-CREATE VIEW {SUCCEEDED} AS SELECT seq, {", ".join(f"{_SUCCESS[name]} AS {name}" for name in FIELDS)}
-    FROM successes JOIN origins ON origins.id = successes.origin;
-CREATE VIEW entries AS SELECT seq, {COLUMNS} FROM {AT_LENGTH} UNION ALL SELECT seq, {COLUMNS} FROM {SUCCEEDED};
-"""
 
 _decode: Final = msgspec.json.Decoder(list[Entry]).decode
 
@@ -222,12 +189,12 @@ class Archive:
                 at_length += each.entries()
             else:
                 in_short.append(each)
-        self._insert(_insert, last + 1, (), [msgspec.structs.astuple(entry) for entry in at_length])
+        self._insert(insert_entries, last + 1, (), [msgspec.structs.astuple(entry) for entry in at_length])
         last += len(at_length)
         for each in in_short:
             first, last = last + 1, last + len(each.each)
-            origin = self._rows(_ORIGIN, each.topic, each.worker, each.process, each.queue, last)[0][0]
-            self._insert(_insert_successes, first, (origin,), each.each)
+            origin = self._rows(ORIGIN, each.topic, each.worker, each.process, each.queue, last)[0][0]
+            self._insert(insert_successes, first, (origin,), each.each)
         self._rows("UPDATE batches SET last_entry = ? WHERE seq = ?", last, *new[0])
 
     def _last(self) -> int:
@@ -279,7 +246,7 @@ class Archive:
 
     def _prune(self) -> bool:
         last = self._last()
-        first = min((seq for (seq,) in self._rows(_FIRST) if seq is not None), default=last + 1)
+        first = min((seq for (seq,) in self._rows(FIRST_SEQ) if seq is not None), default=last + 1)
         old = self._rows(
             "SELECT coalesce(max(last_entry), 0) FROM batches WHERE arrived < ?", self._clock() - self._age_seconds
         )[0][0]
@@ -321,7 +288,7 @@ class Archive:
             "SELECT coalesce(correlation_id, message_id) FROM entries WHERE message_id = ?1"
             " UNION SELECT ?1 WHERE EXISTS (SELECT 1 FROM entries WHERE correlation_id = ?1)",
             id,
-        ) or self._rows(_JOURNEYS_FROM, id, id + "\U0010ffff")
+        ) or self._rows(JOURNEYS_FROM, id, id + "\U0010ffff")
         if len(journeys) > 1:
             return Found([], len(journeys) > 10, tuple(journey for (journey,) in journeys[:10]))
         if not journeys:
@@ -329,7 +296,7 @@ class Archive:
         # What began it comes first: without that nobody can tell what the rest is about.
         entries: list[Entry] = []
         for belongs in ("message_id = ?1 AND correlation_id IS NOT ?1", "correlation_id = ?1"):
-            selection = _in_order(f"seq, {COLUMNS}", belongs, "seq LIMIT ?2")
+            selection = in_order(f"seq, {COLUMNS}", belongs, "seq LIMIT ?2")
             entries += self._entries(selection, journeys[0][0], LONGEST_JOURNEY + 1 - len(entries))
         return Found(entries[:LONGEST_JOURNEY], len(entries) > LONGEST_JOURNEY)
 
@@ -400,8 +367,8 @@ class Archive:
 
     def _candidates(self, which: JobFilter, before: int) -> tuple[list[str], int]:
         """A page of messages that may be meant, the newest first, and where the next page begins."""
-        conditions, values = _conditions(which)
-        page = _in_order("message_id, seq", " AND ".join(("seq < ?", *conditions)), f"seq DESC LIMIT {PAGE}")
+        conditions, values = conditions_of(which)
+        page = in_order("message_id, seq", " AND ".join(("seq < ?", *conditions)), f"seq DESC LIMIT {PAGE}")
         rows = self._rows(
             f"SELECT coalesce(json_group_array(message_id), '[]'), min(seq) FROM ({page})", *(before, *values) * 2
         )
@@ -464,13 +431,13 @@ class Archive:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
-        if create:
+        if self._pragma("user_version") < SCHEMA_VERSION:
+            if not create:
+                raise JournalError(
+                    f"cannot open {self.path}: an earlier version of Conveyor made it; it is brought up to date by the keeper of"
+                    " this version, when it starts (conveyor run, conveyor journal)"
+                )
             self._bring_up_to_date()
-        elif self._pragma("user_version") < SCHEMA_VERSION:
-            raise JournalError(
-                f"cannot open {self.path}: an earlier version of Conveyor made it; it is brought up to date by the keeper of this"
-                " version, when it starts (conveyor run, conveyor journal)"
-            )
         if (version := self._pragma("user_version")) != SCHEMA_VERSION:
             raise JournalError(
                 f"cannot open {self.path}: a later version of Conveyor made it (file version {version}); upgrade Conveyor here"
@@ -478,17 +445,13 @@ class Archive:
 
     def _bring_up_to_date(self) -> None:
         """Make what the file does not have yet."""
-        if self._is_ours() and self._pragma("user_version") >= SCHEMA_VERSION:
-            return
         with self._transaction("BEGIN IMMEDIATE"):
-            if not self._is_ours():
-                self._db.execute(SCHEMA)
-            elif self._pragma("user_version") < SCHEMA_VERSION:
-                # A keeper of the earlier version that still runs finds no such table, and leaves its batches in the queue.
+            if self._is_ours():
+                if self._pragma("user_version") >= SCHEMA_VERSION:  # another keeper was faster
+                    return
+                # A keeper of the earlier version that still runs cannot write to a view, and leaves its batches in the queue.
                 self._db.execute(f"ALTER TABLE entries RENAME TO {AT_LENGTH}")
-                self._db.execute(SCHEMA)
-            else:
-                return
+            self._db.execute(SCHEMA)
             self._db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _is_ours(self) -> bool:
@@ -575,96 +538,6 @@ def fit(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
 def _shortened(entry: Entry) -> Entry:
     unkept = entry.unkept if entry.result is None else CUT
     return msgspec.structs.replace(entry, traceback="", result=None, unkept=unkept)
-
-
-@functools.cache
-def _insert(rows: int) -> str:
-    """The statement that writes so many entries; its first value is the seq of the first one."""
-    return _insert_into(AT_LENGTH, FIELDS, ", ?" * len(FIELDS), rows)
-
-
-@functools.cache
-def _insert_successes(rows: int) -> str:
-    """The statement that writes so many successes; its first values are the seq of the first one and the origin of all."""
-    return _insert_into("successes", ("origin", *OWN), ", ?2" + ", ?" * len(OWN), rows)
-
-
-def _insert_into(table: str, columns: Sequence[str], row: str, rows: int) -> str:
-    # Without a seq SQLite gives the next one, and appends without a search.
-    values = ", ".join([f"(?1{row})", *[f"(NULL{row})"] * (rows - 1)])
-    return f"INSERT INTO {table} (seq, {', '.join(columns)}) VALUES {values}"
-
-
-def _in_order(columns: str, condition: str, order: str) -> str:
-    """The selection of some entries in an order; its values are given twice, or have numbers.
-
-    Each place is asked by itself, in the order in which it is stored: of the view SQLite would sort all that there is.
-
-    Parameters:
-        order: which, and how many.
-    """
-    each = (
-        f"SELECT * FROM (SELECT {columns} FROM {table} AS entry WHERE {condition} ORDER BY {order})"
-        for table in (AT_LENGTH, SUCCEEDED)
-    )
-    return f"SELECT * FROM ({' UNION ALL '.join(each)}) ORDER BY {order}"
-
-
-_JOURNEYS_FROM: Final = (
-    " UNION ".join(
-        f"SELECT coalesce(correlation_id, message_id) FROM {table} WHERE message_id >= ?1 AND message_id < ?2"
-        f" UNION SELECT correlation_id FROM {table} WHERE correlation_id >= ?1 AND correlation_id < ?2"
-        for table in (AT_LENGTH, "successes")
-    )
-    + " LIMIT 11"
-)
-"""The journeys that an id with this beginning may mean."""
-_ORIGIN: Final = (
-    f"INSERT INTO origins ({', '.join(SHARED)}, last_entry) VALUES (?, ?, ?, ?, ?)"
-    " ON CONFLICT DO UPDATE SET last_entry = excluded.last_entry RETURNING id"
-)
-_FIRST: Final = f"SELECT min(seq) FROM {AT_LENGTH} UNION ALL SELECT min(seq) FROM successes"
-
-_KINDS: Final = {
-    Status.DONE: (Kind.SUCCEEDED, Kind.DUPLICATE),
-    Status.FAILED: (Kind.DEAD,),
-    Status.DEAD: (Kind.DEAD,),
-    Status.CANCELLED: (Kind.CANCELLED, Kind.CANCELLING),
-    Status.RETRYING: (Kind.RETRIED,),
-    Status.RUNNING: (Kind.STARTED, Kind.PROGRESSED),
-    Status.WAITING: (Kind.PUBLISHED, Kind.RELEASED),
-}
-"""The kinds of the entries that make a job what it is."""
-
-
-def _conditions(which: JobFilter) -> tuple[list[str], list[object]]:
-    """What an entry has to be for its job to be one that is meant."""
-    conditions: list[str] = []
-    values: list[object] = []
-    if which.status is not None:
-        kinds = _KINDS[which.status]
-        if not {Kind.PUBLISHED, Kind.SUCCEEDED} & set(kinds):
-            conditions.append("kind NOT IN ('published', 'succeeded')")  # so that its index is used
-        conditions.append(f"kind IN ({', '.join('?' * len(kinds))})")
-        values += kinds
-    if which.status is Status.WAITING:
-        conditions.append(
-            "NOT EXISTS (SELECT 1 FROM successes AS later WHERE later.message_id = entry.message_id)"
-            f" AND NOT EXISTS (SELECT 1 FROM {AT_LENGTH} AS later WHERE later.message_id = entry.message_id"
-            " AND later.kind NOT IN ('published', 'released'))"
-        )
-    if which.worker is not None:
-        # A task's topic is its worker's identity.
-        who = "CASE kind WHEN 'published' THEN topic WHEN 'cancelling' THEN topic ELSE worker END"
-        conditions.append(f"substr('.' || {who}, -length(?)) = ?")
-        values += [f".{which.worker}"] * 2
-    if which.topic is not None:
-        conditions.append("topic = ?")
-        values.append(which.topic)
-    if which.since is not None:
-        conditions.append("at >= ?")
-        values.append(which.since)
-    return conditions, values
 
 
 def _check_place(path: Path) -> None:
