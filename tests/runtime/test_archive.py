@@ -30,7 +30,7 @@ def entry(kind: Kind, id: str, at: float = 1.0, *, worker: str = "shop.charge", 
     return Entry(kind=kind, at=at, message_id=id, worker="" if kind is Kind.PUBLISHED else worker, **given)  # type: ignore[arg-type]
 
 
-WITHOUT = (None, 1, 0, None, None)
+WITHOUT = (None, None, None)
 """A success that began at no known time, and is on no journey but its own."""
 
 
@@ -67,13 +67,13 @@ SUCCESSES = st.builds(
     st.sampled_from(["shop.charge", "shop.mail"]),
     st.sampled_from(["host/1", "host/2"]),
     st.just("shop.charge"),
+    st.integers(1, 3),
+    st.integers(0, 2),
     st.lists(
         st.tuples(
             st.sampled_from(IDS),
             st.floats(0.0, 10.0),
             st.none() | st.floats(0.0, 10.0),
-            st.integers(1, 3),
-            st.integers(0, 2),
             st.none() | st.sampled_from(IDS),
             st.none() | st.sampled_from(IDS),
         ),
@@ -172,8 +172,8 @@ def test_the_beginning_of_a_journey_is_found_without_reading_all_of_it(path: Pat
 
     def more(times: int) -> None:
         for _ in range(times):
-            successes = Successes("placed", "shop.charge", "host/1", "q", [])
-            successes.each.extend((f"{next(numbers):08}", 1.0, None, 1, 0, "journey", None) for _ in range(10_000))
+            successes = Successes("placed", "shop.charge", "host/1", "q", 1, 0, [])
+            successes.each.extend((f"{next(numbers):08}", 1.0, None, "journey", None) for _ in range(10_000))
             archive.write([(successes.each[0][0], [successes])])
 
     numbers = itertools.count()
@@ -313,7 +313,7 @@ def test_of_successes_that_are_too_old_nothing_is_left(path: Path) -> None:
     clock = TurnableClock(1_000.0)
     archive = Archive(path, age_seconds=100.0, clock=clock).open()
     for process in ("host/1", "host/2"):
-        successes = Successes("placed", "shop.charge", process, "q", [("m", 1.0, None, 1, 0, "j", None)] * 300)
+        successes = Successes("placed", "shop.charge", process, "q", 1, 0, [("m", 1.0, None, "j", None)] * 300)
         archive.write([(process, [successes, entry(Kind.DEAD, process)])])
         clock.turn(60.0)
     while archive.prune():
@@ -494,7 +494,7 @@ def test_a_file_of_the_first_version_is_taken_over_with_all_that_is_in_it(path: 
     reader = Archive(path).open(create=False)
     assert reader.journey("old").entries == [known]
     reader.close()
-    new = Successes("placed", "shop.charge", "", "", [(id, 6.0, *WITHOUT) for id in ("a", "b", "c")])
+    new = Successes("placed", "shop.charge", "", "", 1, 0, [(id, 6.0, *WITHOUT) for id in ("a", "b", "c")])
     archive.write([("1", [known]), ("2", [new])])
     assert [job.id for job in archive.jobs(JobFilter(status=Status.DONE), 10).jobs] == ["c", "b", "a", "old"]
     still_running = apsw.Connection(str(path))  # its batches stay in the queue: none is lost, or taken for another

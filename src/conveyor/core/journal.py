@@ -108,7 +108,7 @@ class Successes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Entries of attempts that succeeded, in short: what they share is said once, for they are nearly all that there is.
 
     Parameters:
-        topic, worker, process, queue: of them all.
+        topic, worker, process, queue, attempt, crashes: of them all.
         each: of each what OWN names.
     """
 
@@ -116,18 +116,21 @@ class Successes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     worker: str
     process: str
     queue: str
-    each: list[tuple[str, float, float | None, int, int, str | None, str | None]]
+    attempt: int
+    crashes: int
+    each: list[tuple[str, float, float | None, str | None, str | None]]
 
     def entries(self) -> list[Entry]:
         """The same at length."""
         kind, topic, worker, process, queue = Kind.SUCCEEDED, self.topic, self.worker, self.process, self.queue
+        attempt, crashes = self.attempt, self.crashes
         return [
             Entry(kind, at, id, topic, worker, process, queue, attempt, crashes, journey, cause, started)
-            for id, at, started, attempt, crashes, journey, cause in self.each
+            for id, at, started, journey, cause in self.each
         ]
 
 
-OWN: Final = ("message_id", "at", "started", "attempt", "crashes", "correlation_id", "causation_id")
+OWN: Final = ("message_id", "at", "started", "correlation_id", "causation_id")
 """The fields that differ from one of the Successes to the next."""
 Told = Entry | Successes
 E = TypeVar("E")

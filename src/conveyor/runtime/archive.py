@@ -134,7 +134,8 @@ class Archive:
                     raise JournalError(f"there is no journal {self.path}")
                 elif not self.path.is_file():
                     raise JournalError(f"cannot read the journal {self.path}: it is no file")
-            flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if self.path == IN_MEMORY else 0)
+            flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX
+            flags |= apsw.SQLITE_OPEN_CREATE if self.path == IN_MEMORY else 0
             self._db = apsw.Connection(str(self.path), flags=flags, statementcachesize=32)
             try:
                 self._db.set_busy_timeout(int(BUSY_SECONDS * 1000))
@@ -194,7 +195,7 @@ class Archive:
         for each in in_short:
             first, last = last + 1, last + len(each.each)
             origin = self._rows(ORIGIN, each.topic, each.worker, each.process, each.queue, last)[0][0]
-            self._insert(insert_successes, first, (origin,), each.each)
+            self._insert(insert_successes, first, (origin, each.attempt, each.crashes), each.each)
         self._rows("UPDATE batches SET last_entry = ? WHERE seq = ?", last, *new[0])
 
     def _last(self) -> int:
@@ -218,10 +219,10 @@ class Archive:
         """
         at = 0
         for size in ROWS_AT_ONCE:
-            while len(rows) - at >= size:
-                values = chain((first + at, *shared), *rows[at : at + size])
-                self._db.execute(statement(size), cast("Any", tuple(values)))
-                at += size
+            starts = range(at, len(rows) - size + 1, size)
+            values = (tuple(chain((first + at, *shared), *rows[at : at + size])) for at in starts)
+            self._db.executemany(statement(size), cast("Any", values))
+            at += size * len(starts)
         self._unlooked += len(rows)
 
     def prune(self, *, always: bool = True) -> bool:

@@ -34,7 +34,7 @@ class Alike:
     """Successes that have all but OWN in common, written down as they came.
 
     Parameters:
-        topic, worker, process, queue: of them all.
+        topic, worker, process, queue, attempt, crashes: of them all.
 
     Raises:
         Exception: these cannot be encoded.
@@ -42,10 +42,12 @@ class Alike:
 
     __slots__ = ("_begin", "number", "rows")
 
-    def __init__(self, topic: str, worker: str, process: str, queue: str) -> None:
+    def __init__(self, topic: str, worker: str, process: str, queue: str, attempt: int, crashes: int) -> None:
         self.number = 0
         self.rows = bytearray()
-        self._begin = _encode((topic, worker, process, queue, ()))[:-1]  # without the empty array at the end
+        self._begin = _encode((topic, worker, process, queue, attempt, crashes, ()))[
+            :-1
+        ]  # without the empty array at the end
 
     def packed(self) -> msgspec.Raw:
         """Successes, as they travel."""
@@ -65,19 +67,19 @@ class Gathered:
 
     def __init__(self, process: str) -> None:
         self._process = process
-        self._open: dict[tuple[str, str, str], Alike] = {}
+        self._open: dict[tuple[str, str, str, int, int], Alike] = {}
         self._full: list[Alike] = []
 
-    def add(self, topic: str, worker: str, queue: str, row: Row) -> None:
+    def add(self, topic: str, worker: str, queue: str, attempt: int, crashes: int, row: Row) -> None:
         """One more.
 
         Raises:
             Exception: it cannot be encoded.
         """
-        of = topic, worker, queue
+        of = topic, worker, queue, attempt, crashes
         alike = self._open.get(of)
         if alike is None:
-            alike = self._open[of] = Alike(topic, worker, self._process, queue)
+            alike = self._open[of] = Alike(topic, worker, self._process, queue, attempt, crashes)
         rows = alike.rows
         start = len(rows)
         try:

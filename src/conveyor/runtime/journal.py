@@ -214,13 +214,15 @@ class Journal:
             self._drop(1)
             return
         self._noted += 1  # as _has_room(), without a call for each message
-        cause, again = message.causation_id, delivery.deliveries - attempts - 1
-        row = id, now, started, attempts + 1, again, None if journey == id else journey, cause
+        again, row = (
+            delivery.deliveries - attempts - 1,
+            (id, now, started, None if journey == id else journey, message.causation_id),
+        )
         try:
-            self._successes.add(message.topic, worker, delivery.queue, row)
+            self._successes.add(message.topic, worker, delivery.queue, attempts + 1, again, row)
         except Exception:  # a text of half characters: at length there is a way for it
             entry = (Kind.SUCCEEDED, now, id, message.topic, worker, self.process, delivery.queue, attempts + 1, again)
-            self._entries.append((*entry, row[-2], cause, started))
+            self._entries.append((*entry, *row[-2:], started))
         if soon:
             self._soon.set()
 

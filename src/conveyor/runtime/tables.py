@@ -28,9 +28,11 @@ SUCCEEDED: Final = "succeeded"
 """A table and a view: every entry is in one of them, and both look alike."""
 SHARED: Final = ("topic", "worker", "process", "queue")
 """The fields that successes of one origin have in common."""
+COUNTS: Final = ("attempt", "crashes")
+"""Those that successes of one batch have in common, besides."""
 _REST: Final = dict(zip(FIELDS[::-1], map(_literal, Entry.__struct_defaults__[::-1]), strict=False))
 """What all the others are in a success, as SQL."""
-_SUCCESS: Final = {**_REST, "kind": _literal(Kind.SUCCEEDED.value), **{name: name for name in SHARED + OWN}}
+_SUCCESS: Final = {**_REST, "kind": _literal(Kind.SUCCEEDED.value), **{name: name for name in SHARED + COUNTS + OWN}}
 SCHEMA: Final = f"""
 CREATE TABLE IF NOT EXISTS batches (
     seq INTEGER PRIMARY KEY,
@@ -49,7 +51,7 @@ CREATE TABLE IF NOT EXISTS origins (
     last_entry INTEGER NOT NULL, -- the seq of the last success that came from there
     UNIQUE ({", ".join(SHARED)})
 );
-CREATE TABLE IF NOT EXISTS successes (seq INTEGER PRIMARY KEY, origin INTEGER NOT NULL, {", ".join(OWN)});
+CREATE TABLE IF NOT EXISTS successes (seq INTEGER PRIMARY KEY, origin INTEGER NOT NULL, {", ".join(COUNTS + OWN)});
 CREATE INDEX IF NOT EXISTS successes_by_message ON successes (message_id);
 CREATE INDEX IF NOT EXISTS successes_by_journey ON successes (correlation_id) WHERE correlation_id IS NOT NULL;
 CREATE VIEW {SUCCEEDED} AS SELECT seq, {", ".join(f"{_SUCCESS[name]} AS {name}" for name in FIELDS)}
@@ -66,8 +68,8 @@ def insert_entries(rows: int) -> str:
 
 @functools.cache
 def insert_successes(rows: int) -> str:
-    """The statement that writes so many successes; its first values are the seq of the first one and the origin of all."""
-    return _insert_into("successes", ("origin", *OWN), ", ?2" + ", ?" * len(OWN), rows)
+    """The statement that writes so many successes; its first values are the seq of the first one, and the origin and COUNTS of all."""
+    return _insert_into("successes", ("origin", *COUNTS, *OWN), ", ?2, ?3, ?4" + ", ?" * len(OWN), rows)
 
 
 def _insert_into(table: str, columns: Sequence[str], row: str, rows: int) -> str:

@@ -75,7 +75,8 @@ class QueueFile:
                 " pip install --upgrade apsw (a distribution's own package may be too old)"
             )
         _check_place(self.path, network_filesystem=self._network_filesystem)
-        self.db = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE, statementcachesize=64)
+        flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX
+        self.db = apsw.Connection(str(self.path), flags=flags, statementcachesize=64)
         _open_connections.add(self.db)
         try:
             self.db.set_busy_timeout(int(BUSY_SECONDS * 1000))
