@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from conveyor import brokers
-from conveyor.cli.asking import journal_queues
 from conveyor.cli.jobs import as_table
 from conveyor.cli.terminal import out
 from conveyor.cli.trace import as_json, as_text, told
 from conveyor.core.journal import Entry, Job, Kind, Status, Stop, stops
 from conveyor.core.message import Message
-from conveyor.core.questions import Answer
+from conveyor.core.questions import Answer, JobsOf
 from conveyor.errors import JournalError, NoKeeper
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
-from conveyor.runtime.ask import Asker
+from conveyor.runtime.ask import Asker, journal_queues
 from conveyor.runtime.journal import journal_queue
 from conveyor.runtime.keeper import Keeper
 
@@ -100,6 +99,19 @@ async def until(conveyor: Program, kinds: set[str], id: str, *, app: str = "shop
         finally:
             await asker.close()
             await broker.close()
+
+
+async def apps_that_answer(conveyor: Program) -> set[str]:
+    """The applications whose keepers answer questions on the folder's broker."""
+    broker = brokers.from_url(f"sqlite:///{conveyor.folder / 'shop.queue'}")
+    await broker.open()
+    asker = Asker(broker, time.time)
+    try:
+        answer = await asker.ask(JobsOf())
+        return set(await journal_queues(broker)) - set(answer.silent)
+    finally:
+        await asker.close()
+        await broker.close()
 
 
 def publish(conveyor: Program, *arguments: str) -> str:
@@ -240,6 +252,21 @@ async def test_who_keeps_a_journal_on_a_server_is_known_and_those_who_ask_are_no
         await broker.close()
 
 
+async def test_of_two_applications_on_one_broker_the_one_whose_keeper_stands_still_is_named(shop: Program) -> None:
+    (shop.folder / "conveyor.toml").write_text(f'broker = "{shop.queue_url}"\n')
+    with running(shop, "run", "shop"), running(shop, "run", "slow:app", "--grace", "1") as slow:
+        await until(shop, {"succeeded"}, order(shop, "a"), messages=2)
+        while (keeper := keeper_of(slow)) is None or "slow" not in await apps_that_answer(shop):
+            await asyncio.sleep(0.05)
+        os.kill(keeper, signal.SIGSTOP)
+        try:
+            done = await asyncio.to_thread(shop.run, "jobs")
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+    assert "shop.charge" in done.stdout
+    assert "nobody who keeps the journal of slow answered" in done.stderr
+
+
 async def test_a_killed_runner_and_a_killed_keeper_leave_a_journey_that_tells_of_it(shop: Program) -> None:
     with running(shop, "run", "slow:app", "--grace", "1") as program:
         id = publish(shop, "slow:app", "Job", "--data", '{"name": "a"}')
@@ -363,6 +390,9 @@ def test_what_nobody_knows_is_said_with_what_to_do(shop: Program) -> None:
     archive.write([("1", [Entry(Kind.PUBLISHED, time.time(), id, "t") for id in ("same-1", "same-2")])])
     archive.close()
     assert "the journal knows nothing of x" in shop.refused("trace", "x", code=1)
+    assert "trace which message?" in shop.refused("trace", "")
+    assert "cannot read the journal" in shop.refused("trace", "x", "--file", ".", code=1)
+    assert "nothing of x\\ny" in shop.refused("trace", "x\ny", code=1)
     said = shop.refused("trace", "same", code=1)
     assert "several journeys" in said
     assert "same-1" in said
@@ -424,9 +454,10 @@ def test_an_attempt_that_was_given_back_and_runs_again_is_running() -> None:
 
 
 def test_what_steers_terminals_is_taken_out() -> None:
-    entry = Entry(Kind.DEAD, 1.0, "m", "t\x1b[31m", worker="w", error="\x1b]0;title\x07boom\nsecond")
+    entry = Entry(Kind.DEAD, 1.0, "m\nn", "t\x1b[31m", worker="w", error="\x1b]0;title\x07boom\nsecond")
     text = "\n".join(line.plain for line in as_text(Answer("", entries=(entry,)), "m"))
     assert "\x1b" not in text
+    assert "m\\nn" in text
     assert "boom" in text
     assert "second" in text
     assert isinstance(stops([entry])[0], Stop)

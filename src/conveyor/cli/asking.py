@@ -10,15 +10,13 @@ from urllib.parse import quote, unquote, urlsplit
 
 from cyclopts import Parameter
 
-from conveyor.broker import Broker
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import Output
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
 from conveyor.runtime.archive import Archive
-from conveyor.runtime.ask import Asker, together
-from conveyor.runtime.journal import TOPIC
+from conveyor.runtime.ask import Asker, journal_queues, silence_of, together
 
 MANY: Final = 64
 """Batches that wait for a keeper which keeps up, at most."""
@@ -77,15 +75,6 @@ class Kept:
         return files_here()
 
 
-async def journal_queues(broker: Broker) -> dict[str, int]:
-    """The names of the applications that keep, or kept, a journal on a broker → batches that wait for its keeper."""
-    return {
-        info.name.removeprefix(f"{TOPIC}."): info.ready + info.in_flight
-        for info in await broker.queues()
-        if info.name.startswith(f"{TOPIC}.") and not info.temporary
-    }
-
-
 def files_here() -> list[Path]:
     """The journals in the working directory."""
     return sorted(Path.cwd().glob("*.journal"))
@@ -113,6 +102,8 @@ async def _ask(url: str, request: JourneyOf | JobsOf, output: Output) -> Answer:
         asker = Asker(broker, time.time)
         try:
             answer = await asker.ask(request)
+            if answer.silent:
+                output.note(f"{silence_of(answer.silent)}; --file reads what was kept", "yellow")
             if answer.behind:
                 output.note(f"the newest entries are not in this: {answer.behind}", "yellow")
             elif (left := sum((await journal_queues(broker)).values())) > MANY:
@@ -148,7 +139,7 @@ def _read(file: Path, request: JourneyOf | JobsOf, output: Output, *, asked: boo
     Raises:
         JournalError: it is no journal, or cannot be read.
     """
-    is_open = not asked and file.with_name(f"{file.name}-wal").exists()
+    is_open = not asked and Path(f"{file}-wal").exists()
     archive = Archive(file).open(create=False)
     try:
         answer = archive.answer("", request)

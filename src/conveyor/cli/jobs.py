@@ -17,6 +17,7 @@ from conveyor.cli.terminal import OK, Output, moment, out, safe, shortened, span
 from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.questions import JobsOf
 from conveyor.core.words import counted, far
+from conveyor.runtime.logs import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,7 +98,7 @@ def as_table(found: Sequence[Job], now: float) -> Table:
     """What people see."""
     rows = [
         (
-            job.id,
+            printable(job.id),
             safe(job.status.value, STYLES.get(job.status, "")),
             job.worker or job.topic,
             f"{job.attempts:,}",

@@ -15,7 +15,9 @@ from conveyor.cli.terminal import FAILED, OK, Output, moment, out, safe, shorten
 from conveyor.core.journal import NOWHERE, Entry, Kind, Stop, stops
 from conveyor.core.questions import Answer, JourneyOf
 from conveyor.core.words import counted, far
+from conveyor.errors import ConfigurationError
 from conveyor.runtime.journal import LONGEST_NOTE
+from conveyor.runtime.logs import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -62,6 +64,8 @@ def trace(
     Parameters:
         message_id: The message's id, or the journey's, or the beginning of one.
     """
+    if not message_id:
+        raise ConfigurationError("trace which message? Give its id, or the beginning of it; conveyor jobs lists ids")
     answer = asyncio.run(where.answer(JourneyOf(message_id), output))
     if output.json:
         output.document(as_json(answer))
@@ -69,12 +73,14 @@ def trace(
         for line in as_text(answer, message_id):
             out().print(line, soft_wrap=True)
     if answer.others:
-        output.note(f"{message_id} may mean several journeys; write more of it:", "yellow")
+        output.note(f"{printable(message_id)} may mean several journeys; write more of it:", "yellow")
         for other in answer.others:
-            output.note(f"  {other}")
+            output.note(f"  {printable(other)}")
         return FAILED
     if not answer.entries:
-        output.note(f"the journal knows nothing of {message_id}: it is too old, or was never published here", "red")
+        output.note(
+            f"the journal knows nothing of {printable(message_id)}: it is too old, or was never published here", "red"
+        )
         return FAILED
     if answer.more:
         output.note(f"these are the first {counted(len(answer.entries), 'entry', 'entries')}; there are more", "yellow")
@@ -116,14 +122,15 @@ def as_text(answer: Answer, asked: str) -> Iterator[Text]:
     """What people see: a tree of messages, under each what happened to it."""
     first, last = answer.entries[0], answer.entries[-1]
     messages = counted(len({entry.message_id for entry in answer.entries}), "message")
-    yield safe(f"journey {first.journey}: {messages}, {span(last.at - first.at)} from {_moment(first.at)}", "bold")
+    over = f"{messages}, {span(last.at - first.at)} from {_moment(first.at)}"
+    yield safe(printable(f"journey {first.journey}: {over}"), "bold")
     for stop, depth in _walk(stops(answer.entries)):
         indent = "   " * min(depth, DEEPEST)
         yield safe("")
         mark = "  ← you asked for it" if stop.message_id.startswith(asked) and depth else ""
-        yield safe(f"{indent}{stop.topic} {stop.message_id}{mark}", "bold")
+        yield safe(printable(f"{indent}{stop.topic} {stop.message_id}{mark}"), "bold")
         for entry, line in told(stop):
-            yield safe(f"{indent}  {_moment(entry.at)}  {line}", STYLES.get(entry.kind, "cyan"))
+            yield safe(printable(f"{indent}  {_moment(entry.at)}  {line}"), STYLES.get(entry.kind, "cyan"))
             for more in entry.error.splitlines():
                 yield safe(f"{indent}  {'':24}    {more}", STYLES.get(entry.kind, ""))
 

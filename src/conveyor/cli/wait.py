@@ -15,15 +15,17 @@ from cyclopts import App, Parameter
 
 from conveyor.broker import Broker
 from conveyor.cli import EXIT_CODES
-from conveyor.cli.asking import files_here, journal_queues, queue_beside, shown
+from conveyor.cli.asking import files_here, queue_beside, shown
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.publish import duration
 from conveyor.cli.terminal import FAILED, OK, Output, safe, shortened
 from conveyor.core.journal import Job, JobFilter, Status
+from conveyor.core.questions import JobsOf
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
-from conveyor.runtime.ask import MOST_IDS, Asker
+from conveyor.runtime.ask import MOST_IDS, Asker, journal_queues, silence_of
 from conveyor.runtime.journal import LONGEST_NOTE
+from conveyor.runtime.logs import printable
 from conveyor.runtime.ticket import in_words, may_pass
 
 if TYPE_CHECKING:
@@ -145,7 +147,7 @@ async def _found(
     warned = False
     while True:
         try:
-            unknown = await _unknown(asker, ids)
+            unknown, silent = await _unknown(asker, ids)
             short = [id for id in unknown if len(id) < WHOLE_ID][:MOST_SHORT]
             meant = {id: await _beginning_so(asker, id) for id in short}
             break
@@ -167,18 +169,23 @@ async def _found(
         return None
     if missing := [id for id in unknown if not meant.get(id)]:
         await _refuse_without_journal(broker, where)
+        if silent:
+            output.note(silence_of(silent), "yellow")
         if loop.time() < deadline:
             _tell_unknown(missing, output)
     return list(dict.fromkeys(next(iter(meant.get(id, ())), id) for id in ids))
 
 
-async def _unknown(asker: Asker, ids: Sequence[str]) -> list[str]:
-    """Those of which nothing is known."""
+async def _unknown(asker: Asker, ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of which nothing is known, and the applications whose keepers were silent."""
     known: set[str] = set()
+    silent: set[str] = set()
     for first in range(0, len(ids), ASKED_AT_ONCE):
         some = tuple(ids[first : first + ASKED_AT_ONCE])
-        known.update(job.id for job in await asker.jobs(JobFilter(ids=some), limit=10 * ASKED_AT_ONCE))
-    return [id for id in ids if id not in known]
+        answer = await asker.ask(JobsOf(JobFilter(ids=some), limit=10 * ASKED_AT_ONCE))
+        known.update(job.id for job in answer.jobs)
+        silent.update(answer.silent)
+    return [id for id in ids if id not in known], sorted(silent)
 
 
 async def _beginning_so(asker: Asker, beginning: str) -> list[str]:
@@ -264,9 +271,9 @@ def _tell(job: Job, output: Output, bars: _Bars) -> None:
     if output.json:
         output.line(told)
     elif sys.stdout.isatty() and sys.stderr.isatty():
-        bars.above(f"{job.id} {job.status}{f' {text}' if text else ''}")
+        bars.above(f"{printable(job.id)} {job.status}{f' {text}' if text else ''}")
     else:
-        output.say(f"{job.id} {job.status}{f' {text}' if text else ''}")
+        output.say(f"{printable(job.id)} {job.status}{f' {text}' if text else ''}")
 
 
 class _Bars:

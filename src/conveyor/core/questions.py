@@ -52,16 +52,18 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one keeper knows.
+    """What one keeper knows, or several together.
 
     Parameters:
         to: the question's id.
+        app: the application whose journal it keeps; "" where there are several, or where that is not known.
         entries: of the journey, in any order.
         jobs: those that were asked for.
         others: journeys that begin with the id as well, so that it is not clear which is meant.
         more: there is more than fits into an answer.
         behind: why the newest may not be in it; "" where they are.
         problem: why it can say nothing; "" where it can.
+        silent: applications that keep, or kept, a journal here, of which nobody answered: what they did is not in this.
     """
 
     to: str
@@ -71,3 +73,5 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     more: bool = False
     behind: str = ""
     problem: str = ""
+    app: str = ""
+    silent: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ import logging
 import os
 import uuid
 from collections.abc import AsyncIterator, Collection, Iterable
+from math import inf
 from typing import Final
 
 import msgspec
@@ -16,8 +17,8 @@ from conveyor.broker import Broker, Clock
 from conveyor.core.journal import Job, JobFilter, in_order
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
-from conveyor.errors import BrokerUnavailable, NoKeeper, PublishFailed
-from conveyor.runtime.journal import ASK, MSGPACK
+from conveyor.errors import BrokerError, BrokerUnavailable, NoKeeper, PublishFailed
+from conveyor.runtime.journal import ASK, MSGPACK, TOPIC, keeper_topic
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.mailbox import Mailbox
 
@@ -30,7 +31,9 @@ ANSWER_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 2.0
 """How long at least, however little time there is: to look takes a moment, too."""
 OTHERS_SECONDS: Final = 0.2
-"""How much longer than the first one other keepers may take: each application has its own, and a journey may lead through several."""
+"""When each application's keeper has answered: how much longer a second one of the same application may take."""
+LISTED_SECONDS: Final = 10.0
+"""How long it is believed which applications have a journal on the broker: to list queues may mean to count what is in them."""
 ASK_AGAIN_SECONDS: Final = 5.0
 """Who waits asks again so often: a keeper may have died, or come."""
 NOBODY_SECONDS: Final = 0.25
@@ -44,6 +47,12 @@ NOBODY_KEEPS: Final = (
 )
 NOBODY_ANSWERED: Final = "no keeper of the journal answered in time; see what the processes log about the journal"
 
+
+def silence_of(apps: Iterable[str]) -> str:
+    """What it means that of these applications nobody answered."""
+    return f"nobody who keeps the journal of {' or '.join(apps)} answered: what is only known there is not in this"
+
+
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -53,11 +62,17 @@ class Asker:
     Parameters:
         broker: open.
         clock: gives Unix seconds.
+        app: the application that asks: where its own keeper is silent, nothing that is not known elsewhere counts as unknown;
+            None where nobody's journal is more important than the others'.
     """
 
-    def __init__(self, broker: Broker, clock: Clock) -> None:
+    def __init__(self, broker: Broker, clock: Clock, app: str | None = None) -> None:
         self._broker = broker
         self._clock = clock
+        self._app = app
+        self._apps: set[str] = set()
+        """The applications that keep, or kept, a journal on the broker."""
+        self._listed_at = -inf
         name = f"{ANSWERS}.{uuid.uuid4().hex[:12]}"
         # It has a topic: not every broker can reach a queue by its name that somebody else has declared.
         self._mailbox = Mailbox(broker, name, (name,), msgspec.msgpack.Decoder(Answer).decode)
@@ -88,12 +103,26 @@ class Asker:
         return list((await self.ask(JobsOf(which, limit), timeout_seconds=timeout_seconds)).jobs)
 
     async def ask(self, request: JourneyOf | JobsOf, *, timeout_seconds: float = ANSWER_SECONDS) -> Answer:
-        """What all keepers together know.
+        """What all keepers together know, and who of them is silent.
 
         Raises:
-            NoKeeper: nobody keeps a journal here, or nobody answers in time.
+            NoKeeper: nobody keeps a journal here, or nobody answers in time; or nothing is known of it, and this application's
+                own keeper is silent.
         """
-        return together(await self._all(request, timeout_seconds), request)
+        found: list[Answer] = []
+        async with self._question(request, timeout_seconds) as answers:
+            async for answer in answers:
+                found.append(answer)
+                if answers.awaited <= {each.app for each in found} or _tell_all(found, request):
+                    answers.hurry(OTHERS_SECONDS)
+        if not found:
+            raise NoKeeper(NOBODY_ANSWERED)
+        answer = together(found, request)
+        silent = (self._apps | answers.awaited) - {each.app for each in found if not each.problem}
+        if self._app in silent and not (answer.jobs or answer.entries):
+            problem = next((each.problem for each in found if each.app == self._app), "")
+            raise NoKeeper(problem or silence_of([str(self._app)]))
+        return msgspec.structs.replace(answer, silent=tuple(sorted(silent)))
 
     async def wait(self, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
         """Wait until at least one of these jobs has ended, and give all that is known about any of them (with results) by id.
@@ -105,7 +134,8 @@ class Asker:
             As they are when the first has ended, or after timeout_seconds.
 
         Raises:
-            NoKeeper: in all this time nobody who keeps a journal was there, or answered.
+            NoKeeper: in all this time nobody who keeps a journal was there, or answered; or some of the jobs are not known, and
+                this application's own keeper did not.
         """
         wanted = tuple(ids)[:MOST_IDS]
         loop = asyncio.get_running_loop()
@@ -121,7 +151,7 @@ class Asker:
             try:
                 async with self._question(EndOf(wanted, patience), patience + longer) as answers:
                     async for answer in answers:
-                        heard = heard or not answer.problem
+                        heard = heard or (not answer.problem and self._app in (None, answer.app))
                         answers.hurry((patience if answer.problem else 0.0) + OTHERS_SECONDS)
                         jobs = _newest([*known.values(), *answer.jobs])
                         # Several workers may have one message: what has ended is what was waited for.
@@ -132,7 +162,7 @@ class Asker:
                 nobody = str(error)
                 await asyncio.sleep(min(left, NOBODY_SECONDS))
             if deadline <= loop.time():
-                if not heard:
+                if not heard and not known.keys() >= set(wanted):
                     raise NoKeeper(nobody)
                 return known
 
@@ -142,17 +172,6 @@ class Asker:
         if self._is_open:
             await self._mailbox.remove()
             self._is_open = False
-
-    async def _all(self, request: Request, timeout_seconds: float) -> list[Answer]:
-        """What the keepers answer: the first within a time, the others soon behind it."""
-        found: list[Answer] = []
-        async with self._question(request, timeout_seconds) as answers:
-            async for answer in answers:
-                found.append(answer)
-                answers.hurry(OTHERS_SECONDS)
-        if not found:
-            raise NoKeeper(NOBODY_ANSWERED)
-        return found
 
     @contextlib.asynccontextmanager
     async def _question(self, request: Request, timeout_seconds: float) -> AsyncIterator[_Answers]:
@@ -165,26 +184,39 @@ class Asker:
         until = asyncio.get_running_loop().time() + timeout_seconds
         now = self._clock()
         id = uuid7(now, os.urandom(10))
-        message = Message(
-            id, ASK, _encode(Question(id, self._mailbox.name, request)), content_type=MSGPACK, created=now
-        )
+        body = _encode(Question(id, self._mailbox.name, request))
+        message = Message(id, ASK, body, content_type=MSGPACK, created=now)
         arriving: asyncio.Queue[Answer] = asyncio.Queue()
         self._asked[id] = arriving
         try:
             try:
                 async with asyncio.timeout_at(until):
                     await self._open()
-                    nobody = await self._broker.publish((message,))
+                    await self._list_apps()
+                    # What has no content is left out by who hears it; that nobody does is what it is to show.
+                    knocks = {uuid7(now, os.urandom(10)): app for app in self._apps}
+                    empty = [
+                        Message(knock, keeper_topic(app), b"", content_type=MSGPACK, created=now)
+                        for knock, app in knocks.items()
+                    ]
+                    unheard = await self._broker.publish((message, *empty))
             except TimeoutError:
                 raise BrokerUnavailable(f"the broker took no question within {timeout_seconds:g} s") from None
             except PublishFailed as error:
                 why = next(iter((*error.refused.values(), *error.unknown.values())))
                 raise BrokerUnavailable(f"the question may not have been asked: {why}") from error
-            if nobody:
+            if id in unheard:
                 raise NoKeeper(NOBODY_KEEPS)
-            yield _Answers(arriving, until)
+            yield _Answers(arriving, until, frozenset(app for knock, app in knocks.items() if knock not in unheard))
         finally:
             del self._asked[id]
+
+    async def _list_apps(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._listed_at + LISTED_SECONDS <= now:
+            with contextlib.suppress(BrokerError):  # not now, or not for us; asking says the same, or does not need it
+                self._apps = set(await journal_queues(self._broker)) | ({self._app} if self._app is not None else set())
+                self._listed_at = now
 
     async def _open(self) -> None:
         async with self._opening:
@@ -202,9 +234,14 @@ class Asker:
 
 
 class _Answers:
-    """The answers to a question, as they come."""
+    """The answers to a question, as they come.
 
-    def __init__(self, arriving: asyncio.Queue[Answer], until: float) -> None:
+    Parameters:
+        awaited: the applications whose keepers have heard it, as far as is known.
+    """
+
+    def __init__(self, arriving: asyncio.Queue[Answer], until: float, awaited: frozenset[str]) -> None:
+        self.awaited: Final = awaited
         self._arriving = arriving
         self._until = until
 
@@ -220,6 +257,26 @@ class _Answers:
             except TimeoutError:
                 return
             yield answer
+
+
+async def journal_queues(broker: Broker) -> dict[str, int]:
+    """The names of the applications that keep, or kept, a journal on a broker → batches that wait for its keeper.
+
+    Raises:
+        BrokerError: the broker cannot say.
+    """
+    return {
+        info.name.removeprefix(f"{TOPIC}."): info.ready + info.in_flight
+        for info in await broker.queues()
+        if info.name.startswith(f"{TOPIC}.") and not info.temporary
+    }
+
+
+def _tell_all(found: Iterable[Answer], request: Request) -> bool:
+    """Whether a worker's name is in what is known of each job that was asked for: more than its own keeper has said nobody can say."""
+    if not isinstance(request, JobsOf) or request.which.ids is None:
+        return False
+    return {job.id for answer in found for job in answer.jobs if job.worker} >= set(request.which.ids)
 
 
 def together(answers: Collection[Answer], request: Request) -> Answer:

@@ -71,7 +71,7 @@ class Connection:
                 await broker.open()
                 stack.push_async_callback(broker.close)
             await broker.declare([*queues, journal_queue(name)] if journal else queues)
-            asker = Asker(broker, clock)
+            asker = Asker(broker, clock, name if journal else None)
             stack.push_async_callback(asker.close)
             noting = None
             if journal:

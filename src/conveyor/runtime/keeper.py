@@ -435,9 +435,8 @@ class Keeper:
 
     async def _reply(self, question: Question, answer: Answer) -> None:
         now = self._clock()
-        message = Message(
-            uuid7(now, os.urandom(10)), question.reply_to, _encode(answer), content_type=MSGPACK, created=now
-        )
+        body = _encode(msgspec.structs.replace(answer, app=self._app))
+        message = Message(uuid7(now, os.urandom(10)), question.reply_to, body, content_type=MSGPACK, created=now)
         try:
             await self._broker.publish((message,))
         except BrokerError as error:  # whoever asked is gone, or will ask again

@@ -1,0 +1,156 @@
+"""Asking several keepers: each application has one, and what only a silent one knows is not left out without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from conveyor import Conveyor, brokers
+from conveyor.broker import Broker
+from conveyor.core.journal import Entry, JobFilter, Kind
+from conveyor.core.questions import Answer, JobsOf, Question
+from conveyor.errors import JournalError, NoKeeper
+from conveyor.runtime import ask
+from conveyor.runtime.archive import Archive
+from conveyor.runtime.ask import Asker, silence_of
+from conveyor.runtime.keeper import Keeper
+
+PATIENCE_SECONDS = 60.0
+ALL = JobsOf()
+
+
+class Gate(Keeper):
+    """A keeper that answers nothing while it is shut."""
+
+    def __init__(self, app: str, broker: Broker) -> None:
+        super().__init__(app, broker, Archive(":memory:"), time.time)
+        self.is_open = asyncio.Event()
+        self.is_open.set()
+
+    async def _reply(self, question: Question, answer: Answer) -> None:
+        await self.is_open.wait()
+        await super()._reply(question, answer)
+
+
+@contextlib.asynccontextmanager
+async def gate(app: str, broker: Broker) -> AsyncIterator[Gate]:
+    """The keeper of an application that has done one job, of its own name."""
+    keeper = Gate(app, broker)
+    async with keeper:
+        did = Entry(Kind.SUCCEEDED, 2.0, app, "topic", f"{app}.worker", started=1.0, attempt=1)
+        await keeper._writer.do(Archive.write, [(app, [did])])
+        try:
+            yield keeper
+        finally:
+            keeper.is_open.set()
+
+
+@pytest.fixture(params=["sqlite", "redis", "rabbitmq"])
+async def broker(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Broker]:
+    """Every kind that several applications can be on."""
+    file = tmp_path / "shop.queue"
+    url = f"sqlite:///{file}" if request.param == "sqlite" else request.getfixturevalue(request.param).url()
+    opened = brokers.from_url(url)
+    await opened.open()
+    yield opened
+    await opened.close()
+
+
+@contextlib.asynccontextmanager
+async def asking(broker: Broker, app: str | None = None) -> AsyncIterator[Asker]:
+    asker = Asker(broker, time.time, app)
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            yield asker
+    finally:
+        await asker.close()
+
+
+def ids(answer: Answer) -> set[str]:
+    return {job.id for job in answer.jobs}
+
+
+async def test_an_answer_waits_for_every_keeper_that_is_there(broker: Broker) -> None:
+    async with gate("shop", broker), gate("mail", broker) as mail, asking(broker) as asker:
+        mail.is_open.clear()
+        question = asyncio.create_task(asker.ask(ALL, timeout_seconds=PATIENCE_SECONDS))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(question), 5 * ask.OTHERS_SECONDS)
+        mail.is_open.set()
+        answer = await question
+        assert (ids(answer), answer.silent) == ({"shop", "mail"}, ())
+
+
+async def test_who_does_not_answer_in_time_is_named_and_the_others_are_told(broker: Broker) -> None:
+    async with gate("shop", broker), gate("mail", broker) as mail, asking(broker) as asker:
+        mail.is_open.clear()
+        answer = await asker.ask(ALL, timeout_seconds=1.0)
+        assert (ids(answer), answer.silent) == ({"shop"}, ("mail",))
+
+
+async def test_a_keeper_that_has_gone_is_named_and_not_waited_for(broker: Broker) -> None:
+    async with gate("shop", broker), asking(broker) as asker:
+        async with gate("mail", broker):
+            pass
+        answer = await asker.ask(ALL, timeout_seconds=PATIENCE_SECONDS * 2)
+        assert (ids(answer), answer.silent) == ({"shop"}, ("mail",))
+
+
+async def test_a_keeper_that_cannot_read_its_journal_is_named(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_of = Archive.answer
+
+    def answer(archive: Archive, to: str, request: JobsOf) -> Answer:
+        if archive is mail.archive:
+            raise JournalError("it is damaged")
+        return answer_of(archive, to, request)
+
+    monkeypatch.setattr(Archive, "answer", answer)
+    async with gate("shop", broker), gate("mail", broker) as mail, asking(broker) as asker:
+        answer_of_both = await asker.ask(ALL)
+        assert (ids(answer_of_both), answer_of_both.silent) == ({"shop"}, ("mail",))
+    async with gate("mail", broker) as mail, asking(broker, "mail") as asker:
+        with pytest.raises(NoKeeper, match="it is damaged"):
+            await asker.ask(ALL)
+
+
+async def test_nothing_counts_as_unknown_to_an_application_whose_own_keeper_is_silent(broker: Broker) -> None:
+    unknown = JobsOf(JobFilter(ids=("nobody",)))
+    async with gate("shop", broker), asking(broker, "mail") as asker:
+        with pytest.raises(NoKeeper, match="keeps the journal of mail"):
+            await asker.ask(unknown)
+        with pytest.raises(NoKeeper):
+            await asker.wait(["nobody"], timeout_seconds=0.0)
+        assert ids(await asker.ask(JobsOf(JobFilter(ids=("shop",))))) == {"shop"}
+        assert set(await asker.wait(["shop"], timeout_seconds=0.0)) == {"shop"}
+        async with gate("mail", broker):
+            assert (await asker.ask(unknown)).silent == ()
+            assert await asker.wait(["nobody"], timeout_seconds=0.0) == {}
+
+
+async def test_a_job_that_its_own_keeper_knows_is_told_without_waiting_for_the_others(broker: Broker) -> None:
+    async with gate("shop", broker), gate("mail", broker) as mail, asking(broker, "shop") as asker:
+        mail.is_open.clear()
+        (job,) = await asker.jobs(JobFilter(ids=("shop",)), timeout_seconds=2 * PATIENCE_SECONDS)
+        assert job.worker == "shop.worker"
+
+
+async def test_a_ticket_says_that_nobody_can_tell_rather_than_that_its_job_waits(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shop.queue'}"
+    app, other = Conveyor("shop", broker=url, journal=True), Conveyor("mail", broker=url, journal=True)
+
+    @app.task
+    def work() -> None: ...
+
+    async with other.running(), app:
+        ticket = await work.send()
+        with pytest.raises(NoKeeper, match="journal of shop"):
+            await ticket.status(timeout=0.0)
+
+
+def test_silence_names_whose_it_is() -> None:
+    assert silence_of(["mail", "shop"]).startswith("nobody who keeps the journal of mail or shop answered")
