@@ -31,7 +31,7 @@ ANSWER_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 2.0
 """How long at least, however little time there is: to look takes a moment, too."""
 OTHERS_SECONDS: Final = 0.2
-"""When each application's keeper has answered: how much longer a second one of the same application may take."""
+"""When what was asked for is known: how much longer other keepers may take, which may know of it, too."""
 LISTED_SECONDS: Final = 10.0
 """How long it is believed which applications have a journal on the broker: to list queues may mean to count what is in them."""
 ASK_AGAIN_SECONDS: Final = 5.0
@@ -113,7 +113,9 @@ class Asker:
         async with self._question(request, timeout_seconds) as answers:
             async for answer in answers:
                 found.append(answer)
-                if answers.awaited <= {each.app for each in found} or _tell_all(found, request):
+                if answers.awaited and answers.awaited <= {each.app for each in found}:
+                    break
+                if not answers.awaited or _tell_all(found, request):
                     answers.hurry(OTHERS_SECONDS)
         if not found:
             raise NoKeeper(NOBODY_ANSWERED)
