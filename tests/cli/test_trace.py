@@ -378,6 +378,13 @@ async def test_jobs_are_listed_and_filtered(shop: Program) -> None:
         assert (len(page["jobs"]), page["more"]) == (1, True)
         (job,) = shop.json("jobs", *where, "--status", "dead")["jobs"]
         assert (job["attempts"], job["worker"], job["reason"]) == (2, "slow.work", "exhausted")
+        shop.ok("queues", "pause", "slow.work", *where)
+        assert shop.json("dead", "redrive", "--all", *where)["redriven"] == 1
+        await until(shop, {"dead", "redriven"}, bad, app="slow")
+        assert [job["id"] for job in shop.json("jobs", *where, "--status", "waiting")["jobs"]] == [bad]
+        assert shop.json("jobs", *where, "--status", "dead")["jobs"] == []
+        assert "somebody put it back into slow.work" in shop.ok("trace", bad, *where)
+        shop.ok("queues", "resume", "slow.work", *where)
     assert "no such jobs" in shop.run("jobs", "--status", "waiting").stderr
     assert "choose" in shop.refused("jobs", "--status", "sleeping").lower()
 
@@ -424,6 +431,7 @@ def test_every_kind_of_entry_has_its_words() -> None:
         entry(Kind.STARTED, 201.0, attempt=4, started=201.0),
         entry(Kind.PROGRESSED, 202.0, attempt=4, done=1.0),
         entry(Kind.PROGRESSED, 203.0, attempt=4, done=2.0, total=4.0, note="half"),
+        entry(Kind.REDRIVEN, 204.0, worker="", queue="shop.charge", process="host/7"),
     ) == [
         "published, due 1970-01-01T00:01:00.000Z",
         "w: attempt 1 was given back after 0.50 s, uncounted",
@@ -434,6 +442,7 @@ def test_every_kind_of_entry_has_its_words() -> None:
         "w: attempt 3 succeeded in 3 min 13 s; its result is too large",
         "w: attempt 4 is running",
         "w: 2 of 4, half",
+        "somebody put it back into shop.charge  [host/7]",
     ]
 
 

@@ -116,6 +116,10 @@ def test_a_job_is_what_its_last_word_says_but_success_stays(kinds: str, status: 
         ("published cancelling dead retried", False),
         ("published cancelling dead retried cancelling", True),
         ("published dead started cancelling", True),
+        ("published dead redriven cancelling", True),
+        ("published cancelling dead redriven", False),
+        ("published dead redriven dead cancelling", False),
+        ("published dead redriven cancelling dead", False),
     ],
 )
 def test_a_message_is_to_be_let_go_from_the_wish_to_its_end_and_not_when_it_is_redriven(
@@ -238,6 +242,18 @@ def test_a_job_whose_last_attempt_ran_where_the_clock_is_behind_has_ended(ahead:
     assert (job.status, job.error, job.started, job.attempts) == (Status.DEAD, "3", 2.5, 3)
     again = job_of([*retried, dead, entry(Kind.STARTED, 1_000.0, attempt=1, started=1_000.0)])  # it is redriven
     assert (again.status, again.started) == (Status.RUNNING, 1_000.0)
+
+
+def test_a_dead_letter_that_was_put_back_waits_until_it_is_handled() -> None:
+    dead = entry(Kind.DEAD, 3.0, attempt=2, started=2.5, error="boom", reason="exhausted", queue="shop.charge")
+    back = entry(Kind.REDRIVEN, 4.0, worker="", queue="shop.charge")
+    job = job_of([dead, back])
+    assert (job.status, job.ended, job.reason, job.error) == (Status.WAITING, None, "", "boom")
+    assert job_of([dead, msgspec.structs.replace(back, queue="shop.mail")]).status is Status.DEAD  # another worker's
+    assert job_of([dead, back, entry(Kind.STARTED, 5.0, attempt=1, queue="shop.charge")]).status is Status.RUNNING
+    again = msgspec.structs.replace(dead, at=6.0, started=5.0)
+    assert job_of([dead, back, again]).status is Status.DEAD
+    assert [job.status for job in jobs_of([dead, back])] == [Status.WAITING]
 
 
 def test_what_others_died_of_is_given_up_and_runs_again_when_it_is_redriven() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import sys
 import time
@@ -21,6 +22,9 @@ from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, pa
 from conveyor.core.settle import Reason
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError
+from conveyor.runtime.ask import journal_queues
+from conveyor.runtime.journal import Journal, journal_queue
+from conveyor.runtime.metrics import Metrics, process_name
 
 CHUNK: Final = 500
 """Dead letters per step: many enough that commits cost little, few enough that the bar moves and memory stays flat."""
@@ -255,10 +259,43 @@ async def _act(url: str, which: Which, output: Output, *, verb: str, dry_run: bo
 
 
 async def _chunks(broker: Broker, which: DeadFilter, total: int, verb: str, output: Output) -> int:
-    act = broker.redrive if verb == "redrive" else broker.discard
     with output.progress() as bar:
         task = bar.add_task(verb, total=total)
-        return await carry_out(broker, act, which, total, lambda number: bar.advance(task, number))
+
+        def advance(number: int) -> None:
+            bar.advance(task, number)
+
+        if verb == "redrive":
+            return await redrive_all(broker, which, total, advance)
+        return await carry_out(broker, broker.discard, which, total, advance)
+
+
+async def redrive_all(
+    broker: Broker, which: DeadFilter, total: int, advance: Callable[[int], object] = lambda _: None
+) -> int:
+    """Put dead letters back, as carry_out(), and tell the journals of their applications, where there are any."""
+    apps = await journal_queues(broker)
+    async with contextlib.AsyncExitStack() as stack:
+        journals: dict[str, Journal] = {}
+
+        async def act(letters: Sequence[DeadLetter]) -> int:
+            at = time.time()
+            number = await broker.redrive(letters)
+            of: dict[str, list[DeadLetter]] = {}
+            for letter in letters if number else ():
+                owners = [app for app in apps if letter.queue.startswith(f"{app}.")]
+                if owners:
+                    of.setdefault(max(owners, key=len), []).append(letter)
+            for app, own in of.items():
+                if app not in journals:
+                    await broker.declare([journal_queue(app)])
+                    journals[app] = Journal(app, broker, Metrics(process_name()), time.time)
+                    stack.push_async_callback(journals[app].close)
+                journals[app].redriven(own, at)
+                await journals[app].flush()
+            return number
+
+        return await carry_out(broker, act, which, total, advance)
 
 
 async def carry_out(

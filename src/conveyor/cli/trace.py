@@ -178,6 +178,8 @@ def _line(entry: Entry) -> str:
             said += f": dead letter ({entry.reason})"
         case Kind.CANCELLING:
             said = "somebody wants it cancelled"
+        case Kind.REDRIVEN:
+            said = f"somebody put it back into {entry.queue}"
         case _:
             said = entry.kind.value
     crashes = f" (after {counted(entry.crashes, 'crash', 'crashes')})" if entry.crashes else ""

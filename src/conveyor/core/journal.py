@@ -34,6 +34,8 @@ class Kind(enum.StrEnum):
     """A worker has let it go, because somebody cancelled it; it is not handled any more."""
     DEAD = "dead"
     """It was given up, and is a dead letter."""
+    REDRIVEN = "redriven"
+    """Somebody put the dead letter back into its queue."""
 
 
 FINAL: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.RETRIED, Kind.CANCELLED, Kind.DEAD})
@@ -44,7 +46,7 @@ LOST: Final = "what it returned got lost with the process that had done it"
 """Why a result is not kept where the ledger knows that the message was handled, and the journal does not."""
 NOWHERE: Final = "unrouted"
 """The reason with which a message was published that no queue received: nobody waits for it."""
-BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING})
+BY_NO_WORKER: Final = frozenset({Kind.PUBLISHED, Kind.CANCELLING, Kind.REDRIVEN})
 """What happens to a message itself, whichever workers it is for."""
 ENDS: Final = frozenset({Kind.SUCCEEDED, Kind.DUPLICATE, Kind.CANCELLED, Kind.DEAD})
 """Behind one of these nothing more happens by itself."""
@@ -186,6 +188,7 @@ class Status(enum.StrEnum):
 
 NOT_RUNNING: Final = frozenset({Status.WAITING, Status.RETRYING})
 ENDED: Final = frozenset({Status.DONE, Status.FAILED, Status.DEAD, Status.CANCELLED})
+GIVEN_UP: Final = frozenset({Status.FAILED, Status.DEAD})
 GIVEN_UP_AT_ONCE: Final = frozenset({Reason.REJECTED, Reason.INVALID})
 """The reasons that no further attempt could have changed."""
 
@@ -277,6 +280,7 @@ def job_of(entries: Iterable[Entry]) -> Job:
     published = [entry for entry in known if entry.kind is Kind.PUBLISHED]
     handled = [entry for entry in known if entry.kind not in BY_NO_WORKER]
     wish = next((entry for entry in reversed(known) if entry.kind is Kind.CANCELLING), None)
+    redriven = [entry for entry in known if entry.kind is Kind.REDRIVEN]
     any_one = next((entry for entry in known if entry.topic), known[0])
     job = Job(
         id=any_one.message_id,
@@ -287,8 +291,12 @@ def job_of(entries: Iterable[Entry]) -> Job:
         causation_id=any_one.causation_id,
     )
     if handled:
-        job = _handled(job, handled)
-    if wish is not None and job.status in NOT_RUNNING and _holds(wish, handled):
+        job = _handled(job, handled, redriven)
+    if job.status in GIVEN_UP and any(
+        entry.queue == job.queue and entry.at >= (job.ended or 0.0) for entry in redriven
+    ):
+        job = msgspec.structs.replace(job, status=Status.WAITING, ended=None, due=0.0, reason="")
+    if wish is not None and job.status in NOT_RUNNING and _holds(wish, handled, redriven):
         # Whoever comes to it lets it go; should a runner have begun before it heard of it, later entries say so.
         job = msgspec.structs.replace(job, status=Status.CANCELLED, ended=max(wish.at, known[-1].at))
     return job
@@ -340,8 +348,9 @@ def wish_of(entries: Iterable[Entry]) -> Wish | None:
     for entry in known:
         if entry.kind not in BY_NO_WORKER:
             handled.setdefault(entry.worker, []).append(entry)
-    over = frozenset(worker for worker, own in handled.items() if not _holds(wish, own))
-    has_ended = over | {worker for worker, own in handled.items() if job_of(own).status.ended}
+    redriven = [entry for entry in known if entry.kind is Kind.REDRIVEN]
+    over = frozenset(worker for worker, own in handled.items() if not _holds(wish, own, redriven))
+    has_ended = over | {worker for worker, own in handled.items() if job_of([*own, *redriven]).status.ended}
     is_job = any(is_for_one(entry) for entry in known)
     return Wish(wish.at, holds=not (is_job and has_ended), over=over)
 
@@ -416,9 +425,9 @@ def _order(entry: Entry) -> tuple[object, ...]:
     )
 
 
-def _handled(job: Job, handled: Sequence[Entry]) -> Job:
+def _handled(job: Job, handled: Sequence[Entry], redriven: Sequence[Entry]) -> Job:
     """A job with what became of it."""
-    handled = _without_refused(_as_they_happened(handled))
+    handled = _without_refused(_as_they_happened(handled, redriven))
     last = handled[-1]
     succeeded = next((e for e in reversed(handled) if e.kind is Kind.SUCCEEDED), None)
     duplicate = next((e for e in handled if e.kind is Kind.DUPLICATE), None)
@@ -453,11 +462,14 @@ def _handled(job: Job, handled: Sequence[Entry]) -> Job:
     )
 
 
-def _holds(wish: Entry, handled: Sequence[Entry]) -> bool:
+def _holds(wish: Entry, handled: Sequence[Entry], redriven: Iterable[Entry]) -> bool:
     """Whether a wish to cancel means what is in the queue now: a dead letter that is redriven begins anew."""
     before = [entry for entry in handled if entry.at <= wish.at]
     after = handled[len(before) :]
-    return not (before and before[-1].kind is Kind.DEAD) and all(entry.kind is not Kind.DEAD for entry in after)
+    was_dead = bool(before) and before[-1].kind is Kind.DEAD
+    if was_dead and any(before[-1].at <= entry.at <= wish.at and entry.queue == before[-1].queue for entry in redriven):
+        was_dead = False
+    return not was_dead and all(entry.kind is not Kind.DEAD for entry in after)
 
 
 def _without_refused(handled: Sequence[Entry]) -> list[Entry]:
@@ -474,24 +486,27 @@ def _without_refused(handled: Sequence[Entry]) -> list[Entry]:
     ]
 
 
-def _as_they_happened(handled: Sequence[Entry]) -> list[Entry]:
+def _as_they_happened(handled: Sequence[Entry], redriven: Sequence[Entry]) -> list[Entry]:
     """What one worker did with one message, given by time, in the order in which it must have happened.
 
     Brokers count hand-overs; so no clock that is ahead puts an earlier attempt behind a later one. A dead letter that is redriven is
-    counted anew: only times tell that its second life comes behind its first one.
+    counted anew: only times tell that its second life comes behind its first one, for not everybody who redrives tells of it.
     """
     lives: list[list[Entry]] = [[]]
     started, over, is_dead = set[tuple[int, int]](), set[tuple[int, int]](), False
+    died = 0.0
     for entry in handled:
         hand_over = attempt, _ = _attempt(entry)
         is_final = entry.kind in FINAL
         if is_dead and attempt <= 1:  # what a life has but once, begins another one
             again = hand_over in over or (entry.kind is Kind.STARTED and hand_over in started)
+            again = again or any(died <= back.at <= entry.at and back.queue == entry.queue for back in redriven)
             if again or (is_final and any(other <= 1 for other, _ in over)):
                 lives.append([])
                 started, over, is_dead = set(), set(), False
         lives[-1].append(entry)
-        is_dead = is_dead or entry.kind is Kind.DEAD
+        if entry.kind is Kind.DEAD:
+            is_dead, died = True, entry.at
         if entry.kind is Kind.STARTED:
             started.add(hand_over)
         if is_final:

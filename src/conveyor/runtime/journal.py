@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from conveyor.broker import Broker, Clock, Delivery, Feature, Queue
+from conveyor.broker import Broker, Clock, DeadLetter, Delivery, Feature, Queue
 from conveyor.core.journal import NEVER_BEGUN, NOWHERE, Entry, Kind
 from conveyor.core.message import Message, uuid7
 from conveyor.core.settle import DONE, Dead, Done, Release, RetryAt, Verdict, describe
@@ -184,6 +184,18 @@ class Journal:
         at, journey = self.clock() if at is None else at, None if journey == id else journey
         entry = Entry(Kind.CANCELLING, at, id, topic, process=self.process, correlation_id=journey)
         self.note(entry, soon=True)
+
+    def redriven(self, letters: Iterable[DeadLetter], at: float) -> None:
+        """Dead letters were put back into their queues.
+
+        Parameters:
+            at: Unix seconds, before anybody could receive them again.
+        """
+        for letter in letters:
+            message = letter.message
+            journey = None if message.correlation_id == message.id else message.correlation_id
+            entry = Entry(Kind.REDRIVEN, at, message.id, message.topic, "", self.process, letter.queue, 0, 0, journey)
+            self.note(entry, soon=True)
 
     def settled(
         self,

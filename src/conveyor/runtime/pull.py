@@ -194,7 +194,11 @@ class Pull(Generic[T]):
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """Put dead letters back into the queue, as if they were new; returns how many there still were."""
-        return await self._open.broker.redrive(letters)
+        at = self._outgoing.clock()
+        number = await self._open.broker.redrive(letters)
+        if number and self._open.journal is not None:
+            self._open.journal.redriven(letters, at)
+        return number
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """Delete dead letters for good; returns how many there still were."""

@@ -116,7 +116,7 @@ _KINDS: Final = {
     Status.CANCELLED: (Kind.CANCELLED, Kind.CANCELLING),
     Status.RETRYING: (Kind.RETRIED,),
     Status.RUNNING: (Kind.STARTED, Kind.PROGRESSED),
-    Status.WAITING: (Kind.PUBLISHED, Kind.RELEASED),
+    Status.WAITING: (Kind.PUBLISHED, Kind.RELEASED, Kind.REDRIVEN),
 }
 """The kinds of the entries that make a job what it is."""
 
@@ -133,13 +133,13 @@ def conditions_of(which: JobFilter) -> tuple[list[str], list[object]]:
         values += kinds
     if which.status is Status.WAITING:
         conditions.append(
-            "NOT EXISTS (SELECT 1 FROM successes AS later WHERE later.message_id = entry.message_id)"
+            "(kind = 'redriven' OR NOT EXISTS (SELECT 1 FROM successes AS later WHERE later.message_id = entry.message_id)"
             f" AND NOT EXISTS (SELECT 1 FROM {AT_LENGTH} AS later WHERE later.message_id = entry.message_id"
-            " AND later.kind NOT IN ('published', 'released'))"
+            " AND later.kind NOT IN ('published', 'released')))"
         )
     if which.worker is not None:
         # A task's topic is its worker's identity.
-        who = "CASE kind WHEN 'published' THEN topic WHEN 'cancelling' THEN topic ELSE worker END"
+        who = "CASE kind WHEN 'published' THEN topic WHEN 'cancelling' THEN topic WHEN 'redriven' THEN queue ELSE worker END"
         conditions.append(f"substr('.' || {who}, -length(?)) = ?")
         values += [f".{which.worker}"] * 2
     if which.topic is not None:
