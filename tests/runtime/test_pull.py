@@ -182,6 +182,18 @@ async def test_the_journal_knows_how_a_pulled_message_ended() -> None:
         assert (job.status, job.attempts, job.worker) == ("done", 2, "post.letter")
 
 
+async def test_the_journal_knows_that_a_dead_letter_was_put_back() -> None:
+    app = Conveyor("post", broker="memory://", journal=True)
+    async with app.running(), app.pull(Letter, retry=RetryPolicy(attempts=1)) as letters:
+        sent = await app.publish(Letter("a"))
+        taken = await letters.take()
+        assert taken is not None
+        await taken.failed(ValueError("not now"))
+        assert (await app.ticket(sent.id).status()).status == "dead"
+        assert await letters.redrive(await letters.dead_letters()) == 1
+        assert (await app.ticket(sent.id).status()).status == "waiting"
+
+
 async def test_several_that_take_at_once_get_different_messages() -> None:
     async with Conveyor("post", broker="memory://") as app, app.pull(Letter) as letters:
         takers = [asyncio.create_task(letters.take()) for _ in range(5)]
