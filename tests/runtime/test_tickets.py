@@ -165,11 +165,24 @@ async def test_a_result_without_a_form_in_json_is_a_clear_error_and_the_job_is_d
     async def lie() -> int:
         return "no number"  # type: ignore[return-value]
 
+    @app.task
+    async def divide() -> float:
+        return float("nan")
+
+    @app.task
+    async def any_one() -> object:
+        return object()
+
     async with app.running():
-        for task in (give, lie):
-            with pytest.raises(ResultNotKept, match="no form in JSON"):
+        for task, why in (
+            (give, "type Event"),
+            (lie, "Expected `int`"),
+            (divide, "nan is no number"),
+            (any_one, "object"),
+        ):
+            with pytest.raises(ResultNotKept, match=f"no form in JSON.*{why}"):
                 await (await task.send()).result(SECONDS)
-        assert app.metrics.worker("give").dead == app.metrics.worker("lie").dead == 0
+        assert {task: app.metrics.worker(task).dead for task in app.workers} == dict.fromkeys(app.workers, 0)
 
 
 async def test_a_result_of_another_type_than_the_task_says_here_is_a_clear_error() -> None:
@@ -1041,6 +1054,40 @@ async def test_a_result_that_cannot_leave_its_process_is_not_kept_and_its_job_is
         assert (job.status, job.attempts) == ("done", 1)
         async with asyncio.timeout(SECONDS):
             assert await seen.get() == jobs.Picture("kept", b"")  # what it published besides
+
+
+async def test_the_ticket_of_one_task_is_not_for_the_job_of_another() -> None:
+    app = make()
+
+    @app.task
+    async def number() -> int:
+        return 1
+
+    @app.task
+    async def name() -> str:
+        return "one"
+
+    async with app.running():
+        ticket = await name.send()
+        assert await ticket.result(SECONDS) == "one"
+        wrong = number.ticket(ticket.id)
+        said = rf"is one of {app.name}\.name, not of {app.name}\.number"
+        for asked in (wrong.result(SECONDS), wrong.status(), wrong.cancel(), app.gather([wrong], timeout=SECONDS)):
+            with pytest.raises(JobUnknown, match=said):
+                await asked
+        (error,) = await app.gather([wrong], timeout=SECONDS, return_errors=True)
+        assert isinstance(error, JobUnknown)
+        assert await app.ticket(ticket.id).result(SECONDS) == await name.ticket(ticket.id).result(SECONDS) == "one"
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan"), "soon", timedelta(seconds=-1)])
+async def test_what_is_no_time_to_wait_is_refused_at_once(timeout: Any) -> None:
+    app = make()
+    async with app.running():
+        ticket = app.ticket("some id")
+        for asked in (ticket.result(timeout), ticket.status(timeout), app.gather([ticket], timeout=timeout)):
+            with pytest.raises(ValueError, match="is no time to wait"):
+                await asked
 
 
 async def test_what_is_no_id_and_what_is_no_ticket_is_refused_at_once() -> None:

@@ -71,12 +71,12 @@ def codec_for(tp: Any) -> Codec:
 
 
 def result_codec_for(tp: Any) -> Codec:
-    """The codec of what a job returns: always JSON, also where the whole of it is bytes (base64).
+    """The codec of what a job returns: always JSON, also where the whole of it is bytes (base64); object says no more than Any.
 
     Raises:
         HandlerError: a type that has no form in JSON; names the field and says what to do.
     """
-    return _json_codec(bytes) if tp is bytes else codec_for(tp)
+    return _json_codec(bytes) if tp is bytes else codec_for(Any if tp is object else tp)
 
 
 def _make_codec(tp: Any) -> Codec:
@@ -144,9 +144,9 @@ def _json_codec(tp: Any) -> Codec:
     def encode(payload: Any) -> bytes:
         try:
             body = to_json(payload)
-            decode(body)
             if may_hold_floats and b"null" in body:  # which is what NaN and infinity become
                 _refuse_non_finite(payload)
+            decode(body)
         except Exception as error:
             raise _unpublishable(tp, payload, error) from error
         return body
@@ -160,7 +160,7 @@ def _to_json(value: Any) -> Any:
         return str(value)
     if is_pydantic_model(type(value)):
         return msgspec.Raw(value.model_dump_json(by_alias=True, round_trip=True, warnings="error").encode())
-    raise PayloadError(f"a {_name(type(value))} has no form in JSON")
+    raise PayloadError(f"the type {_name(type(value))} has no form in JSON")
 
 
 def _from_json(tp: Any, value: Any) -> Any:
@@ -209,9 +209,9 @@ def _pydantic_codec(tp: Any) -> Codec:
     def encode(payload: Any) -> bytes:
         try:
             body = adapter.dump_json(payload, by_alias=True, round_trip=True, warnings="error")
-            decode(body)
             if b"null" in body:
                 _refuse_non_finite(payload)
+            decode(body)
         except Exception as error:
             raise _unpublishable(tp, payload, error) from error
         return body

@@ -352,7 +352,9 @@ class Caller:
         try:
             text = self._result_codec.encode(result)
         except (HandlerError, PayloadError) as error:
-            return Done(emits, unkept=f"its result has no form in JSON: {error}")
+            return Done(
+                emits, unkept=f"its result has no form in JSON: {error}; return what JSON can hold, or where it is"
+            )
         if len(text) > RESULT_LIMIT:
             return Done(
                 emits,

@@ -85,7 +85,7 @@ class Task(Generic[P, R]):
         Parameters:
             id: the job's: Ticket.id.
         """
-        return Ticket(self._app, id)
+        return Ticket(self._app, id, topic=self._topic)
 
     def _publishing(self) -> Publishing:
         return {name: getattr(self._options, name) for name in Publishing.__annotations__ if name != "topic"} | {

@@ -79,14 +79,16 @@ class Ticket(Generic[T]):
     Parameters:
         id: the job's, which is its message's.
         message: what was sent; None where another program sent it.
+        topic: of the jobs that it may be one of; None where that does not matter.
     """
 
-    def __init__(self, office: Office, id: str, message: Message | None = None) -> None:
+    def __init__(self, office: Office, id: str, message: Message | None = None, topic: str | None = None) -> None:
         if not isinstance(id, str):
             raise TypeError(f"the id of a job is a text, not {id!r}")
         self.id: Final = id
         self.message: Final = message
         self._office = office
+        self._topic = topic
 
     def __repr__(self) -> str:
         return f"<Ticket {self.id}{f' of {self.message.topic}' if self.message is not None else ''}>"
@@ -101,15 +103,17 @@ class Ticket(Generic[T]):
             JobFailed: it was given up, and is a dead letter.
             JobCancelled: somebody cancelled it.
             JobTimeout: it has not ended by then (also a TimeoutError).
+            JobUnknown: it is another task's job.
             ResultNotKept: it is done, but what it returned was too large, or is no JSON.
             PayloadError: what it returned is not of the type that the task here says.
             NoKeeper: nobody keeps a journal, or nobody answers.
             ConfigurationError: the journal is off.
+            ValueError: timeout is no time.
         """
         seconds = _seconds(timeout)
         asker = (await self._office.connect_journal()).asker
         async for job in _ends(asker, [self.id], seconds):
-            return cast("T", result_of(job, self._office.result_type(job)))
+            return cast("T", self.result_in(job))
         try:
             known = await self._known(0.0, LOOK_SECONDS)
             told = in_words(known)
@@ -130,7 +134,7 @@ class Ticket(Generic[T]):
             timeout: seconds (or timedelta) in which somebody has to answer: a keeper that ended is being started again.
 
         Raises:
-            JobUnknown: the journal does not know it, or no longer.
+            JobUnknown: the journal does not know it, or no longer; or it is another task's.
             NoKeeper: in all this time nobody who keeps a journal was there, or answered.
             BrokerError: the same, and the broker is away, or full.
             ConfigurationError: the journal is off.
@@ -167,10 +171,29 @@ class Ticket(Generic[T]):
 
     async def _known(self, seconds: float, answer_seconds: float = ANSWER_SECONDS) -> Job | None:
         found = await self._jobs(seconds, answer_seconds)
-        if found or self.message is None:
-            return found[0] if found else None
+        if found:
+            return self._own(found[0])
+        if self.message is None:
+            return None
         sent = self.message
         return Job(id=sent.id, topic=sent.topic, created=sent.created, due=sent.due, correlation_id=sent.correlation_id)
+
+    def result_in(self, job: Job) -> Any:
+        """What this job, which has ended, returned.
+
+        Raises:
+            JobError: it has no result, or is another task's; says why.
+            PayloadError: the result is not of the type that the task here says.
+        """
+        return result_of(self._own(job), self._office.result_type(job))
+
+    def _own(self, job: Job) -> Job:
+        if self._topic not in (None, job.topic):
+            raise JobUnknown(
+                f"job {self.id} is one of {job.topic}, not of {self._topic}: ask that task for its ticket, or the application",
+                self.id,
+            )
+        return job
 
     async def cancel(self) -> None:
         """Have it not handled any more, as soon as a worker hears or comes to it; what has ended stays as it is.
@@ -181,7 +204,7 @@ class Ticket(Generic[T]):
 
         Raises:
             BrokerError: nobody could be told.
-            JobUnknown: another program sent it, and the journal does not know it.
+            JobUnknown: another program sent it, and the journal does not know it; or it is another task's.
             NoKeeper: another program sent it, and nobody keeps a journal.
             ConfigurationError: the journal is off.
         """
@@ -195,6 +218,8 @@ class Ticket(Generic[T]):
             if self.message is None:
                 raise
             jobs = []
+        for job in jobs:
+            self._own(job)
         # A wish that nothing meets would be met by the message that is redriven later.
         if jobs and all(job.status.ended for job in jobs):
             return
@@ -235,7 +260,8 @@ async def gather(
     ) is not None:
         raise TypeError(f"gather() takes tickets, not {other!r}: app.ticket(…) makes one of an id")
     asker = (await office.connect_journal()).asker
-    ids = list(dict.fromkeys(ticket.id for ticket in tickets))
+    by_id = {ticket.id: ticket for ticket in tickets}
+    ids = list(by_id)
     found: dict[str, Any] = {}
     if on_progress is not None:
         on_progress(0, len(ids))
@@ -243,7 +269,7 @@ async def gather(
     async def collect(some: Sequence[str]) -> None:
         async for job in _ends(asker, some, seconds):
             try:
-                found[job.id] = result_of(job, office.result_type(job))
+                found[job.id] = by_id[job.id].result_in(job)
             except (JobError, PayloadError) as error:
                 if not return_errors:
                     raise
@@ -365,6 +391,17 @@ def in_words(job: Job | None) -> str:
 
 
 def _seconds(timeout: Seconds | None) -> float:
+    """How long to wait.
+
+    Raises:
+        ValueError: that is no time.
+    """
     if timeout is None:
         return math.inf
-    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    try:
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not seconds >= 0.0:
+        raise ValueError(f"timeout={timeout!r} is no time to wait: it is 0 or more seconds, or a timedelta")
+    return seconds
