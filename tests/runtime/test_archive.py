@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
@@ -157,18 +159,27 @@ def test_of_a_journey_that_is_too_long_its_beginning_is_told(path: Path, monkeyp
     archive.close()
 
 
+@contextlib.contextmanager
+def steps(archive: Archive) -> Iterator[list[int]]:
+    """How many hundreds of SQLite's steps are taken while the block lasts."""
+    taken = [0]
+
+    def step() -> bool:
+        taken[0] += 1
+        return False
+
+    archive._db.set_progress_handler(step, 100, id="count")
+    yield taken
+    archive._db.set_progress_handler(None, id="count")
+
+
 def test_the_beginning_of_a_journey_is_found_without_reading_all_of_it(path: Path) -> None:
-    archive, steps = Archive(path).open(), [0]
+    archive = Archive(path).open()
 
     def counted() -> int:
-        def step() -> bool:
-            steps[0] += 1
-            return False
-
-        steps[0] = 0
-        archive._db.set_progress_handler(step, 100, id="count")
-        assert len(archive.journey("journey").entries) == archives.LONGEST_JOURNEY
-        return steps[0]
+        with steps(archive) as taken:
+            assert len(archive.journey("journey").entries) == archives.LONGEST_JOURNEY
+        return taken[0]
 
     def more(times: int) -> None:
         for _ in range(times):
@@ -307,6 +318,22 @@ def test_what_is_too_old_goes(path: Path) -> None:
         pass
     assert count(archive) == 1  # it is not taken for what went before
     archive.close()
+
+
+def test_pruning_looks_at_what_is_old_however_much_is_young() -> None:
+    def pruned(young: int) -> int:
+        clock = TurnableClock(1_000.0)
+        archive = Archive(IN_MEMORY, age_seconds=100.0, clock=clock).open()
+        archive.write([(f"old {n}", [entry(Kind.DEAD, "m")]) for n in range(50)])
+        clock.turn(101.0)
+        archive.write([(f"young {n}", [entry(Kind.DEAD, "m")]) for n in range(young)])
+        with steps(archive) as taken:
+            assert not archive.prune()
+        assert archive._rows("SELECT count(*), min(id) FROM batches") == [(young, "young 0")]
+        archive.close()
+        return taken[0]
+
+    assert pruned(20_000) < 2 * pruned(200)
 
 
 def test_of_successes_that_are_too_old_nothing_is_left(path: Path) -> None:

@@ -26,7 +26,10 @@ from conveyor.runtime.tables import (
     BRIEF,
     COLUMNS,
     FIRST_SEQ,
+    FORGET_BATCHES,
     JOURNEYS_FROM,
+    LAST_ENTRY_FROM,
+    OLD,
     ORIGIN,
     SCHEMA,
     SCHEMA_VERSION,
@@ -248,13 +251,12 @@ class Archive:
     def _prune(self) -> bool:
         last = self._last()
         first = min((seq for (seq,) in self._rows(FIRST_SEQ) if seq is not None), default=last + 1)
-        old = self._rows(
-            "SELECT coalesce(max(last_entry), 0) FROM batches WHERE arrived < ?", self._clock() - self._age_seconds
-        )[0][0]
+        # There may be millions of batches: each look begins at the old end, and ends at what stays.
+        [[old]] = self._rows(OLD, self._clock() - self._age_seconds)
         if (used := self._used_bytes()) > self._size_bytes:
             # The file has so many bytes an entry; whole batches go, at least one.
             spare = (used - PRUNE_TO * self._size_bytes) / used * (last - first + 1)
-            wanted = self._rows("SELECT min(last_entry) FROM batches WHERE last_entry >= ?", first + int(spare))[0][0]
+            [[wanted]] = self._rows(LAST_ENTRY_FROM, first + int(spare))
             old = max(old, wanted or last)
         until = min(old, first + PRUNED_AT_ONCE - 1)
         if first <= until and first <= last:
@@ -262,7 +264,7 @@ class Archive:
                 self._rows(f"DELETE FROM {AT_LENGTH} WHERE seq <= ?", until)
                 self._rows("DELETE FROM successes WHERE seq <= ?", until)
                 self._rows("DELETE FROM origins WHERE last_entry <= ?", until)
-                self._rows("DELETE FROM batches WHERE last_entry <= ? AND last_entry < ?", until, last)
+                self._rows(FORGET_BATCHES, min(until, last - 1))
         self._rows(f"PRAGMA incremental_vacuum({PRUNED_AT_ONCE // 10})")
         return bool(until < min(old, last)) or int(self._pragma("freelist_count")) > PRUNED_AT_ONCE
 

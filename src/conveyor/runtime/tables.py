@@ -107,6 +107,17 @@ ORIGIN: Final = (
     " ON CONFLICT DO UPDATE SET last_entry = excluded.last_entry RETURNING id"
 )
 """Gives the id of an origin, which is made where it is new."""
+OLD: Final = (
+    "SELECT coalesce((SELECT last_entry FROM batches WHERE seq < coalesce("
+    "(SELECT seq FROM batches WHERE arrived >= ? ORDER BY seq LIMIT 1), 1 << 62) ORDER BY seq DESC LIMIT 1), 0)"
+)
+"""The last entry of the batches that arrived before a time; where a clock was turned, of those before the first that did not."""
+LAST_ENTRY_FROM: Final = "SELECT (SELECT last_entry FROM batches WHERE last_entry >= ? ORDER BY seq LIMIT 1)"
+"""The last entry of the batch in which this one is."""
+FORGET_BATCHES: Final = (
+    "DELETE FROM batches WHERE seq < (SELECT seq FROM batches WHERE last_entry > ? ORDER BY seq LIMIT 1)"
+)
+"""Ends the batches whose last entry is this one, or an earlier one; the last batch of all stays."""
 FIRST_SEQ: Final = f"SELECT min(seq) FROM {AT_LENGTH} UNION ALL SELECT min(seq) FROM successes"
 
 _KINDS: Final = {
