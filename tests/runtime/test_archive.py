@@ -145,17 +145,40 @@ def test_a_journey_is_found_by_each_of_its_messages_and_by_its_own_id(path: Path
     archive.close()
 
 
-def test_of_a_journey_that_is_too_long_its_beginning_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_journey_that_is_too_long_its_beginning_is_told_and_what_was_asked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(archives, "LONGEST_JOURNEY", 5)
     archive = Archive(path).open()
     children = [entry(Kind.PUBLISHED, f"child {n}", float(n), correlation_id="root") for n in range(10)]
     archive.write([("1", children[:4]), ("2", [entry(Kind.PUBLISHED, "root", -1.0)]), ("3", children[4:])])
-    for asked in ("root", "child 7"):
+    for asked, told in {
+        "root": ["root", "child 0", "child 1", "child 2", "child 3"],
+        "child 7": ["child 7", "child 8", "root", "child 0", "child 1"],
+    }.items():
         found = archive.journey(asked)
-        assert ([e.message_id for e in found.entries], found.more) == (
-            ["root", *(f"child {n}" for n in range(4))],
-            True,
-        )
+        assert ([e.message_id for e in found.entries], found.more) == (told, True)
+    archive.close()
+
+
+def test_of_a_long_journey_what_was_asked_for_is_told_with_its_causes_and_what_came_next(path: Path) -> None:
+    archive = Archive(path).open()
+    ids = [f"{n:06}" for n in range(3 * archives.LONGEST_JOURNEY)]
+    causes = {"014000": "009000", "009000": "000003"}
+    told = [entry(Kind.PUBLISHED, id, correlation_id="root", causation_id=causes.get(id, "root")) for id in ids]
+    archive.write([("1", [entry(Kind.PUBLISHED, "root"), *told])])
+    for asked in ("014000", "01400"):
+        with steps(archive) as taken:
+            found = archive.journey(asked)
+        kept = [e.message_id for e in found.entries]
+        assert (len(set(kept)), found.more) == (archives.LONGEST_JOURNEY, True)
+        assert {"root", "000003", "009000", "014000", "014001", "014500"} <= set(kept)
+        assert kept[0] in causes or kept[0] == "000003"  # first, so that an answer of limited size has it
+    few = taken[0]
+    archive.write([("2", [msgspec.structs.replace(each, message_id=f"x{each.message_id}") for each in told * 3])])
+    with steps(archive) as taken:
+        archive.journey("014000")
+    assert taken[0] < 2 * few
     archive.close()
 
 

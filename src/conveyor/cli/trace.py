@@ -83,7 +83,7 @@ def trace(
         )
         return FAILED
     if answer.more:
-        output.note(f"these are the first {counted(len(answer.entries), 'entry', 'entries')}; there are more", "yellow")
+        output.note(f"these are {counted(len(answer.entries), 'entry', 'entries')} of it; there are more", "yellow")
     return OK
 
 

@@ -24,7 +24,9 @@ from conveyor.runtime.tables import (
     APPLICATION_ID,
     AT_LENGTH,
     BRIEF,
+    CAUSES,
     COLUMNS,
+    FIRST_OF,
     FIRST_SEQ,
     FORGET_BATCHES,
     JOURNEYS_FROM,
@@ -62,6 +64,8 @@ LOOK_AFTER: Final = 5_000
 """Entries after which the size is looked at."""
 LONGEST_JOURNEY: Final = 5_000
 """Entries of one journey that are read at most."""
+MOST_CAUSES: Final = 500
+"""Hops back from a message that are read of a longer journey at most."""
 PAGE: Final = 200
 """Jobs that are looked at in one step."""
 LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
@@ -297,11 +301,22 @@ class Archive:
         if not journeys:
             return Found([])
         # What began it comes first: without that nobody can tell what the rest is about.
-        entries: list[Entry] = []
+        journey, entries = journeys[0][0], list[Entry]()
         for belongs in ("message_id = ?1 AND correlation_id IS NOT ?1", "correlation_id = ?1"):
             selection = in_order(f"seq, {COLUMNS}", belongs, "seq LIMIT ?2")
-            entries += self._entries(selection, journeys[0][0], LONGEST_JOURNEY + 1 - len(entries))
-        return Found(entries[:LONGEST_JOURNEY], len(entries) > LONGEST_JOURNEY)
+            entries += self._entries(selection, journey, LONGEST_JOURNEY + 1 - len(entries))
+        if len(entries) <= LONGEST_JOURNEY:
+            return Found(entries)
+        if not journey.startswith(id):
+            entries = list(dict.fromkeys([*self._around(id, journey), *entries]))
+        return Found(entries[:LONGEST_JOURNEY], more=True)
+
+    def _around(self, id: str, journey: str) -> list[Entry]:
+        """Of a journey that is too long, what a message on it is about: its own entries, its causes', and what came next."""
+        (asked, first), *_ = self._rows(FIRST_OF, id, id + "\U0010ffff", journey)
+        causes = [cause for (cause,) in self._rows(CAUSES, asked, MOST_CAUSES)]
+        after = in_order(f"seq, {COLUMNS}", "correlation_id = ?1 AND seq >= ?2", "seq LIMIT ?3")
+        return [*self._of(causes, results=True), *self._entries(after, journey, first, LONGEST_JOURNEY // 2)]
 
     def of(self, ids: Iterable[str], *, results: bool = True) -> list[Entry]:
         """The entries of these messages.

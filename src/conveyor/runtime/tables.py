@@ -102,6 +102,25 @@ JOURNEYS_FROM: Final = (
     + " LIMIT 11"
 )
 """The journeys that an id with this beginning may mean."""
+FIRST_OF: Final = (
+    " UNION ALL ".join(
+        f"SELECT message_id, seq FROM {table} WHERE message_id >= ?1 AND message_id < ?2 AND +correlation_id = ?3"
+        for table in (AT_LENGTH, "successes")
+    )
+    + " ORDER BY seq LIMIT 1"
+)
+"""The first message on a journey whose id begins so, and the seq of its first entry."""
+_CAUSE: Final = ", ".join(
+    f"(SELECT causation_id FROM {table} WHERE message_id = cause.id AND causation_id IS NOT NULL LIMIT 1)"
+    for table in (AT_LENGTH, "successes")
+)
+CAUSES: Final = f"""
+WITH RECURSIVE cause (id, hops) AS (
+    SELECT ?1, 0
+    UNION ALL SELECT coalesce({_CAUSE}), hops + 1 FROM cause WHERE cause.id IS NOT NULL AND hops < ?2)
+SELECT DISTINCT id FROM cause WHERE id IS NOT NULL
+"""
+"""A message and its causes, as far back as so many hops."""
 ORIGIN: Final = (
     f"INSERT INTO origins ({', '.join(SHARED)}, last_entry) VALUES (?, ?, ?, ?, ?)"
     " ON CONFLICT DO UPDATE SET last_entry = excluded.last_entry RETURNING id"
