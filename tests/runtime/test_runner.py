@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from conveyor import Context, Conveyor, Message, Reject, Retry, RetryPolicy
-from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
+from conveyor.broker import Broker, DeadFilter, DeadLetter, Delivery, Queue, QueueInfo, Settlement
 from conveyor.brokers.memory import MemoryBroker, MemoryStore, MemorySubscription
+from conveyor.core.journal import Kind
 from conveyor.core.message import Message as Envelope
 from conveyor.core.settle import Done, Release
 from conveyor.errors import BrokerUnavailable, PayloadError, PublishFailed
@@ -453,20 +454,208 @@ async def test_a_suspect_that_swallows_cancellation_stops_nobody_else() -> None:
             release.set()
 
 
-async def test_what_a_handler_publishes_to_nobody_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    app = Conveyor("t")
+class Asked(MemoryBroker):
+    """A broker that counts how often it is asked for its queues, and can hold back settlements or be unable to tell."""
+
+    def __init__(self, store: MemoryStore | None = None) -> None:
+        super().__init__(store=store)
+        self.looks = 0
+        self.unable: Callable[[int], bool] = lambda _: False
+        self.settling, self.may_settle = asyncio.Event(), asyncio.Event()
+        self.may_settle.set()
+
+    async def queues(self) -> list[QueueInfo]:
+        self.looks += 1
+        if self.unable(self.looks):
+            raise BrokerUnavailable("away")
+        return await super().queues()
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Delivery]:
+        self.settling.set()
+        await self.may_settle.wait()
+        return await super().settle(settlements)
+
+
+def charging(broker: Broker | str, *, batch: int = 1, journal: bool = False) -> tuple[Conveyor, asyncio.Queue[int]]:
+    """An application that makes payments of orders, and the numbers of those that it has handled."""
+    app, handled = Conveyor("charging", broker=broker, journal=journal), asyncio.Queue[int]()
+
+    if batch == 1:
+
+        @app.worker
+        async def charge(order: Order) -> Paid:
+            handled.put_nowait(order.number)
+            return Paid(order.number)
+
+    else:
+
+        @app.worker(name="charge", batch=batch)
+        async def charge_several(orders: list[Order]) -> list[Paid]:
+            for order in orders:
+                handled.put_nowait(order.number)
+            return [Paid(order.number) for order in orders]
+
+    return app, handled
+
+
+def shipping(broker: Broker | str) -> tuple[Conveyor, asyncio.Queue[int]]:
+    """Another application, which receives payments, and the numbers of those."""
+    app, received = Conveyor("shipping", broker=broker), asyncio.Queue[int]()
 
     @app.worker
-    async def charge(order: Order) -> Paid:
-        return Paid(order.number)
+    async def ship(paid: Paid) -> None:
+        received.put_nowait(paid.number)
 
+    return app, received
+
+
+async def told_of_payments(app: Conveyor, order: Message) -> list[str]:
+    """What the journal says of what an order has led to, as soon as it says anything: the reasons of the entries."""
+    asker = (await app.connect()).asker
+    async with asyncio.timeout(60):
+        while True:
+            entries = (await asker.journey(order.id)).entries
+            if reasons := [each.reason for each in entries if each.kind is Kind.PUBLISHED and each.topic == "paid"]:
+                return reasons
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def two_brokers(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[tuple[Broker | str, Broker | str]]:
+    """Of two processes, with the same queues."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/t.queue", f"sqlite:///{tmp_path}/t.queue"
+        return
+    store = MemoryStore()
+    async with opened(MemoryBroker(store=store)) as one, opened(MemoryBroker(store=store)) as other:
+        yield one, other
+
+
+async def test_what_an_application_receives_that_started_later_is_not_said_to_have_gone_nowhere(
+    two_brokers: tuple[Broker | str, Broker | str], caplog: pytest.LogCaptureFixture
+) -> None:
+    charging_app, _ = charging(two_brokers[0], journal=True)
+    shipping_app, received = shipping(two_brokers[1])
     with caplog.at_level(logging.INFO):
-        async with Harness(app) as run:
-            await run.publish(Order(1))
-            await run.publish(Order(2))
-            assert app.metrics.unrouted == 2
-            assert app.metrics.published == 4
+        async with charging_app.running(), shipping_app.running():
+            sent = await charging_app.publish(Order(1))
+            assert await received.get() == 1
+            assert await told_of_payments(charging_app, sent) == [""]
+    assert charging_app.metrics.unrouted == 0
+    assert "go nowhere" not in caplog.text
+
+
+async def test_what_no_application_receives_is_told_by_the_journal_the_metrics_and_once_by_the_log(
+    two_brokers: tuple[Broker | str, Broker | str], caplog: pytest.LogCaptureFixture
+) -> None:
+    app, _ = charging(two_brokers[0], journal=True)
+    with caplog.at_level(logging.INFO):
+        async with app.running():
+            for number in (1, 2):
+                sent = await app.publish(Order(number))
+                assert await told_of_payments(app, sent) == ["unrouted"]
+            assert (app.metrics.unrouted, app.metrics.published) == (2, 4)
     assert caplog.text.count("no queue receives 'paid'") == 1
+
+
+async def test_nothing_is_said_to_have_gone_nowhere_before_it_has_gone(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    async with opened(broker := Asked(store)), opened(other := MemoryBroker(store=store)):
+        app, _ = charging(broker)
+        shipping_app, received = shipping(other)
+        broker.may_settle.clear()
+        with caplog.at_level(logging.INFO):
+            async with app.running():
+                await app.publish(Order(1))
+                await broker.settling.wait()
+                for _ in range(100):  # whoever does not wait for the settlement looks now
+                    await asyncio.sleep(0)
+                async with shipping_app.running():
+                    broker.may_settle.set()
+                    assert await received.get() == 1
+        assert app.metrics.unrouted == 0
+        assert "go nowhere" not in caplog.text
+
+
+async def test_the_broker_is_asked_where_events_go_once_for_many_and_not_while_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "DOUBT_SECONDS", 3_600.0)
+    store = MemoryStore()
+    async with opened(broker := Asked(store)), opened(other := MemoryBroker(store=store)):
+        app, handled = charging(broker)
+        shipping_app, received = shipping(other)
+
+        async def charged(number: int) -> None:
+            for each in range(number):
+                await app.publish(Order(each))
+            for _ in range(number):
+                await handled.get()
+
+        async with app.running():
+            await charged(300)
+        assert app.metrics.unrouted == 300
+        assert broker.looks <= 3  # at the start, at the first event, at the end
+
+        broker.looks = 0
+        async with shipping_app.running(), app.running():
+            await charged(300)
+            for _ in range(300):
+                await received.get()
+        assert app.metrics.unrouted == 300
+        assert broker.looks == 1
+
+
+async def test_where_a_look_fails_what_went_nowhere_is_counted_later_and_once() -> None:
+    async with opened(broker := Asked()):
+        app, _ = charging(broker)
+        broker.unable = lambda look: look in (2, 3)
+        async with app.running() as runner:
+            await app.publish(Order(1))
+            async with asyncio.timeout(60):
+                while not app.metrics.unrouted or not runner.health().ready:
+                    await asyncio.sleep(0.001)
+        assert app.metrics.unrouted == 1
+
+
+async def test_where_the_broker_cannot_tell_any_more_what_was_emitted_is_told_as_published_and_nothing_else() -> None:
+    async with opened(broker := Asked()):
+        app, handled = charging(broker, journal=True)
+        broker.unable = lambda look: look > 1
+        async with app:
+            async with app.running(keeper=False):
+                sent = await app.publish(Order(1))
+                await handled.get()
+            broker.unable = lambda _: False
+            async with app.keeper(broker):
+                assert await told_of_payments(app, sent) == [""]
+        assert app.metrics.unrouted == 0
+
+
+@pytest.mark.parametrize(("topic", "reason", "unrouted"), [("paid", "", 0), ("other", "unrouted", 2)])
+async def test_what_a_batch_emits_went_nowhere_where_the_broker_answers_so(
+    topic: str, reason: str, unrouted: int
+) -> None:
+    async with opened(broker := MemoryBroker()):
+        app = Conveyor("charging", broker=broker, journal=True)
+        begun, may_end = asyncio.Event(), asyncio.Event()
+
+        @app.worker(batch=2)
+        async def charge(orders: list[Order]) -> list[Paid]:
+            begun.set()
+            await may_end.wait()
+            return [Paid(order.number) for order in orders]
+
+        async with app:
+            sent = [await app.publish(Order(number)) for number in range(2)]
+            async with app.running():
+                await begun.wait()
+                await broker.declare([Queue(name="shipping.ship", topics=(topic,))])
+                may_end.set()
+                assert set(await told_of_payments(app, sent[0])) == {reason}
+        assert app.metrics.unrouted == unrouted
 
 
 async def test_an_expired_message_is_not_handled() -> None:

@@ -123,7 +123,8 @@ class Consumer:
         metrics: counts.
         clock: gives Unix seconds.
         suspect: called with a delivery that has to run alone.
-        emitted: called with what a handler has emitted.
+        emitted: called with what a handler has emitted, and with the ids of those that no queue received; None where that is not
+            known, because it goes out with a settlement. Notes them in the journal.
         failed: called with a delivery that ends with an error.
         carries: the headers that go on.
         journal: notes how messages end; None where it is off.
@@ -138,7 +139,7 @@ class Consumer:
         metrics: WorkerMetrics,
         clock: Clock,
         suspect: Callable[[Consumer, Delivery], None],
-        emitted: Callable[[Sequence[Message]], None],
+        emitted: Callable[[Consumer, Sequence[Message], frozenset[str] | None], None],
         failed: Callable[[Consumer, Delivery, RetryAt | Dead], None],
         carries: Sequence[Carry] = (),
         journal: Journal | None = None,
@@ -651,10 +652,7 @@ class Consumer:
                 )
                 await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
             else:
-                self._note_emits(emits)
-                if self._journal is not None:
-                    for message in emits:
-                        self._journal.published(message, self.worker.identity, nowhere=message.id in unrouted)
+                self._note_emits(self, emits, unrouted)
                 return
 
     def _verdict_on_arrival(self, delivery: Delivery) -> Dead | None:
@@ -733,7 +731,9 @@ class Consumer:
             ended: when it ended; None is now.
         """
         if self._journal is not None:
-            self._journal.settled(self.worker.identity, delivery, verdict, begun, ended, soon=self._is_job)
+            self._journal.settled(
+                self.worker.identity, delivery, verdict, begun, ended, soon=self._is_job, with_emits=False
+            )
         metrics = self.metrics
         if isinstance(verdict, Done):
             if verdict.cancelled:
@@ -741,7 +741,7 @@ class Consumer:
             else:
                 metrics.succeeded += 1
             if verdict.emits:
-                self._note_emits(verdict.emits)
+                self._note_emits(self, verdict.emits, None)
         elif isinstance(verdict, Release):
             metrics.released += 1
         else:

@@ -101,8 +101,6 @@ class Journal:
         self.process: Final = process_name(number)
         self.at_work: list[Callable[[], Iterable[Running]]] = []
         """Each gives what runs now; runners add themselves."""
-        self.is_received: Callable[[str], bool] = lambda _: True
-        """Whether some queue receives a topic; a runner says what it knows."""
         self.clock: Final = clock
         self._queue = journal_queue(app)
         self._keeper = keeper_topic(app)
@@ -206,19 +204,24 @@ class Journal:
         ended: float | None = None,
         *,
         soon: bool = False,
+        with_emits: bool = True,
     ) -> None:
-        """A delivery has ended, and with it perhaps the message. What it emits is noted, too.
+        """A delivery has ended, and with it perhaps the message.
 
         Parameters:
             worker: the identity of the worker that had it.
             begun: when the attempt began, on the monotonic clock; None where none was made.
             ended: when it ended, on the same clock; None is now.
             soon: somebody may be waiting for its result.
+            with_emits: note what it emits as published, too; False where the caller does, who finds out whether that went nowhere.
         """
         now = self._zero + (monotonic() if ended is None else ended)
         started = None if begun is None else self._zero + begun
         if verdict is not DONE:
             self._settled_otherwise(worker, delivery, verdict, now, started, soon=soon)
+            if with_emits and type(verdict) is Done:
+                for emitted in verdict.emits:
+                    self.published(emitted, worker)
             return
         message, attempts = delivery.message, delivery.attempts
         id, journey = message.id, message.correlation_id
@@ -252,8 +255,6 @@ class Journal:
             elif verdict.cancelled:
                 kind, attempt = Kind.CANCELLED, attempt if started is not None else delivery.attempts
                 error = verdict.error
-            for emitted in verdict.emits:
-                self.published(emitted, worker, nowhere=not self.is_received(emitted.topic))
         elif type(verdict) is RetryAt:
             kind, due, error, traceback = Kind.RETRIED, verdict.due, verdict.error, verdict.traceback
         elif type(verdict) is Dead:
