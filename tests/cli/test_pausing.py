@@ -10,17 +10,19 @@ import signal
 import socket
 import subprocess
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
 from conveyor import Conveyor
-from conveyor.broker import Queue
+from conveyor.broker import Broker, Queue
+from conveyor.brokers.memory import MemoryBroker
 from conveyor.brokers.sqlite import SqliteBroker
-from conveyor.cli.queues import _turn
+from conveyor.cli.queues import _turn, as_json, paused_queues
 from conveyor.cli.terminal import Output
-from conveyor.runtime.control import Operator, Status
+from conveyor.core.pause import Switch
+from conveyor.runtime.control import CONTROL, Control, Operator, Status
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -74,6 +76,16 @@ def get(port: int, path: str) -> str:
         return str(answer.read().decode())
 
 
+@contextlib.asynccontextmanager
+async def opened() -> AsyncIterator[Broker]:
+    broker = MemoryBroker()
+    await broker.open()
+    try:
+        yield broker
+    finally:
+        await broker.close()
+
+
 def queues(conveyor: Program, *arguments: str) -> dict[str, Any]:
     return {queue["name"]: queue for queue in conveyor.json("queues", *arguments, *HERE)["queues"]}
 
@@ -91,6 +103,44 @@ async def test_what_is_published_into_a_paused_queue_waits_until_it_is_resumed(c
         assert shipped(conveyor) == []
         conveyor.ok("queues", "resume", "shop.ship", *HERE)
         await until(lambda: shipped(conveyor) == ["A-1"])
+
+
+async def test_the_list_of_queues_says_which_are_paused(conveyor: Program) -> None:
+    def paused() -> dict[str, bool]:
+        return {name: queue["paused"] for name, queue in queues(conveyor).items()}
+
+    with running(conveyor):
+        await ready(conveyor)
+        conveyor.ok("queues", "pause", "shop.charge", *HERE)
+        assert paused() == {"shop.charge": True, "shop.resize": False, "shop.ship": False}
+        shown = conveyor.ok("queues", *HERE)
+        assert "shop.charge (paused)" in shown
+        assert shown.count("paused") == 1
+        conveyor.ok("queues", "resume", "shop.charge", *HERE)
+        assert not any(paused().values())
+        conveyor.ok("queues", "pause", "shop.charge", *HERE)
+    assert not any(paused().values())  # the pause has gone with the runners
+
+
+async def test_a_pause_that_only_a_journal_s_keeper_knows_is_listed() -> None:
+    async with opened() as broker:
+        control = Control(broker, switches={"shop.charge": Switch(1, True), "shop.ship": Switch(2, False)})
+        await control.start()
+        try:
+            assert await paused_queues(broker) == frozenset({"shop.charge"})
+        finally:
+            await control.close()
+        assert await paused_queues(broker) == frozenset()
+        assert await broker.queues() == []
+
+
+async def test_where_nobody_answers_it_is_not_known_what_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conveyor.cli.queues.PAUSES_SECONDS", 0.05)
+    async with opened() as broker:
+        await broker.declare([Queue(name="conveyor.control.deaf", topics=(CONTROL,), temporary=True)])
+        assert await paused_queues(broker) is None
+        [queue] = as_json("memory://", await broker.queues(), None)["queues"]
+        assert (queue["name"], queue["paused"]) == ("conveyor.control.deaf", None)
 
 
 async def test_a_pause_outlives_the_only_process_that_works_because_its_supervisor_knows_it(

@@ -211,6 +211,11 @@ def top(conveyor: Program, *arguments: str, columns: int = 80, rows: int = 24) -
         terminal.close()
 
 
+def in_shell(command: Sequence[str], redirected: str) -> list[str]:
+    """The same, with something of it redirected."""
+    return ["sh", "-c", f'exec "$@" {redirected}', "sh", *command]
+
+
 def charge(conveyor: Program, card: str, *arguments: str) -> None:
     conveyor.ok("publish", "bank", "charge", "--data", f'{{"card": "{card}"}}', *arguments)
 
@@ -364,7 +369,7 @@ def test_the_newest_errors_are_in_sight_until_somebody_moves_the_cursor(bank: Pr
     check()
     with running(bank, app="guard:app"), top(bank, "guard:app", columns=columns, rows=rows) as terminal:
         terminal.until(lambda text: re.search(r"^\S+/1 .* ready", text, re.MULTILINE), "the runner")
-        terminal.shows("p Pause/resume", "q Quit")
+        terminal.shows("⇥ Next", "p Pause/resume", "q Quit")
         check(*(f"early-{number}" for number in range(30)))
         terminal.until(lambda _: dead_letters(terminal) == "30", "the dead letters")
         terminal.until(lambda _: len(terminal.errors()) > 2, "the errors")
@@ -382,8 +387,69 @@ def test_the_newest_errors_are_in_sight_until_somebody_moves_the_cursor(bank: Pr
         terminal.shows("message     late-1")
 
 
+def test_what_enter_shows_is_followed_until_a_key_closes_it(bank: Program) -> None:
+    (bank.folder / "closed").touch()
+    with running(bank), top(bank, "bank:app") as terminal:
+        terminal.shows("1 runner", "bank.charge")
+        for number, close in enumerate((ESCAPE, ENTER, "q")):
+            terminal.press(ENTER)
+            terminal.shows(f"dead        {number}", "Scroll", "esc ⏎ q Close")
+            charge(bank, "4711")
+            terminal.shows(f"dead        {number + 1}", f"failed      {number + 1}")
+            terminal.press(close)
+            terminal.until(lambda text: "esc ⏎ q Close" not in text and "q Quit" in text, "the tables")
+        terminal.press(ENTER)
+        terminal.shows("dead        3")
+        terminal.press(CTRL_C)
+        assert terminal.ended() == 0
+
+
+def test_what_enter_shows_stays_when_it_is_no_longer_there(bank: Program) -> None:
+    where = ("--broker", "sqlite:///bank.queue")
+
+    async def declare() -> None:
+        broker = brokers.from_url(f"sqlite:///{bank.folder / 'bank.queue'}")
+        await broker.open()
+        await broker.declare([Queue(name="bank.old")])
+        await broker.close()
+
+    asyncio.run(declare())
+    with top(bank, *where) as terminal:
+        terminal.shows("bank.old")
+        terminal.press(ENTER)
+        assert "no longer there" not in terminal.shows("workers     none is running")
+        bank.ok("queues", "remove", "bank.old", "--yes", *where)
+        terminal.shows("no longer there", "queue       bank.old")
+        terminal.press("q")
+        terminal.shows("no queue yet")
+
+
 def test_without_a_terminal_it_says_what_there_is_for_programs(bank: Program) -> None:
     assert "conveyor queues --watch --json" in bank.refused("top", "bank:app")
+
+
+@pytest.mark.parametrize("redirected", [">out", "<log"])
+def test_half_a_terminal_is_refused(bank: Program, redirected: str) -> None:
+    (bank.folder / "log").touch()
+    terminal = Terminal(bank, in_shell(bank.command("top", "bank:app"), redirected))
+    with contextlib.closing(terminal):
+        assert terminal.ended() == 2
+        assert "needs a terminal as its stdin and stdout" in " ".join(terminal.text.split())
+
+
+def test_errors_may_go_into_a_file_while_the_screen_is_drawn(bank: Program) -> None:
+    terminal = Terminal(bank, in_shell(bank.command("top", "--broker", "sqlite:///bank.queue"), "2>errors"))
+    with contextlib.closing(terminal):
+        terminal.shows("0 runners", "q Quit")
+        terminal.press("q")
+        assert terminal.ended() == 0
+    assert (bank.folder / "errors").read_bytes() == b""
+
+
+def test_a_broker_that_was_never_seen_is_not_said_to_be_empty(bank: Program, free_port: int) -> None:
+    with top(bank, "--broker", f"redis://127.0.0.1:{free_port}") as terminal:
+        text = terminal.shows("AWAY for", "not known yet")
+        assert "no queue yet" not in text
 
 
 def test_a_wrong_address_is_said_before_the_screen_is_taken(bank: Program) -> None:

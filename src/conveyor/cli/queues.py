@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import sys
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import msgspec
 from cyclopts import App, Parameter, validators
 
-from conveyor.broker import QueueInfo
+from conveyor.broker import Broker, QueueInfo
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, out, safe, span, table
 from conveyor.config import masked
-from conveyor.core.pause import paused_in
+from conveyor.core.pause import Switches, merged, paused_in
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, QueueInUse
-from conveyor.runtime.control import Operator, Status, internal
+from conveyor.runtime.control import LAST_ANSWER_SECONDS, STATUS, Hello, Known, Operator, Status, internal, tell
+from conveyor.runtime.mailbox import Mailbox
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HERE = Where()
 PLAIN = Output()
+PAUSES_SECONDS: Final = 2.0
+"""What is paused is waited for no longer: a look at the queues tells most of all where other things stand still."""
+
+Paused = frozenset[str] | None
+"""The queues that are paused; None where those who know it do not answer."""
 
 command = App(
     name="queues",
@@ -37,7 +46,10 @@ command = App(
   conveyor queues resume shop.charge
   conveyor queues remove shop.old --dry-run
 
-With --watch --json it prints one JSON document per line and look.
+With --watch --json it prints one JSON document per line and look. Of each queue it
+tells name, topics, ready, in_flight, delayed, dead, oldest_seconds, consumers and
+paused. What nobody can tell is null: paused where runners are there and do not answer
+(where there is none, nothing is paused).
 
 {EXIT_CODES}""",
 )
@@ -269,31 +281,53 @@ def not_there(name: str, names: Collection[str]) -> BrokerError:
 async def _queues(url: str, interval: float | None, output: Output, *, everything: bool) -> int:
     async with connected(url) as broker:
 
-        async def look() -> list[QueueInfo]:
-            return [queue for queue in await broker.queues() if everything or not internal(queue.name)]
+        async def look() -> tuple[list[QueueInfo], Paused]:
+            paused = await paused_queues(broker)
+            return [queue for queue in await broker.queues() if everything or not internal(queue.name)], paused
 
         if interval is None:
-            found = await look()
+            found, paused = await look()
             if output.json:
-                output.document(as_json(url, found))
+                output.document(as_json(url, found, paused))
             elif found:
-                out().print(as_table(found))
+                out().print(as_table(found, paused))
             else:
                 output.say(f"{masked(url)} has no queues yet; conveyor run APP declares them")
             return OK
         if output.json:
             while True:
-                output.line(as_json(url, await look()))
+                output.line(as_json(url, *await look()))
                 await asyncio.sleep(interval)
         from rich.live import Live
 
-        with Live(as_table(await look()), console=out(), auto_refresh=False, screen=out().is_terminal) as live:
+        with Live(as_table(*await look()), console=out(), auto_refresh=False, screen=out().is_terminal) as live:
             while True:
                 await asyncio.sleep(interval)
-                live.update(as_table(await look()), refresh=True)
+                live.update(as_table(*await look()), refresh=True)
 
 
-def as_json(url: str, found: Sequence[QueueInfo]) -> dict[str, Any]:
+async def paused_queues(broker: Broker) -> Paused:
+    """The queues that are paused, as runners and keepers of journals know. Where none of them is there, nothing is."""
+    topic = f"{STATUS}.{uuid.uuid4().hex[:12]}"
+    mailbox = Mailbox(broker, topic, (topic,), msgspec.json.Decoder(Known).decode)
+    switches: Switches | None = None
+    # A broker that takes nothing any more, and is looked at because of that, cannot be asked, and shows its queues.
+    with contextlib.suppress(BrokerError, TimeoutError):
+        async with asyncio.timeout(PAUSES_SECONDS) as patience:
+            try:
+                async with mailbox.receiving() as take:
+                    if not await tell(broker, Hello(topic)):
+                        return frozenset()
+                    while True:
+                        for known in await take():
+                            switches = merged(switches or {}, known.switches)
+                            patience.reschedule(asyncio.get_running_loop().time() + LAST_ANSWER_SECONDS)
+            finally:
+                await mailbox.remove()
+    return None if switches is None else paused_in(switches)
+
+
+def as_json(url: str, found: Sequence[QueueInfo], paused: Paused) -> dict[str, Any]:
     """What --json prints."""
     return {
         "broker": masked(url),
@@ -307,18 +341,19 @@ def as_json(url: str, found: Sequence[QueueInfo]) -> dict[str, Any]:
                 "dead": queue.dead,
                 "oldest_seconds": queue.oldest_seconds,
                 "consumers": queue.consumers,
+                "paused": None if paused is None else queue.name in paused,
             }
             for queue in found
         ],
     }
 
 
-def as_table(found: Sequence[QueueInfo]) -> Table:
+def as_table(found: Sequence[QueueInfo], paused: Paused) -> Table:
     """What people see; what needs a look is in colour."""
     numbers = ("ready", "in flight", "delayed", "dead", "oldest", "consumers")
     rows = [
         (
-            safe(queue.name, "bold"),
+            safe(f"{queue.name} (paused)", "bold yellow") if queue.name in (paused or ()) else safe(queue.name, "bold"),
             f"{queue.ready:,}",
             f"{queue.in_flight:,}",
             f"{queue.delayed:,}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Final
@@ -11,6 +12,7 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import ScrollableContainer
+from textual.drivers.linux_driver import LinuxDriver
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Static
 
@@ -34,14 +36,15 @@ conveyor top shows a broker's queues, the runners
 that are connected to it, and their latest errors.
 
 Tab, ↑ ↓   select a table, and a row in it
-Enter      the whole of what is selected
+Enter      the whole of what is selected, as it is
+           from then on; Enter, Esc or q closes it
 p          pause the selected queue, or let it go
            on: from a paused queue nothing is
            fetched, what was not begun goes back,
            what runs is finished
 r          put the dead letters of the selected
            queue back (asks first)
-q          quit
+q, Ctrl-C  quit
 
 oldest     how long the oldest ready message has
            been waiting
@@ -172,7 +175,10 @@ Row = tuple[str, Sequence[str | Text]]
 class Table(DataTable[Text]):
     """A table that fits its room: what does not is cut where one sees it."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "Whole")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "select_cursor", "Whole"),
+        Binding("tab", "app.focus_next", "Next", key_display="⇥"),
+    ]
 
     def __init__(self, columns: Sequence[Column], *, id: str, nothing: str, newest_first: bool = False) -> None:
         super().__init__(id=id, cursor_type="row", cell_padding=0, header_height=1)
@@ -181,6 +187,7 @@ class Table(DataTable[Text]):
         self._newest_first = newest_first
         """While the cursor is on the first row it stays there, whatever comes: who looks on sees what is new."""
         self._shown: list[Row] = []
+        self._known = False
         self.keys: list[str] = []
 
     @property
@@ -188,9 +195,14 @@ class Table(DataTable[Text]):
         """The key of the selected row."""
         return self.keys[self.cursor_row] if 0 <= self.cursor_row < len(self.keys) else None
 
-    def show(self, rows: Sequence[Row]) -> None:
-        """Draw these rows; the one that somebody has selected stays selected, and in its place, wherever it is now."""
+    def show(self, rows: Sequence[Row], *, known: bool) -> None:
+        """Draw these rows; the one that somebody has selected stays selected, and in its place, wherever it is now.
+
+        Parameters:
+            known: the broker has been looked at; before, that there is no row means nothing.
+        """
         self._shown = list(rows)
+        self._known = known
         self._draw()
 
     def on_resize(self) -> None:
@@ -215,7 +227,7 @@ class Table(DataTable[Text]):
         if not rows:
             self.keys = []
             self.add_column(Text(columns[0].label.ljust(room)[:room], "bold"), width=room)
-            self.add_row(Text(shortened(self._nothing, room), "dim"))
+            self.add_row(Text(shortened(self._nothing if self._known else "not known yet", room), "dim"))
             self.show_cursor = False
             return
         self.show_cursor = True
@@ -369,28 +381,49 @@ def failure_text(failure: Failure) -> Texts:
     return text, failure.traceback
 
 
+class Scrolled(ScrollableContainer):
+    """Room for a text that may be longer than the terminal; the keys say so."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("up", "scroll_up", "Scroll", key_display="↑↓←→")]
+
+
 class Whole(ModalScreen[None]):
-    """A text that has all the room it needs; any of the usual keys closes it.
+    """A text that has all the room it needs, as it is now; any of the usual keys closes it.
 
     Parameters:
-        text: it is wrapped.
-        listing: it is not: who wants to see the end of a long line scrolls.
+        read: gives the text; None where what it told of is no longer there: then its last state stays.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q,question_mark", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,enter,q,question_mark", "dismiss", "Close", key_display="esc ⏎ q")
+    ]
 
-    def __init__(self, text: str, listing: str = "") -> None:
+    def __init__(self, read: Callable[[], Texts | None]) -> None:
         super().__init__()
-        self._text = text
-        self._listing = listing
+        self._read = read
+        self._shown: Texts | None = None
 
     def compose(self) -> ComposeResult:
-        with ScrollableContainer(id="whole"):
-            if self._text:
-                yield Static(safe(self._text), id="text")
-            if self._listing:
-                yield Static(safe(self._listing), id="listing")
+        with Scrolled(id="whole"):
+            yield Static(id="text")
+            yield Static(id="listing")
         yield Footer()
+
+    def on_mount(self) -> None:
+        """Begin with what there is."""
+        self.draw()
+
+    def draw(self) -> None:
+        """Show the text as it is now; whoever has scrolled stays where he is."""
+        texts = self._read()
+        self.query_one("#whole").border_title = "no longer there; known last:" if texts is None else None
+        if texts is None or texts == self._shown:
+            return
+        self._shown = texts
+        for name, text in zip(("#text", "#listing"), texts, strict=True):
+            static = self.query_one(name, Static)
+            static.update(safe(text))
+            static.display = bool(text)
 
 
 class Question(ModalScreen[bool]):
@@ -414,6 +447,16 @@ class Question(ModalScreen[bool]):
         self.dismiss(answer)
 
 
+class Driver(LinuxDriver):
+    """Draws on stdout: Textual's own draws on stderr, which may lead into a file."""
+
+    def __init__(
+        self, app: App[Any], *, debug: bool = False, mouse: bool = True, size: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__(app, debug=debug, mouse=mouse, size=size)
+        self._file = sys.__stdout__
+
+
 class Top(App[None]):
     """The terminal as conveyor top uses it.
 
@@ -425,10 +468,10 @@ class Top(App[None]):
     TITLE = "conveyor top"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("p", "turn", "Pause/resume"),
-        Binding("r", "redrive", "Retry dead"),
-        Binding("tab", "app.focus_next", "Next table"),
+        Binding("r", "redrive", "Redrive"),
         Binding("question_mark", "help", "Help"),
-        Binding("q,ctrl+c", "quit", "Quit"),
+        Binding("q", "quit", "Quit"),
+        Binding("ctrl+c", "quit", show=False, priority=True),  # also while a window is open
     ]
     CSS = """
     #title { height: 1; background: $primary-darken-2; color: $text; }
@@ -443,7 +486,7 @@ class Top(App[None]):
     """
 
     def __init__(self, watcher: Watcher) -> None:
-        super().__init__()
+        super().__init__(driver_class=Driver)
         self._watcher = watcher
         self._picture = Picture()
         self._mounted = False
@@ -496,12 +539,13 @@ class Top(App[None]):
 
     def on_data_table_row_selected(self) -> None:
         """Show all of what is selected: Enter, or a click on the selected row."""
-        if text := self._selected_text():
-            self.push_screen(Whole(*text))
+        table = self.focused
+        if isinstance(table, Table) and (key := table.selected) is not None:
+            self.push_screen(Whole(lambda: self._text_of(str(table.id), key)))
 
     def action_help(self) -> None:
         """Say what the keys do."""
-        self.push_screen(Whole("", HELP))
+        self.push_screen(Whole(lambda: ("", HELP)))
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -512,18 +556,17 @@ class Top(App[None]):
         selected = self._table("queues").selected
         return next((row for row in self._picture.queues if row.name == selected), None)
 
-    def _selected_text(self) -> Texts | None:
+    def _text_of(self, table: str, key: str) -> Texts | None:
         picture = self._picture
-        texts: dict[str, dict[str, Callable[[], Texts]]] = {
-            "queues": {row.name: lambda row=row: queue_text(row) for row in picture.queues},  # type: ignore[misc]
-            "runners": {row.status.runner: lambda row=row: runner_text(row) for row in picture.runners},  # type: ignore[misc]
-            "errors": {_key(*each): lambda each=each: failure_text(each[1]) for each in picture.failures},  # type: ignore[misc]
-        }
-        table = self.screen_stack[0].focused
-        if not isinstance(table, Table) or table.selected is None:
-            return None
-        found = texts[str(table.id)].get(table.selected)
-        return None if found is None else found()
+        found: Iterator[Texts]
+        match table:
+            case "queues":
+                found = (queue_text(row) for row in picture.queues if row.name == key)
+            case "runners":
+                found = (runner_text(row) for row in picture.runners if row.status.runner == key)
+            case _:
+                found = (failure_text(each[1]) for each in picture.failures if _key(*each) == key)
+        return next(found, None)
 
     def _do(self, what: Coroutine[Any, Any, str]) -> None:
         async def do() -> None:
@@ -537,12 +580,17 @@ class Top(App[None]):
     def _draw(self) -> None:
         picture = self._picture
         self._draw_title()
-        self._table("queues").show([(row.name, queue_cells(row)) for row in picture.queues])
-        self._table("runners").show([(row.status.runner, runner_cells(row)) for row in picture.runners])
-        self._table("errors").show([(_key(*each), failure_cells(each[1])) for each in picture.failures])
+        rows: dict[str, list[Row]] = {
+            "queues": [(row.name, queue_cells(row)) for row in picture.queues],
+            "runners": [(row.status.runner, runner_cells(row)) for row in picture.runners],
+            "errors": [(_key(*each), failure_cells(each[1])) for each in picture.failures],
+        }
         for name in TABLES:
+            self._table(name).show(rows[name], known=picture.looked)
             self._table(name).set_class(picture.outage is not None, "old")
         self._share_lines()
+        if isinstance(self.screen, Whole) and self.screen.is_mounted:
+            self.screen.draw()
 
     def _share_lines(self) -> None:
         tables = [self._table(name) for name in TABLES]

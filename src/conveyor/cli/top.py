@@ -83,7 +83,9 @@ def top(
     """
     del debug  # the command line itself looks for it
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigurationError("conveyor top needs a terminal; for programs there is: conveyor queues --watch --json")
+        raise ConfigurationError(
+            "conveyor top needs a terminal as its stdin and stdout; for programs there is: conveyor queues --watch --json"
+        )
     name, queues = None, None
     if app is not None:
         from conveyor.cli.application import load_app
