@@ -20,7 +20,7 @@ from cyclopts import App, Parameter, validators
 from conveyor.broker import Broker, DeadFilter, QueueInfo
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
-from conveyor.cli.dead import carry_out
+from conveyor.cli.dead import redrive_all
 from conveyor.cli.terminal import OK
 from conveyor.config import masked
 from conveyor.core.settle import describe
@@ -438,7 +438,7 @@ class Watcher:
         """
         broker, _ = self._there()
         total = sum(row.dead for row in self.picture.queues if row.name == queue)
-        done = await carry_out(broker, broker.redrive, DeadFilter(queue=queue), total)
+        done = await redrive_all(broker, DeadFilter(queue=queue), total)
         self._look_now.set()
         return f"{counted(done, 'dead letter')} put back into {queue}"
 

@@ -55,6 +55,8 @@ LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
 DOUBT_SECONDS: Final = 0.5
 """So long the runner waits, at least, before it asks the broker again whether what handlers emit went nowhere."""
+KNOWN_DOUBT_SECONDS: Final = 5.0
+"""The same where it has said so of the same topics before: to look at queues may mean to count what is in them."""
 LAST_LOOK_SECONDS: Final = 1.0
 """How long it may take to ask that at the end."""
 RECENT_FAILURES: Final = 20
@@ -497,9 +499,10 @@ class Runner:
     async def _watch_doubts(self) -> None:
         while True:
             await self._in_doubt.wait()
+            is_new = not self._doubtful.keys() <= self._unrouted
             await self._look_again()
             self._loops.well("doubts")
-            await asyncio.sleep(DOUBT_SECONDS)
+            await asyncio.sleep(DOUBT_SECONDS if is_new else KNOWN_DOUBT_SECONDS)
 
     async def _look_again(self) -> None:
         """Ask the broker which of what was emitted under unknown topics went nowhere, and tell.
