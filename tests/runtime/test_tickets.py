@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from conveyor import (
+    NO_RETRY,
     ConfigurationError,
     Context,
     Conveyor,
@@ -415,10 +416,8 @@ async def test_a_handler_that_was_left_behind_does_not_make_its_dead_job_run_aga
         assert (job.status, job.note) == ("dead", "")
 
 
-@pytest.mark.parametrize(
-    ("done", "total"), [(float("nan"), None), (1.0, float("inf")), ("half", 1.0), (10**400, None), (Decimal("sNaN"), 1)]
-)
-async def test_progress_is_numbers(done: Any, total: Any) -> None:
+@pytest.mark.parametrize(("done", "total"), [("half", 1.0), ("5", None), (None, 1), (1, "2"), (1j, None), ([1], 2)])
+async def test_what_is_no_number_is_no_progress(done: Any, total: Any) -> None:
     app = make()
 
     @app.task(retry=TWICE)
@@ -426,8 +425,42 @@ async def test_progress_is_numbers(done: Any, total: Any) -> None:
         context.progress(done, total)
 
     async with app.running():
-        with pytest.raises(JobFailed, match="both are finite numbers"):
+        with pytest.raises(JobFailed, match=r"TypeError: progress\(.*\): both are numbers"):
             await (await wrong.send()).result(SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ((5, 3), (5.0, 3.0)),
+        ((-1, 0), (0.0, None)),
+        ((2, -3), (2.0, None)),
+        ((float("nan"), 4), (0.0, 4.0)),
+        ((1.0, float("inf")), (1.0, None)),
+        ((float("inf"), float("nan")), (0.0, None)),
+        ((10**400, 10**400), (0.0, None)),
+        ((Decimal("sNaN"), Decimal("NaN")), (0.0, None)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_no_number_that_is_told_as_progress_harms_a_job(kind: str, said: Any, told: Any) -> None:
+    app = make()
+
+    @app.task(retry=NO_RETRY)
+    async def in_loop(context: Context = INJECTED) -> str:
+        context.progress(said[0], said[1], "so far")
+        return "done"
+
+    @app.task(retry=NO_RETRY)
+    def in_thread(context: Context = INJECTED) -> str:
+        context.progress(said[0], said[1], "so far")
+        return "done"
+
+    async with app.running():
+        ticket = await (in_loop if kind == "async" else in_thread).send()
+        assert await ticket.result(SECONDS) == "done"
+        job = await ticket.status()
+        assert (job.done, job.total, job.note) == (*told, "so far")
 
 
 async def test_whatever_counts_as_a_number_is_told_as_progress_and_harms_nobody() -> None:

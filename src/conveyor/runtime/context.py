@@ -93,23 +93,24 @@ class Context:
 
         Whoever asks gets the latest. Without a journal nobody can ask, and nothing is sent.
 
+        No number harms the handler: what is below 0, NaN or infinite counts as 0. More than the total is told as it is, since a
+        total may have been a guess; a bar is full then.
+
         Parameters:
             done: so much, in any unit: anything that float() takes for a number, as a Decimal.
-            total: of so much; None where that is not known.
+            total: of so much; None, or 0, where that is not known.
             note: in words.
 
         Raises:
-            ValueError: done or total is no finite number.
+            TypeError: done or total is no number.
         """
         try:
-            is_finite = math.isfinite(done) and (total is None or math.isfinite(total))
-        except (TypeError, ValueError, OverflowError):
-            is_finite = False
-        if not is_finite:
-            raise ValueError(f"progress({done!r}, {total!r}): both are finite numbers, in any unit")
+            amount, whole = _amount(done), None if total is None else _amount(total) or None
+        except TypeError:
+            raise TypeError(f"progress({done!r}, {total!r}): both are numbers, in any unit") from None
         if self._tell is not None:
             # The journal carries plain numbers and texts; what else a handler counts in would be nobody's to read.
-            self._tell(float(done), None if total is None else float(total), str(note))
+            self._tell(amount, whole, str(note))
 
     def publish(self, event: object, **options: Unpack[Publishing]) -> Message:
         """Publish an event when, and only when, this attempt succeeds.
@@ -144,6 +145,18 @@ class Context:
                 f"no queue receives {message.topic!r}; run a worker for it once, so that its queue exists"
             )
         return message
+
+
+def _amount(number: float) -> float:
+    """How much it is, for whoever shows it; 0.0 where it is nothing that could be shown.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    try:
+        return max(0.0, float(number)) if math.isfinite(number) else 0.0
+    except (OverflowError, ValueError):  # 10**400, Decimal("sNaN")
+        return 0.0
 
 
 def cancel(context: Context) -> None:
