@@ -20,6 +20,7 @@ def test_a_count_has_its_noun_in_the_right_number(number: int, said: str) -> Non
 def test_progress_is_said_as_far_as_it_is_known() -> None:
     assert far(None, 4.0, "note") == ""
     assert far(3.0, None, "") == "3"
+    assert far(1_234_567.0, 1e16, "") == "1,234,567 of 1e+16"
     assert far(1.5, 4.0, "the third step") == "1.5 of 4, the third step"
 
 

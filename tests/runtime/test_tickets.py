@@ -176,7 +176,7 @@ async def test_a_result_without_a_form_in_json_is_a_clear_error_and_the_job_is_d
 
     async with app.running():
         for task, why in (
-            (give, "type Event"),
+            (give, "Event"),
             (lie, "Expected `int`"),
             (divide, "nan is no number"),
             (any_one, "object"),

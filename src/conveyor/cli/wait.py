@@ -299,6 +299,6 @@ class _Bars:
             elif job.status is not Status.RUNNING or job.done is None or len(self._own) >= MOST_BARS:
                 continue
             else:
-                self._own[job.id] = self._progress.add_task(job.worker)
+                self._own[job.id] = self._progress.add_task(job.worker, total=None)
             text = shortened(f"{job.worker} {job.note}", 40)
             self._progress.update(self._own[job.id], description=text, completed=job.done or 0.0, total=job.total)

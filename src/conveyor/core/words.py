@@ -24,8 +24,12 @@ def far(done: float | None, total: float | None, note: str) -> str:
     """Progress in words: 3 of 4, the third step; "" where there is none."""
     if done is None:
         return ""
-    amount = f"{done:g}" if total is None else f"{done:g} of {total:g}"
+    amount = _amount(done) if total is None else f"{_amount(done)} of {_amount(total)}"
     return f"{amount}, {note}" if note else amount
+
+
+def _amount(number: float) -> str:
+    return f"{number:,.0f}" if number.is_integer() and abs(number) < 1e15 else f"{number:g}"
 
 
 def keepable(text: str) -> str:
