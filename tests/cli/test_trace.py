@@ -28,8 +28,8 @@ from conveyor.core.questions import Answer, JobsOf
 from conveyor.errors import JournalError, NoKeeper
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
-from conveyor.runtime.ask import Asker, journal_queues
-from conveyor.runtime.journal import journal_queue
+from conveyor.runtime.ask import Asker
+from conveyor.runtime.journal import journal_queue, journal_queues
 from conveyor.runtime.keeper import Keeper
 
 if TYPE_CHECKING:

@@ -254,6 +254,8 @@ def test_a_dead_letter_that_was_put_back_waits_until_it_is_handled() -> None:
     again = msgspec.structs.replace(dead, at=6.0, started=5.0)
     assert job_of([dead, back, again]).status is Status.DEAD
     assert [job.status for job in jobs_of([dead, back])] == [Status.WAITING]
+    assert job_of([dead, back, entry(Kind.STARTED, 5.0, attempt=2, queue="shop.charge")]).status is Status.RUNNING
+    assert jobs_of([back]) == []  # somebody else knows of it
 
 
 def test_what_others_died_of_is_given_up_and_runs_again_when_it_is_redriven() -> None:

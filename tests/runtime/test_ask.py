@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from conveyor import Conveyor, brokers
-from conveyor.broker import Broker
+from conveyor.broker import Broker, QueueInfo
 from conveyor.core.journal import Entry, JobFilter, Kind
+from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JobsOf, Question
-from conveyor.errors import JournalError, NoKeeper
+from conveyor.errors import BrokerError, JournalError, NoKeeper, PublishFailed
 from conveyor.runtime import ask
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import Asker, silence_of
+from conveyor.runtime.journal import keeper_topic
 from conveyor.runtime.keeper import Keeper
 
 PATIENCE_SECONDS = 60.0
@@ -133,10 +135,69 @@ async def test_nothing_counts_as_unknown_to_an_application_whose_own_keeper_is_s
 
 
 async def test_a_job_that_its_own_keeper_knows_is_told_without_waiting_for_the_others(broker: Broker) -> None:
-    async with gate("shop", broker), gate("mail", broker) as mail, asking(broker, "shop") as asker:
+    async with gate("shop", broker) as shop, gate("mail", broker) as mail, asking(broker, "shop") as asker:
+        sent = Entry(Kind.PUBLISHED, 3.0, "sent", "shop.worker")
+        await shop._writer.do(Archive.write, [("sent", [sent])])
         mail.is_open.clear()
-        (job,) = await asker.jobs(JobFilter(ids=("shop",)), timeout_seconds=2 * PATIENCE_SECONDS)
-        assert job.worker == "shop.worker"
+        for id, status in (("shop", "done"), ("sent", "waiting")):
+            (job,) = await asker.jobs(JobFilter(ids=(id,)), timeout_seconds=2 * PATIENCE_SECONDS)
+            assert job.status == status
+
+
+async def test_a_job_that_only_a_silent_keeper_can_tell_of_is_not_told_as_waiting(broker: Broker) -> None:
+    async with gate("shop", broker) as shop, gate("mail", broker) as mail:
+        sent = Entry(Kind.PUBLISHED, 1.0, "sent", "shop.work", "mail.worker")
+        await mail._writer.do(Archive.write, [("sent", [sent])])
+        shop.is_open.clear()
+        for app in ("shop", "mail"):
+            async with asking(broker, app) as asker:
+                with pytest.raises(NoKeeper, match="journal of shop"):
+                    await asker.jobs(JobFilter(ids=("sent",)), timeout_seconds=1.0)
+        async with asking(broker, "shop") as asker:
+            with pytest.raises(NoKeeper):
+                await asker.wait(["sent"], timeout_seconds=0.0)
+
+
+async def test_of_two_keepers_of_one_application_both_are_heard(broker: Broker) -> None:
+    async with gate("shop", broker), gate("shop", broker) as other, asking(broker, "shop") as asker:
+        more = Entry(Kind.SUCCEEDED, 2.0, "more", "topic", "shop.worker", started=1.0, attempt=1)
+        await other._writer.do(Archive.write, [("more", [more])])
+        for _ in range(5):
+            assert ids(await asker.ask(ALL)) == {"shop", "more"}
+
+
+@pytest.mark.parametrize("error", [BrokerError("not for you"), TimeoutError()])
+async def test_where_nobody_says_which_journals_there_are_questions_are_answered_all_the_same(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def queues() -> list[QueueInfo]:
+        raise error
+
+    monkeypatch.setattr(broker, "queues", queues)
+    async with gate("shop", broker):
+        async with asking(broker) as asker:
+            assert ids(await asker.ask(ALL)) == {"shop"}
+        async with asking(broker, "mail") as asker:
+            with pytest.raises(NoKeeper, match="journal of mail"):
+                await asker.ask(JobsOf(JobFilter(ids=("nobody",))))
+
+
+async def test_where_knocking_is_refused_questions_are_answered_all_the_same(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, knocks = broker.publish, list[str]()
+
+    async def refusing(messages: Sequence[Message], *, queue: str | None = None) -> frozenset[str]:
+        if refused := [message.id for message in messages if message.topic == keeper_topic("mail")]:
+            knocks.extend(refused)
+            raise PublishFailed(dict.fromkeys(refused, "ACCESS_REFUSED"))
+        return await publish(messages, queue=queue)
+
+    monkeypatch.setattr(broker, "publish", refusing)
+    async with gate("shop", broker), gate("mail", broker), asking(broker) as asker:
+        for _ in range(2):
+            assert "shop" in ids(await asker.ask(ALL))
+        assert len(knocks) == 1
 
 
 async def test_a_ticket_says_that_nobody_can_tell_rather_than_that_its_job_waits(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from time import monotonic
 
+import msgspec
 import pytest
 
 from conveyor import Context, Conveyor, Reject, RetryPolicy, Transaction
@@ -38,6 +39,7 @@ from conveyor.runtime import journal as journals
 from conveyor.runtime import keeper as keepers
 from conveyor.runtime.archive import Archive
 from conveyor.runtime.ask import ANSWERS, Asker
+from conveyor.runtime.batches import told_by
 from conveyor.runtime.control import CONTROL, Control
 from conveyor.runtime.journal import ASK, IN_MEMORY, Journal, journal_queue
 from conveyor.runtime.keeper import Keeper
@@ -651,7 +653,13 @@ async def test_an_entry_that_cannot_be_encoded_or_read_is_lost_alone(
         assert {job.id for job in await kept.asker.jobs()} == {"before", "half", "behind"}
     assert metrics.journal_dropped == 2  # the Decimal is a text there
     assert "2 entries of the journal dropped: they cannot be encoded" in caplog.text
-    assert "left 2 entries out of the journal" in caplog.text
+    assert "left 2 parts of a batch out of the journal" in caplog.text
+
+
+def test_of_a_batch_of_another_version_what_can_be_read_is_kept() -> None:
+    understood = Entry(Kind.DEAD, 1.0, "m", "t", "w")
+    strange = ("t", "w", "p", "q", [("id", 1.0, None, 1, 0, None, None)])
+    assert told_by(msgspec.msgpack.encode(([understood], [strange]))) == [understood]
 
 
 async def test_successes_that_share_a_batch_are_kept_each_with_what_is_its_own(

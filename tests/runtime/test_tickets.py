@@ -1138,8 +1138,8 @@ async def test_where_a_keeper_is_silent_a_question_ends_with_its_time_and_an_ord
     given: list[float] = []
 
     class Answers(asks._Answers):
-        def __init__(self, arriving: asyncio.Queue[Answer], until: float, awaited: frozenset[str]) -> None:
-            super().__init__(arriving, until, awaited)
+        def __init__(self, arriving: asyncio.Queue[Answer], until: float) -> None:
+            super().__init__(arriving, until)
             given.append(until - asyncio.get_running_loop().time())
 
     monkeypatch.setattr(asks, "_Answers", Answers)

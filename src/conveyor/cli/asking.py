@@ -16,7 +16,8 @@ from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
 from conveyor.runtime.archive import Archive
-from conveyor.runtime.ask import Asker, journal_queues, silence_of, together
+from conveyor.runtime.ask import Asker, silence_of, together
+from conveyor.runtime.journal import journal_queues
 
 MANY: Final = 64
 """Batches that wait for a keeper which keeps up, at most."""

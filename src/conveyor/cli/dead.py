@@ -8,7 +8,7 @@ import difflib
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -22,8 +22,7 @@ from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, pa
 from conveyor.core.settle import Reason
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError
-from conveyor.runtime.ask import journal_queues
-from conveyor.runtime.journal import Journal, journal_queue
+from conveyor.runtime.journal import Journal, journal_queues
 from conveyor.runtime.metrics import Metrics, process_name
 
 CHUNK: Final = 500
@@ -273,26 +272,23 @@ async def _chunks(broker: Broker, which: DeadFilter, total: int, verb: str, outp
 async def redrive_all(
     broker: Broker, which: DeadFilter, total: int, advance: Callable[[int], object] = lambda _: None
 ) -> int:
-    """Put dead letters back, as carry_out(), and tell the journals of their applications, where there are any."""
-    apps = await journal_queues(broker)
+    """Put dead letters back, as carry_out(), and tell the journals of the applications on the broker, where there are any."""
+    apps: Collection[str] = ()
+    with contextlib.suppress(BrokerError):  # work does not depend on it
+        apps = await journal_queues(broker)
     async with contextlib.AsyncExitStack() as stack:
-        journals: dict[str, Journal] = {}
+        # Nothing tells whose a queue is that has a name of its own: each journal knows what it knows of the message.
+        journals = [Journal(app, broker, Metrics(process_name()), time.time) for app in apps]
+        for journal in journals:
+            stack.push_async_callback(journal.close)
 
         async def act(letters: Sequence[DeadLetter]) -> int:
             at = time.time()
             number = await broker.redrive(letters)
-            of: dict[str, list[DeadLetter]] = {}
-            for letter in letters if number else ():
-                owners = [app for app in apps if letter.queue.startswith(f"{app}.")]
-                if owners:
-                    of.setdefault(max(owners, key=len), []).append(letter)
-            for app, own in of.items():
-                if app not in journals:
-                    await broker.declare([journal_queue(app)])
-                    journals[app] = Journal(app, broker, Metrics(process_name()), time.time)
-                    stack.push_async_callback(journals[app].close)
-                journals[app].redriven(own, at)
-                await journals[app].flush()
+            if number == len(letters):  # else nobody knows which of them were there
+                for journal in journals:
+                    journal.redriven(letters, at)
+                    await journal.flush()
             return number
 
         return await carry_out(broker, act, which, total, advance)

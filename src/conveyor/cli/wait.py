@@ -23,8 +23,8 @@ from conveyor.core.journal import Job, JobFilter, Status
 from conveyor.core.questions import JobsOf
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
-from conveyor.runtime.ask import MOST_IDS, Asker, journal_queues, silence_of
-from conveyor.runtime.journal import LONGEST_NOTE
+from conveyor.runtime.ask import MOST_IDS, Asker, silence_of
+from conveyor.runtime.journal import LONGEST_NOTE, journal_queues
 from conveyor.runtime.logs import printable
 from conveyor.runtime.ticket import in_words, may_pass
 

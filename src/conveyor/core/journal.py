@@ -316,7 +316,7 @@ def jobs_of(entries: Iterable[Entry]) -> list[Job]:
             handled.setdefault((entry.message_id, entry.worker), []).append(entry)
     had = {id for id, _ in handled}
     jobs = [job_of([*published.get(id, ()), *own]) for (id, _), own in handled.items()]
-    jobs += [job_of(own) for id, own in published.items() if id not in had and not _went_nowhere(own)]
+    jobs += [job_of(own) for id, own in published.items() if id not in had and _is_job(own)]
     return sorted(jobs, key=lambda job: (-(job.ended or job.started or job.created or 0.0), job.id, job.worker))
 
 
@@ -360,9 +360,10 @@ def is_for_one(entry: Entry) -> bool:
     return entry.worker == entry.topic and entry.kind not in BY_NO_WORKER
 
 
-def _went_nowhere(entries: Iterable[Entry]) -> bool:
+def _is_job(entries: Sequence[Entry]) -> bool:
+    """Whether there is a job in what no worker had: not where no queue received it, nor where only somebody else can know more."""
     told = [entry.reason == NOWHERE for entry in entries if entry.kind is Kind.PUBLISHED]
-    return bool(told) and all(told)
+    return not (told and all(told)) and any(entry.kind is not Kind.REDRIVEN for entry in entries)
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -498,10 +499,12 @@ def _as_they_happened(handled: Sequence[Entry], redriven: Sequence[Entry]) -> li
     for entry in handled:
         hand_over = attempt, _ = _attempt(entry)
         is_final = entry.kind in FINAL
-        if is_dead and attempt <= 1:  # what a life has but once, begins another one
-            again = hand_over in over or (entry.kind is Kind.STARTED and hand_over in started)
-            again = again or any(died <= back.at <= entry.at and back.queue == entry.queue for back in redriven)
-            if again or (is_final and any(other <= 1 for other, _ in over)):
+        if is_dead:
+            again = any(died <= back.at <= entry.at and back.queue == entry.queue for back in redriven)
+            if attempt <= 1:  # what a life has but once, begins another one
+                again = again or hand_over in over or (entry.kind is Kind.STARTED and hand_over in started)
+                again = again or (is_final and any(other <= 1 for other, _ in over))
+            if again:
                 lives.append([])
                 started, over, is_dead = set(), set(), False
         lives[-1].append(entry)

@@ -227,7 +227,7 @@ class Archive:
         at = 0
         for size in ROWS_AT_ONCE:
             starts = range(at, len(rows) - size + 1, size)
-            values = (tuple(chain((first + at, *shared), *rows[at : at + size])) for at in starts)
+            values = (tuple(chain((first + start, *shared), *rows[start : start + size])) for start in starts)
             self._db.executemany(statement(size), cast("Any", values))
             at += size * len(starts)
         self._unlooked += len(rows)

@@ -18,7 +18,7 @@ from conveyor.core.journal import Job, JobFilter, in_order
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
 from conveyor.errors import BrokerError, BrokerUnavailable, NoKeeper, PublishFailed
-from conveyor.runtime.journal import ASK, MSGPACK, TOPIC, keeper_topic
+from conveyor.runtime.journal import ASK, MSGPACK, journal_queues, keeper_topic
 from conveyor.runtime.loop import Loops
 from conveyor.runtime.mailbox import Mailbox
 
@@ -70,8 +70,10 @@ class Asker:
         self._broker = broker
         self._clock = clock
         self._app = app
-        self._apps: set[str] = set()
-        """The applications that keep, or kept, a journal on the broker."""
+        self._apps: set[str] = set() if app is None else {app}
+        """The applications that keep, or kept, a journal on the broker, as far as is known."""
+        self._refused: set[str] = set()
+        """Those of them at whose keepers we may not knock."""
         self._listed_at = -inf
         name = f"{ANSWERS}.{uuid.uuid4().hex[:12]}"
         # It has a topic: not every broker can reach a queue by its name that somebody else has declared.
@@ -106,25 +108,37 @@ class Asker:
         """What all keepers together know, and who of them is silent.
 
         Raises:
-            NoKeeper: nobody keeps a journal here, or nobody answers in time; or nothing is known of it, and this application's
-                own keeper is silent.
+            NoKeeper: nobody keeps a journal here, or nobody answers in time; or the keeper is silent that would know.
         """
         found: list[Answer] = []
+        wanted = frozenset(request.which.ids or ()) if isinstance(request, JobsOf) else frozenset[str]()
         async with self._question(request, timeout_seconds) as answers:
+            awaited = await self._knock(answers)
             async for answer in answers:
                 found.append(answer)
-                if answers.awaited and answers.awaited <= {each.app for each in found}:
+                if wanted and wanted <= _ended(found):
                     break
-                if not answers.awaited or _tell_all(found, request):
+                if awaited <= {each.app for each in found} or (wanted and wanted <= _told(found)):
                     answers.hurry(OTHERS_SECONDS)
         if not found:
             raise NoKeeper(NOBODY_ANSWERED)
         answer = together(found, request)
-        silent = (self._apps | answers.awaited) - {each.app for each in found if not each.problem}
-        if self._app in silent and not (answer.jobs or answer.entries):
-            problem = next((each.problem for each in found if each.app == self._app), "")
-            raise NoKeeper(problem or silence_of([str(self._app)]))
+        silent = self._apps - {each.app for each in found if not each.problem}
+        if would_know := self._would_know(answer, wanted - _told(found), silent):
+            problem = next((each.problem for each in found if each.app in would_know), "")
+            raise NoKeeper(problem or silence_of(sorted(would_know)))
         return msgspec.structs.replace(answer, silent=tuple(sorted(silent)))
+
+    def _would_know(self, answer: Answer, untold: frozenset[str], silent: set[str]) -> set[str]:
+        """Those of the silent applications that would know of a job, or of a journey, what nobody else can say."""
+        if self._app is None:  # whoever looks from outside is told who was silent
+            return set()
+        own = {app for app in silent if app == self._app}
+        if untold:
+            # A task's topic begins with its application's name.
+            topics = [job.topic for job in answer.jobs if job.id in untold]
+            return own | {app for app in silent for topic in topics if topic.startswith(f"{app}.")}
+        return own if not (answer.jobs or answer.entries) else set()
 
     async def wait(self, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:
         """Wait until at least one of these jobs has ended, and give all that is known about any of them (with results) by id.
@@ -164,7 +178,7 @@ class Asker:
                 nobody = str(error)
                 await asyncio.sleep(min(left, NOBODY_SECONDS))
             if deadline <= loop.time():
-                if not heard and not known.keys() >= set(wanted):
+                if not heard and not {id for id, job in known.items() if job.worker} >= set(wanted):
                     raise NoKeeper(nobody)
                 return known
 
@@ -194,31 +208,41 @@ class Asker:
             try:
                 async with asyncio.timeout_at(until):
                     await self._open()
-                    await self._list_apps()
-                    # What has no content is left out by who hears it; that nobody does is what it is to show.
-                    knocks = {uuid7(now, os.urandom(10)): app for app in self._apps}
-                    empty = [
-                        Message(knock, keeper_topic(app), b"", content_type=MSGPACK, created=now)
-                        for knock, app in knocks.items()
-                    ]
-                    unheard = await self._broker.publish((message, *empty))
+                    nobody = await self._broker.publish((message,))
             except TimeoutError:
                 raise BrokerUnavailable(f"the broker took no question within {timeout_seconds:g} s") from None
             except PublishFailed as error:
                 why = next(iter((*error.refused.values(), *error.unknown.values())))
                 raise BrokerUnavailable(f"the question may not have been asked: {why}") from error
-            if id in unheard:
+            if nobody:
                 raise NoKeeper(NOBODY_KEEPS)
-            yield _Answers(arriving, until, frozenset(app for knock, app in knocks.items() if knock not in unheard))
+            yield _Answers(arriving, until)
         finally:
             del self._asked[id]
 
-    async def _list_apps(self) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._listed_at + LISTED_SECONDS <= now:
-            with contextlib.suppress(BrokerError):  # not now, or not for us; asking says the same, or does not need it
-                self._apps = set(await journal_queues(self._broker)) | ({self._app} if self._app is not None else set())
-                self._listed_at = now
+    async def _knock(self, answers: _Answers) -> frozenset[str]:
+        """The applications whose keepers are there, as far as can be found out soon; their answers are waited for."""
+        loop = asyncio.get_running_loop()
+        # A broker that cannot say it now, or not to us, is no reason to have no answer.
+        with contextlib.suppress(BrokerError, TimeoutError):
+            async with asyncio.timeout_at(min(answers.until, loop.time() + LOOK_SECONDS)):
+                if self._listed_at + LISTED_SECONDS <= loop.time():
+                    self._listed_at = loop.time()
+                    own = set() if self._app is None else {self._app}
+                    self._apps = own | set(await journal_queues(self._broker))
+                now = self._clock()
+                # What has no content is left out by who hears it; that nobody does is what it is to show.
+                knocks = {uuid7(now, os.urandom(10)): app for app in self._apps - self._refused}
+                empty = [
+                    Message(id, keeper_topic(app), b"", content_type=MSGPACK, created=now) for id, app in knocks.items()
+                ]
+                try:
+                    unheard = await self._broker.publish(empty)
+                except PublishFailed as error:
+                    self._refused.update(knocks[id] for id in error.refused)
+                    unheard = frozenset((*error.refused, *error.unknown))
+                return frozenset(app for id, app in knocks.items() if id not in unheard)
+        return frozenset()
 
     async def _open(self) -> None:
         async with self._opening:
@@ -236,49 +260,39 @@ class Asker:
 
 
 class _Answers:
-    """The answers to a question, as they come.
+    """The answers to a question, as they come, until a time of the event loop."""
 
-    Parameters:
-        awaited: the applications whose keepers have heard it, as far as is known.
-    """
-
-    def __init__(self, arriving: asyncio.Queue[Answer], until: float, awaited: frozenset[str]) -> None:
-        self.awaited: Final = awaited
+    def __init__(self, arriving: asyncio.Queue[Answer], until: float) -> None:
+        self.until = until
         self._arriving = arriving
-        self._until = until
 
     def hurry(self, seconds: float) -> None:
         """Wait no longer than that from now on."""
-        self._until = min(self._until, asyncio.get_running_loop().time() + seconds)
+        self.until = min(self.until, asyncio.get_running_loop().time() + seconds)
 
     async def __aiter__(self) -> AsyncIterator[Answer]:
         while True:
             try:
-                async with asyncio.timeout_at(self._until):
+                async with asyncio.timeout_at(self.until):
                     answer = await self._arriving.get()
             except TimeoutError:
                 return
             yield answer
 
 
-async def journal_queues(broker: Broker) -> dict[str, int]:
-    """The names of the applications that keep, or kept, a journal on a broker → batches that wait for its keeper.
+def _ended(found: Iterable[Answer]) -> set[str]:
+    """The jobs that are known to have ended: nobody can know more."""
+    return {job.id for answer in found for job in answer.jobs if job.status.ended}
 
-    Raises:
-        BrokerError: the broker cannot say.
-    """
+
+def _told(found: Iterable[Answer]) -> set[str]:
+    """The jobs of which somebody tells who can: a worker had it, or it waits, and the keeper of its own application says so."""
     return {
-        info.name.removeprefix(f"{TOPIC}."): info.ready + info.in_flight
-        for info in await broker.queues()
-        if info.name.startswith(f"{TOPIC}.") and not info.temporary
+        job.id
+        for answer in found
+        for job in answer.jobs
+        if job.worker or (answer.app and job.topic.startswith(f"{answer.app}."))
     }
-
-
-def _tell_all(found: Iterable[Answer], request: Request) -> bool:
-    """Whether a worker's name is in what is known of each job that was asked for: more than its own keeper has said nobody can say."""
-    if not isinstance(request, JobsOf) or request.which.ids is None:
-        return False
-    return {job.id for answer in found for job in answer.jobs if job.worker} >= set(request.which.ids)
 
 
 def together(answers: Collection[Answer], request: Request) -> Answer:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from conveyor.core.journal import Batch, Entry, Told
+from conveyor.core.journal import Batch, Entry, Successes, Told
 from conveyor.core.settle import describe
 from conveyor.core.words import counted
 
@@ -26,8 +26,9 @@ Row = tuple[Any, ...]
 _encode: Final = msgspec.msgpack.Encoder().encode
 _write: Final = msgspec.msgpack.Encoder().encode_into
 _batch: Final = msgspec.msgpack.Decoder(Batch[Entry]).decode
-_parts: Final = msgspec.msgpack.Decoder(Batch[msgspec.Raw]).decode
-_part: Final = msgspec.msgpack.Decoder(Entry).decode
+_parts: Final = msgspec.msgpack.Decoder(list[list[msgspec.Raw]]).decode
+_entry: Final[Callable[[msgspec.Raw], Told]] = msgspec.msgpack.Decoder(Entry).decode
+_successes: Final[Callable[[msgspec.Raw], Told]] = msgspec.msgpack.Decoder(Successes).decode
 
 
 class Alike:
@@ -45,9 +46,8 @@ class Alike:
     def __init__(self, topic: str, worker: str, process: str, queue: str, attempt: int, crashes: int) -> None:
         self.number = 0
         self.rows = bytearray()
-        self._begin = _encode((topic, worker, process, queue, attempt, crashes, ()))[
-            :-1
-        ]  # without the empty array at the end
+        empty = _encode((topic, worker, process, queue, attempt, crashes, ()))
+        self._begin = empty[:-1]  # without the array at the end
 
     def packed(self) -> msgspec.Raw:
         """Successes, as they travel."""
@@ -193,11 +193,12 @@ def told_by(body: bytes) -> list[Told]:
     try:
         return _batch(body).told()
     except (ValueError, msgspec.MsgspecError) as error:
-        problem, batch = error, _parts(body)
-    entries = []
-    for part in batch.entries:
-        with contextlib.suppress(ValueError, msgspec.MsgspecError):
-            entries.append(_part(part))
-    left_out = counted(len(batch.entries) - len(entries), "entry", "entries")
-    log.error("left %s out of the journal, of which nobody can make sense: %s", left_out, describe(problem))
-    return Batch(entries, batch.successes).told()
+        problem, parts = error, _parts(body)
+    told: list[Told] = []
+    for decode, some in zip((_entry, _successes), parts, strict=False):
+        for part in some:
+            with contextlib.suppress(ValueError, msgspec.MsgspecError):
+                told.append(decode(part))
+    left_out = counted(sum(map(len, parts)) - len(told), "part")
+    log.error("left %s of a batch out of the journal, of which nobody can make sense: %s", left_out, describe(problem))
+    return told

@@ -73,6 +73,19 @@ def journal_queue(app: str) -> Queue:
     return Queue(name=name, topics=(name,), max_length=QUEUE_LENGTH)
 
 
+async def journal_queues(broker: Broker) -> dict[str, int]:
+    """The names of the applications that keep, or kept, a journal on a broker → batches that wait for its keeper.
+
+    Raises:
+        BrokerError: the broker cannot say.
+    """
+    return {
+        info.name.removeprefix(f"{TOPIC}."): info.ready + info.in_flight
+        for info in await broker.queues()
+        if info.name.startswith(f"{TOPIC}.") and not info.temporary
+    }
+
+
 class Running(NamedTuple):
     """An attempt that runs now.
 
@@ -192,7 +205,10 @@ class Journal:
         for letter in letters:
             message = letter.message
             journey = None if message.correlation_id == message.id else message.correlation_id
-            entry = Entry(Kind.REDRIVEN, at, message.id, message.topic, "", self.process, letter.queue, 0, 0, journey)
+            behind = max(at, letter.died)  # also where our clock is
+            entry = Entry(
+                Kind.REDRIVEN, behind, message.id, message.topic, "", self.process, letter.queue, 0, 0, journey
+            )
             self.note(entry, soon=True)
 
     def settled(

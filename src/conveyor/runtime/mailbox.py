@@ -10,7 +10,7 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
-from conveyor.broker import Broker, Queue, Settlement
+from conveyor.broker import Broker, Queue, Settlement, Subscription
 from conveyor.core.settle import DONE, describe
 from conveyor.errors import BrokerError
 
@@ -41,6 +41,8 @@ class Mailbox(Generic[T]):
         self._broker = broker
         self._queue = Queue(name=name, topics=topics, temporary=True, max_length=length)
         self._decode = decode
+        self._subscribing: asyncio.Task[Subscription] | None = None
+        """Left behind by a receiver that was cancelled meanwhile: while its subscription is there, the queue cannot be removed."""
 
     @property
     def name(self) -> str:
@@ -58,7 +60,9 @@ class Mailbox(Generic[T]):
         What it returns is settled: a failure in between loses it, as the end of this process would.
         """
         await self.declare(*more_topics)
-        subscription = await self._broker.subscribe(self._queue.name, FETCH)
+        self._subscribing = asyncio.create_task(self._broker.subscribe(self._queue.name, FETCH), name="mailbox")
+        subscription = await asyncio.shield(self._subscribing)
+        self._subscribing = None
 
         async def take() -> list[T]:
             deliveries = await subscription.fetch(FETCH)
@@ -78,6 +82,9 @@ class Mailbox(Generic[T]):
 
     async def remove(self) -> None:
         """Be there no more, so that nobody waits for an answer; where the broker is away, that is all the same."""
+        subscribing, self._subscribing = self._subscribing, None
         with contextlib.suppress(BrokerError, TimeoutError):
             async with asyncio.timeout(REMOVE_SECONDS):
+                if subscribing is not None:
+                    await (await subscribing).close()
                 await self._broker.remove(self._queue.name)

@@ -196,7 +196,7 @@ class Pull(Generic[T]):
         """Put dead letters back into the queue, as if they were new; returns how many there still were."""
         at = self._outgoing.clock()
         number = await self._open.broker.redrive(letters)
-        if number and self._open.journal is not None:
+        if number == len(letters) and self._open.journal is not None:  # else nobody knows which of them were there
             self._open.journal.redriven(letters, at)
         return number
 

@@ -169,8 +169,9 @@ def conditions_of(which: JobFilter) -> tuple[list[str], list[object]]:
         )
     if which.worker is not None:
         # A task's topic is its worker's identity.
-        who = "CASE kind WHEN 'published' THEN topic WHEN 'cancelling' THEN topic WHEN 'redriven' THEN queue ELSE worker END"
-        conditions.append(f"substr('.' || {who}, -length(?)) = ?")
+        who = "CASE kind WHEN 'published' THEN topic WHEN 'cancelling' THEN topic ELSE worker END"
+        # Whose dead letter it was that was put back, its job tells.
+        conditions.append(f"(kind = 'redriven' OR substr('.' || {who}, -length(?)) = ?)")
         values += [f".{which.worker}"] * 2
     if which.topic is not None:
         conditions.append("topic = ?")
