@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import msgspec
 import pytest
@@ -654,6 +655,39 @@ async def test_an_entry_that_cannot_be_encoded_or_read_is_lost_alone(
     assert metrics.journal_dropped == 2  # the Decimal is a text there
     assert "2 entries of the journal dropped: they cannot be encoded" in caplog.text
     assert "left 2 parts of a batch out of the journal" in caplog.text
+
+
+NESTED = b"\x92\x91" + b"\x91" * 100_000 + b"\xc0\x90"
+
+
+STRANGE: dict[str, tuple[list[Any], list[Any]]] = {
+    "count": ([["succeeded", 2.0, "strange", "t", "w", "p", "q", 2**63]], []),
+    "no time": ([["cancelling", float("nan"), "strange", "t"]], []),
+    "due never": ([["published", 2.0, "strange", "t", "", "", "", 0, 0, None, None, None, float("inf")]], []),
+    "times": ([], [["t", "w", "p", "q", 1, 0, [["strange", float("nan"), None, None, None]] * 5]]),
+    "counts": ([], [["t", "w", "p", "q", 2**63, 0, [["strange", 1.0, None, None, None]] * 5]]),
+}
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [NESTED, b"\xc1", *map(msgspec.msgpack.encode, STRANGE.values())],
+    ids=["nested", "nothing", *STRANGE],
+)
+async def test_what_nobody_can_keep_takes_no_other_batch_with_it(kept: Kept, garbage: bytes) -> None:
+    queue = journal_queue("shop")
+    await kept.broker.declare([queue])
+    good = msgspec.msgpack.encode(([Entry(Kind.DEAD, 1.0, "good", "t", "w")], []))
+    bodies = [good, garbage, good]
+    messages = [Message(f"batch {n}", queue.name, body) for n, body in enumerate(bodies)]
+    await kept.broker.publish(messages, queue=queue.name)
+    async with kept.keeper():
+        await kept.until_known("good")
+        assert {job.id for job in await kept.asker.jobs()} == {"good"}
+        while any(info.ready + info.in_flight for info in await kept.broker.queues() if info.name == queue.name):
+            await asyncio.sleep(0.01)
+    async with kept.keeper():  # it starts again
+        assert len((await kept.asker.journey("good")).entries) == 1
 
 
 def test_of_a_batch_of_another_version_what_can_be_read_is_kept() -> None:

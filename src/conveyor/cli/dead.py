@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -22,8 +21,7 @@ from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, pa
 from conveyor.core.settle import Reason
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError
-from conveyor.runtime.journal import Journal, journal_queues
-from conveyor.runtime.metrics import Metrics, process_name
+from conveyor.runtime.journal import redrive as put_back
 
 CHUNK: Final = 500
 """Dead letters per step: many enough that commits cost little, few enough that the bar moves and memory stays flat."""
@@ -272,26 +270,8 @@ async def _chunks(broker: Broker, which: DeadFilter, total: int, verb: str, outp
 async def redrive_all(
     broker: Broker, which: DeadFilter, total: int, advance: Callable[[int], object] = lambda _: None
 ) -> int:
-    """Put dead letters back, as carry_out(), and tell the journals of the applications on the broker, where there are any."""
-    apps: Collection[str] = ()
-    with contextlib.suppress(BrokerError):  # work does not depend on it
-        apps = await journal_queues(broker)
-    async with contextlib.AsyncExitStack() as stack:
-        # Nothing tells whose a queue is that has a name of its own: each journal knows what it knows of the message.
-        journals = [Journal(app, broker, Metrics(process_name()), time.time) for app in apps]
-        for journal in journals:
-            stack.push_async_callback(journal.close)
-
-        async def act(letters: Sequence[DeadLetter]) -> int:
-            at = time.time()
-            number = await broker.redrive(letters)
-            if number == len(letters):  # else nobody knows which of them were there
-                for journal in journals:
-                    journal.redriven(letters, at)
-                    await journal.flush()
-            return number
-
-        return await carry_out(broker, act, which, total, advance)
+    """Put dead letters back, as carry_out(), and tell the journals."""
+    return await carry_out(broker, lambda letters: put_back(broker, letters, time.time), which, total, advance)
 
 
 async def carry_out(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Annotated, Final, Generic, TypeVar
 
 import msgspec
 
@@ -54,6 +55,12 @@ GOOD_ENDS: Final = ENDS - {Kind.DEAD}
 """Those that leave no dead letter."""
 
 
+Number = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""Neither NaN nor infinite: what is read as an entry can be kept, and read again."""
+Count = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+"""Of a size that every store can keep."""
+
+
 class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One thing that happened to one message. New fields go to the end, with a default.
 
@@ -79,23 +86,23 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """
 
     kind: Kind
-    at: float
+    at: Number
     message_id: str
     topic: str
     worker: str = ""
     process: str = ""
     queue: str = ""
-    attempt: int = 0
-    crashes: int = 0
+    attempt: Count = 0
+    crashes: Count = 0
     correlation_id: str | None = None
     causation_id: str | None = None
-    started: float | None = None
-    due: float = 0.0
+    started: Number | None = None
+    due: Number = 0.0
     reason: str = ""
     error: str = ""
     traceback: str = ""
-    done: float | None = None
-    total: float | None = None
+    done: Number | None = None
+    total: Number | None = None
     note: str = ""
     result: str | None = None
     unkept: str = ""
@@ -118,9 +125,9 @@ class Successes(msgspec.Struct, frozen=True, array_like=True, gc=False):
     worker: str
     process: str
     queue: str
-    attempt: int
-    crashes: int
-    each: list[tuple[str, float, float | None, str | None, str | None]]
+    attempt: Count
+    crashes: Count
+    each: list[tuple[str, Number, Number | None, str | None, str | None]]
 
     def entries(self) -> list[Entry]:
         """The same at length."""

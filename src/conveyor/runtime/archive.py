@@ -424,6 +424,8 @@ class Archive:
             raise _TooLong(f"the question to {self.path} took more than {QUESTION_SECONDS:g} s") from error
         except (apsw.Error, OSError) as error:
             raise JournalError(self._explain(error)) from error
+        except msgspec.MsgspecError as error:
+            raise JournalError(f"{self.path} holds what is no entry of a journal: {error}") from error
         finally:
             self._db.set_progress_handler(None)
 

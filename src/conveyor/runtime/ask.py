@@ -124,12 +124,14 @@ class Asker:
             raise NoKeeper(NOBODY_ANSWERED)
         answer = together(found, request)
         silent = self._apps - {each.app for each in found if not each.problem}
-        if would_know := self._would_know(answer, wanted - _told(found), silent):
+        if would_know := self._would_know(answer, wanted - _told(found), silent, awaited):
             problem = next((each.problem for each in found if each.app in would_know), "")
             raise NoKeeper(problem or silence_of(sorted(would_know)))
         return msgspec.structs.replace(answer, silent=tuple(sorted(silent)))
 
-    def _would_know(self, answer: Answer, untold: frozenset[str], silent: set[str]) -> set[str]:
+    def _would_know(
+        self, answer: Answer, untold: frozenset[str], silent: set[str], awaited: frozenset[str]
+    ) -> set[str]:
         """Those of the silent applications that would know of a job, or of a journey, what nobody else can say."""
         if self._app is None:  # whoever looks from outside is told who was silent
             return set()
@@ -137,7 +139,8 @@ class Asker:
         if untold:
             # A task's topic begins with its application's name.
             topics = [job.topic for job in answer.jobs if job.id in untold]
-            return own | {app for app in silent for topic in topics if topic.startswith(f"{app}.")}
+            theirs = {app for app in silent for topic in topics if topic.startswith(f"{app}.")}
+            return own | theirs | (silent & awaited if len(topics) < len(untold) else set())
         return own if not (answer.jobs or answer.entries) else set()
 
     async def wait(self, ids: Collection[str], *, timeout_seconds: float) -> dict[str, Job]:

@@ -86,6 +86,30 @@ async def journal_queues(broker: Broker) -> dict[str, int]:
     }
 
 
+async def redrive(broker: Broker, letters: Sequence[DeadLetter], clock: Clock) -> int:
+    """Put dead letters back into their queues, and tell the journals of all applications on the broker.
+
+    Nothing says whose a queue is that has a name of its own: each journal knows what it knows of the message.
+
+    Returns:
+        How many there still were.
+
+    Raises:
+        BrokerError: they cannot be put back now.
+    """
+    apps: Iterable[str] = ()
+    with contextlib.suppress(BrokerError):  # work does not depend on it
+        apps = await journal_queues(broker)
+    at = clock()
+    number = await broker.redrive(letters)
+    if number == len(letters):  # else nobody knows which of them were there
+        for app in apps:
+            journal = Journal(app, broker, Metrics(process_name()), clock)
+            journal.redriven(letters, at)
+            await journal.close()
+    return number
+
+
 class Running(NamedTuple):
     """An attempt that runs now.
 

@@ -241,7 +241,7 @@ class Keeper:
             if delivery.deliveries > SPOILT_DELIVERIES:
                 raise ValueError(f"handed over {delivery.deliveries} times")
             return told_by(delivery.message.body)
-        except (ValueError, msgspec.MsgspecError) as error:
+        except Exception as error:  # whatever somebody has put there, the other batches are kept
             log.error("a batch of the journal is dropped, it makes no sense: %s", describe(error))
             return []
 

@@ -26,6 +26,7 @@ from conveyor.core.words import keepable
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.consumer import trace_of
+from conveyor.runtime.journal import redrive
 from conveyor.runtime.outgoing import Emitter, Options, Outgoing, Publishing
 
 T = TypeVar("T")
@@ -194,11 +195,7 @@ class Pull(Generic[T]):
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """Put dead letters back into the queue, as if they were new; returns how many there still were."""
-        at = self._outgoing.clock()
-        number = await self._open.broker.redrive(letters)
-        if number == len(letters) and self._open.journal is not None:  # else nobody knows which of them were there
-            self._open.journal.redriven(letters, at)
-        return number
+        return await redrive(self._open.broker, letters, self._outgoing.clock)
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """Delete dead letters for good; returns how many there still were."""

@@ -163,7 +163,7 @@ def conditions_of(which: JobFilter) -> tuple[list[str], list[object]]:
         values += kinds
     if which.status is Status.WAITING:
         conditions.append(
-            "(kind = 'redriven' OR NOT EXISTS (SELECT 1 FROM successes AS later WHERE later.message_id = entry.message_id)"
+            "(kind <> 'published' OR NOT EXISTS (SELECT 1 FROM successes AS later WHERE later.message_id = entry.message_id)"
             f" AND NOT EXISTS (SELECT 1 FROM {AT_LENGTH} AS later WHERE later.message_id = entry.message_id"
             " AND later.kind NOT IN ('published', 'released')))"
         )
