@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.app import Conveyor
 from conveyor.core.events import event
-from conveyor.core.journal import Job
+from conveyor.core.jobs import Job
 from conveyor.core.message import Message
 from conveyor.core.retry import NO_RETRY, RetryPolicy
 from conveyor.errors import (

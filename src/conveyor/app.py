@@ -24,7 +24,7 @@ from conveyor.broker import DEFAULT_BODY_LIMIT, DEFAULT_LEASE_SECONDS, Broker, C
 from conveyor.core.codec import codec_for, struct_for
 from conveyor.core.events import EventType, check_topic, event_type
 from conveyor.core.handler import Mode, Plan, plan_task, plan_worker
-from conveyor.core.journal import Job
+from conveyor.core.jobs import Job
 from conveyor.core.message import Message
 from conveyor.core.pause import Switches
 from conveyor.core.retry import RetryPolicy

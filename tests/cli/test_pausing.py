@@ -19,10 +19,10 @@ from conveyor import Conveyor
 from conveyor.broker import Broker, Queue
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.brokers.sqlite import SqliteBroker
-from conveyor.cli.queues import _turn, as_json, paused_queues
+from conveyor.cli.queues import _turn, as_json
 from conveyor.cli.terminal import Output
 from conveyor.core.pause import Switch
-from conveyor.runtime.control import CONTROL, Control, Operator, Status
+from conveyor.runtime.control import CONTROL, Control, Operator, Status, paused_queues
 
 if TYPE_CHECKING:
     from servers.rabbitmq import RabbitMQ
@@ -135,7 +135,7 @@ async def test_a_pause_that_only_a_journal_s_keeper_knows_is_listed() -> None:
 
 
 async def test_where_nobody_answers_it_is_not_known_what_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conveyor.cli.queues.PAUSES_SECONDS", 0.05)
+    monkeypatch.setattr("conveyor.runtime.control.PAUSES_SECONDS", 0.05)
     async with opened() as broker:
         await broker.declare([Queue(name="conveyor.control.deaf", topics=(CONTROL,), temporary=True)])
         assert await paused_queues(broker) is None

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from conveyor import brokers
 from conveyor.broker import Queue, QueueInfo
 from conveyor.brokers.memory import MemoryBroker
-from conveyor.cli.screen import (
+from conveyor.cli.figures import (
     ERRORS,
     QUEUES,
     RUNNERS,

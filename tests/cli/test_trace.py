@@ -22,7 +22,8 @@ from conveyor import brokers
 from conveyor.cli.jobs import as_table
 from conveyor.cli.terminal import out
 from conveyor.cli.trace import as_json, as_text, told
-from conveyor.core.journal import Entry, Job, Kind, Status, Stop, stops
+from conveyor.core.jobs import Job, Status
+from conveyor.core.journal import Entry, Kind, Stop, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JobsOf
 from conveyor.errors import JournalError, NoKeeper

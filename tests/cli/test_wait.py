@@ -16,7 +16,7 @@ from conveyor.broker import Queue
 from conveyor.brokers.memory import MemoryBroker
 from conveyor.cli import wait
 from conveyor.cli.terminal import Output
-from conveyor.core.journal import Job, Status
+from conveyor.core.jobs import Job, Status
 from conveyor.errors import BrokerFull, BrokerUnavailable, ConveyorError, NoKeeper, PublishFailed
 from conveyor.runtime.ask import Asker
 

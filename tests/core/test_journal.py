@@ -9,20 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from conveyor.core.journal import (
-    NOWHERE,
-    Entry,
-    JobFilter,
-    Kind,
-    Status,
-    Stop,
-    Wish,
-    in_order,
-    job_of,
-    jobs_of,
-    stops,
-    wish_of,
-)
+from conveyor.core.jobs import JobFilter, Status, Wish, job_of, jobs_of, wish_of
+from conveyor.core.journal import NOWHERE, Entry, Kind, Stop, in_order, stops
 
 MOMENTS = st.integers(0, 5).map(float)
 ENTRIES = st.builds(

@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conveyor import brokers
-from conveyor.core.journal import Entry, JobFilter, Kind, Status, Successes, Told, Wish, each_of, in_order
-from conveyor.core.questions import JobsOf, JourneyOf
+from conveyor.core import questions
+from conveyor.core.jobs import JobFilter, Status, Wish
+from conveyor.core.journal import Entry, Kind, Successes, Told, each_of, in_order
+from conveyor.core.questions import CUT, JobsOf, JourneyOf
 from conveyor.errors import JournalError
 from conveyor.runtime import archive as archives
 from conveyor.runtime import tables
@@ -221,14 +223,14 @@ def test_the_beginning_of_a_journey_is_found_without_reading_all_of_it(path: Pat
 def test_of_a_journey_that_is_too_large_for_an_answer_tracebacks_go_before_entries(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "LARGEST_ANSWER_BYTES", 10_000)
+    monkeypatch.setattr(questions, "LARGEST_ANSWER_BYTES", 10_000)
     archive = Archive(path).open()
     tries = [entry(Kind.RETRIED, "root", float(n), error="boom", traceback="x" * 1_000) for n in range(8)]
     archive.write([("1", tries), ("2", [entry(Kind.SUCCEEDED, "root", 9.0, result="y" * 4_000)])])
     answer = archive.answer("", JourneyOf("root"))
     assert (len(answer.entries), answer.more) == (9, False)
     assert {(e.error, e.traceback) for e in answer.entries} == {("boom", ""), ("", "")}
-    assert answer.entries[-1].unkept == archives.CUT
+    assert answer.entries[-1].unkept == CUT
     archive.write([("3", [entry(Kind.PUBLISHED, "child", 10.0 + n, correlation_id="root") for n in range(40)])])
     answer = archive.answer("", JourneyOf("root"))
     assert (answer.entries[0].message_id, answer.more) == ("root", True)
@@ -463,7 +465,7 @@ def test_a_question_that_takes_too_long_is_answered_with_what_was_found(
 def test_an_answer_is_bounded_and_says_that_there_is_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = Archive(path).open()
     archive.write([("batch", [entry(Kind.RETRIED, "m", float(n), error="x" * 4_000) for n in range(50)])])
-    monkeypatch.setattr(archives, "LARGEST_ANSWER_BYTES", 40_000)
+    monkeypatch.setattr(questions, "LARGEST_ANSWER_BYTES", 40_000)
     answer = archive.answer("", JourneyOf("m"))
     assert 5 < len(answer.entries) < 15
     assert answer.more

@@ -12,7 +12,8 @@ import pytest
 
 from conveyor import Conveyor, brokers
 from conveyor.broker import Broker, QueueInfo
-from conveyor.core.journal import Entry, JobFilter, Kind
+from conveyor.core.jobs import JobFilter
+from conveyor.core.journal import Entry, Kind
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JobsOf, Question
 from conveyor.errors import BrokerError, JournalError, NoKeeper, PublishFailed

@@ -22,7 +22,8 @@ from conveyor import Context, Conveyor, Reject, RetryPolicy, Transaction
 from conveyor.broker import Broker, Delivery, Queue
 from conveyor.brokers import from_url
 from conveyor.brokers.memory import MemoryBroker
-from conveyor.core.journal import Entry, Job, JobFilter, Kind, Status, in_order, stops
+from conveyor.core.jobs import Job, JobFilter, Status
+from conveyor.core.journal import Entry, Kind, in_order, stops
 from conveyor.core.message import Message
 from conveyor.core.questions import Answer, JobsOf, JourneyOf
 from conveyor.core.settle import DONE, Dead

@@ -22,6 +22,7 @@ from conveyor.core.journal import Kind
 from conveyor.core.message import Message as Envelope
 from conveyor.core.settle import Done, Release
 from conveyor.errors import BrokerUnavailable, PayloadError, PublishFailed
+from conveyor.runtime import emitted as emitted_module
 from conveyor.runtime import runner as runner_module
 from conveyor.runtime.runner import Runner
 from conveyor.runtime.worker import room_for
@@ -582,7 +583,7 @@ async def test_nothing_is_said_to_have_gone_nowhere_before_it_has_gone(caplog: p
 async def test_the_broker_is_asked_where_events_go_once_for_many_and_not_while_that_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner_module, "DOUBT_SECONDS", 3_600.0)
+    monkeypatch.setattr(emitted_module, "DOUBT_SECONDS", 3_600.0)
     store = MemoryStore()
     async with opened(broker := Asked(store)), opened(other := MemoryBroker(store=store)):
         app, handled = charging(broker)

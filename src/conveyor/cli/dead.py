@@ -21,6 +21,7 @@ from conveyor.cli.terminal import FAILED, OK, Output, confirmed, moment, out, pa
 from conveyor.core.settle import Reason
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError
+from conveyor.runtime.journal import journals_to_tell
 from conveyor.runtime.journal import redrive as put_back
 
 CHUNK: Final = 500
@@ -271,7 +272,8 @@ async def redrive_all(
     broker: Broker, which: DeadFilter, total: int, advance: Callable[[int], object] = lambda _: None
 ) -> int:
     """Put dead letters back, as carry_out(), and tell the journals."""
-    return await carry_out(broker, lambda letters: put_back(broker, letters, time.time), which, total, advance)
+    apps = await journals_to_tell(broker)
+    return await carry_out(broker, lambda letters: put_back(broker, letters, apps, time.time), which, total, advance)
 
 
 async def carry_out(

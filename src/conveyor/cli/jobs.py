@@ -14,7 +14,7 @@ from conveyor.cli import EXIT_CODES
 from conveyor.cli.asking import Kept
 from conveyor.cli.publish import duration
 from conveyor.cli.terminal import OK, Output, moment, out, safe, shortened, span, table
-from conveyor.core.journal import Job, JobFilter, Status
+from conveyor.core.jobs import Job, JobFilter, Status
 from conveyor.core.questions import JobsOf
 from conveyor.core.words import counted, far
 from conveyor.runtime.logs import printable

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import sys
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 from cyclopts import App, Parameter, validators
 
-from conveyor.broker import Broker, QueueInfo
+from conveyor.broker import QueueInfo
 from conveyor.cli import EXIT_CODES
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.terminal import FAILED, OK, Output, confirmed, out, safe, span, table
 from conveyor.config import masked
-from conveyor.core.pause import Switches, merged, paused_in
+from conveyor.core.pause import paused_in
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, QueueInUse
-from conveyor.runtime.control import LAST_ANSWER_SECONDS, STATUS, Hello, Known, Operator, Status, internal, tell
-from conveyor.runtime.mailbox import Mailbox
+from conveyor.runtime.control import Operator, Paused, Status, internal, paused_queues
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 HERE = Where()
 PLAIN = Output()
-PAUSES_SECONDS: Final = 2.0
-"""What is paused is waited for no longer: a look at the queues tells most of all where other things stand still."""
-
-Paused = frozenset[str] | None
-"""The queues that are paused; None where those who know it do not answer."""
 
 command = App(
     name="queues",
@@ -304,27 +295,6 @@ async def _queues(url: str, interval: float | None, output: Output, *, everythin
             while True:
                 await asyncio.sleep(interval)
                 live.update(as_table(*await look()), refresh=True)
-
-
-async def paused_queues(broker: Broker) -> Paused:
-    """The queues that are paused, as runners and keepers of journals know. Where none of them is there, nothing is."""
-    topic = f"{STATUS}.{uuid.uuid4().hex[:12]}"
-    mailbox = Mailbox(broker, topic, (topic,), msgspec.json.Decoder(Known).decode)
-    switches: Switches | None = None
-    # A broker that takes nothing any more, and is looked at because of that, cannot be asked, and shows its queues.
-    with contextlib.suppress(BrokerError, TimeoutError):
-        async with asyncio.timeout(PAUSES_SECONDS) as patience:
-            try:
-                async with mailbox.receiving() as take:
-                    if not await tell(broker, Hello(topic)):
-                        return frozenset()
-                    while True:
-                        for known in await take():
-                            switches = merged(switches or {}, known.switches)
-                            patience.reschedule(asyncio.get_running_loop().time() + LAST_ANSWER_SECONDS)
-            finally:
-                await mailbox.remove()
-    return None if switches is None else paused_in(switches)
 
 
 def as_json(url: str, found: Sequence[QueueInfo], paused: Paused) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from conveyor.cli.asking import files_here, queue_beside, shown
 from conveyor.cli.connection import Where, connected
 from conveyor.cli.publish import duration
 from conveyor.cli.terminal import FAILED, OK, Output, safe, shortened
-from conveyor.core.journal import Job, JobFilter, Status
+from conveyor.core.jobs import Job, JobFilter, Status
 from conveyor.core.questions import JobsOf
 from conveyor.core.words import counted
 from conveyor.errors import BrokerError, ConfigurationError, NoKeeper
@@ -61,7 +61,8 @@ Prints one line for each job, in the order of their ends: its id, how it ended,
 and what it returned, as JSON, or its error. The beginning of an id is enough
 where only one job begins so. A job that nobody knows yet is waited for, and that
 is said. 1 is the exit code where one was not done, has not ended in time, or may
-mean several; 2 where no journal is kept, without which there is nothing to hear.
+mean several; 2 where no journal was ever kept, without which there is nothing to
+hear. While whoever keeps it is away, this waits for him, and says so.
 
 {EXIT_CODES}""",
 )

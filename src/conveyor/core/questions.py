@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final, TypeVar
+
 import msgspec
 
-from conveyor.core.journal import Entry, Job, JobFilter
+from conveyor.core.jobs import Job, JobFilter
+from conveyor.core.journal import Entry
+
+LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
+"""Bytes of texts and results in an answer."""
+CUT: Final = "left out here: the whole journey would not fit into an answer"
+"""Why there is no result in it."""
 
 
 class JourneyOf(msgspec.Struct, frozen=True, tag="journey", omit_defaults=True):
@@ -75,3 +84,24 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     problem: str = ""
     app: str = ""
     silent: tuple[str, ...] = ()
+
+
+T = TypeVar("T", Entry, Job)
+
+
+def fit(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
+    """As many as an answer may hold, and whether that leaves some out."""
+    room = LARGEST_ANSWER_BYTES
+    fitting: list[T] = []
+    for each in found:
+        room -= 300 + len(each.error) + len(each.traceback) + len(each.note) + len(each.result or "")
+        if room < 0 and fitting:
+            return tuple(fitting), True
+        fitting.append(each)
+    return tuple(fitting), False
+
+
+def shortened(entry: Entry) -> Entry:
+    """An entry without what may be long."""
+    unkept = entry.unkept if entry.result is None else CUT
+    return msgspec.structs.replace(entry, traceback="", result=None, unkept=unkept)

@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self, TypeVar, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import apsw
 import msgspec
 
 from conveyor.broker import Clock
 from conveyor.brokers.sqlite import queue_file
-from conveyor.core.journal import Entry, Job, JobFilter, Successes, Told, Wish, jobs_of, wish_of
-from conveyor.core.questions import Answer, JobsOf, JourneyOf
+from conveyor.core.jobs import Job, JobFilter, Wish, jobs_of, wish_of
+from conveyor.core.journal import Entry, Successes, Told
+from conveyor.core.questions import Answer, JobsOf, JourneyOf, fit, shortened
 from conveyor.errors import JournalError
 from conveyor.runtime.journal import IN_MEMORY
 from conveyor.runtime.tables import (
@@ -68,10 +69,6 @@ MOST_CAUSES: Final = 500
 """Hops back from a message that are read of a longer journey at most."""
 PAGE: Final = 200
 """Jobs that are looked at in one step."""
-LARGEST_ANSWER_BYTES: Final = 2 * 1024 * 1024
-"""Bytes of texts and results in an answer."""
-CUT: Final = "left out here: the whole journey would not fit into an answer"
-"""Why there is no result in it."""
 KEPT_FREE_BYTES: Final = 2 * queue_file.LOW_DISK_BYTES
 KEPT_FREE_SHARE: Final = 2 * queue_file.LOW_DISK_SHARE
 """Nothing is written while less than both of the disk is free: the queue file may be on it, and needs the room more."""
@@ -141,7 +138,7 @@ class Archive:
                     raise JournalError(f"there is no journal {self.path}")
                 elif not self.path.is_file():
                     raise JournalError(f"cannot read the journal {self.path}: it is no file")
-            flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX
+            flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX  # one thread at a time uses it
             flags |= apsw.SQLITE_OPEN_CREATE if self.path == IN_MEMORY else 0
             self._db = apsw.Connection(str(self.path), flags=flags, statementcachesize=32)
             try:
@@ -405,7 +402,7 @@ class Archive:
             entries, more, others = self.journey(request.id)
             fitting, cut = fit(entries)
             if cut:  # what happened is worth more than where in the code
-                fitting, cut = fit(map(_shortened, entries))
+                fitting, cut = fit(map(shortened, entries))
             return Answer(to, entries=fitting, others=others, more=more or cut)
         jobs, more = self.jobs(request.which, request.limit)
         wanted, cut = fit(jobs)
@@ -538,26 +535,6 @@ class Archive:
 
 class _TooLong(JournalError):
     """A question was given up."""
-
-
-T = TypeVar("T", Entry, Job)
-
-
-def fit(found: Iterable[T]) -> tuple[tuple[T, ...], bool]:
-    """As many as an answer may hold, and whether that leaves some out."""
-    room = LARGEST_ANSWER_BYTES
-    fitting: list[T] = []
-    for each in found:
-        room -= 300 + len(each.error) + len(each.traceback) + len(each.note) + len(each.result or "")
-        if room < 0 and fitting:
-            return tuple(fitting), True
-        fitting.append(each)
-    return tuple(fitting), False
-
-
-def _shortened(entry: Entry) -> Entry:
-    unkept = entry.unkept if entry.result is None else CUT
-    return msgspec.structs.replace(entry, traceback="", result=None, unkept=unkept)
 
 
 def _check_place(path: Path) -> None:

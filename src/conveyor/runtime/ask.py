@@ -14,7 +14,8 @@ from typing import Final
 import msgspec
 
 from conveyor.broker import Broker, Clock
-from conveyor.core.journal import Job, JobFilter, in_order
+from conveyor.core.jobs import Job, JobFilter
+from conveyor.core.journal import in_order
 from conveyor.core.message import Message, uuid7
 from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, Request
 from conveyor.errors import BrokerError, BrokerUnavailable, NoKeeper, PublishFailed
@@ -47,13 +48,12 @@ NOBODY_KEEPS: Final = (
 )
 NOBODY_ANSWERED: Final = "no keeper of the journal answered in time; see what the processes log about the journal"
 
+_encode: Final = msgspec.msgpack.Encoder().encode
+
 
 def silence_of(apps: Iterable[str]) -> str:
     """What it means that of these applications nobody answered."""
     return f"nobody who keeps the journal of {' or '.join(apps)} answered: what is only known there is not in this"
-
-
-_encode: Final = msgspec.msgpack.Encoder().encode
 
 
 class Asker:
@@ -135,7 +135,7 @@ class Asker:
         """Those of the silent applications that would know of a job, or of a journey, what nobody else can say."""
         if self._app is None:  # whoever looks from outside is told who was silent
             return set()
-        own = {app for app in silent if app == self._app}
+        own = silent & {self._app}
         if untold:
             # A task's topic begins with its application's name.
             topics = [job.topic for job in answer.jobs if job.id in untold]

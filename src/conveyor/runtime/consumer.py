@@ -123,8 +123,8 @@ class Consumer:
         metrics: counts.
         clock: gives Unix seconds.
         suspect: called with a delivery that has to run alone.
-        emitted: called with what a handler has emitted, and with the ids of those that no queue received; None where that is not
-            known, because it goes out with a settlement. Notes them in the journal.
+        emitted: called with the worker's identity, what a handler has emitted, and the ids of those that no queue received; None
+            where that is not known, because it goes out with a settlement. Notes them in the journal.
         failed: called with a delivery that ends with an error.
         carries: the headers that go on.
         journal: notes how messages end; None where it is off.
@@ -139,7 +139,7 @@ class Consumer:
         metrics: WorkerMetrics,
         clock: Clock,
         suspect: Callable[[Consumer, Delivery], None],
-        emitted: Callable[[Consumer, Sequence[Message], frozenset[str] | None], None],
+        emitted: Callable[[str, Sequence[Message], frozenset[str] | None], None],
         failed: Callable[[Consumer, Delivery, RetryAt | Dead], None],
         carries: Sequence[Carry] = (),
         journal: Journal | None = None,
@@ -652,7 +652,7 @@ class Consumer:
                 )
                 await asyncio.sleep(AGAIN.wait_seconds(failures, 0.5))
             else:
-                self._note_emits(self, emits, unrouted)
+                self._note_emits(self.worker.identity, emits, unrouted)
                 return
 
     def _verdict_on_arrival(self, delivery: Delivery) -> Dead | None:
@@ -731,9 +731,7 @@ class Consumer:
             ended: when it ended; None is now.
         """
         if self._journal is not None:
-            self._journal.settled(
-                self.worker.identity, delivery, verdict, begun, ended, soon=self._is_job, with_emits=False
-            )
+            self._journal.settled(self.worker.identity, delivery, verdict, begun, ended, soon=self._is_job)
         metrics = self.metrics
         if isinstance(verdict, Done):
             if verdict.cancelled:
@@ -741,7 +739,7 @@ class Consumer:
             else:
                 metrics.succeeded += 1
             if verdict.emits:
-                self._note_emits(self, verdict.emits, None)
+                self._note_emits(self.worker.identity, verdict.emits, None)
         elif isinstance(verdict, Release):
             metrics.released += 1
         else:

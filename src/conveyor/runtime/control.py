@@ -45,6 +45,8 @@ ANSWER_SECONDS: Final = 5.0
 """How long somebody waits for the first runner to answer; one that stands still never does."""
 LAST_ANSWER_SECONDS: Final = 0.5
 """How long, after one answer, somebody waits for the next."""
+PAUSES_SECONDS: Final = 2.0
+"""What is paused is waited for no longer: a look at the queues tells most of all where other things stand still."""
 REFUSED_SECONDS: Final = 60.0
 """Between two tries where the broker permits no queue for it: it will hardly change its mind sooner."""
 
@@ -362,6 +364,31 @@ class Control:
                 await self._broker.publish(list(answers.values()))
             except BrokerError as error:  # whoever asked asks again
                 log.debug("an answer was not sent: %s", describe(error))
+
+
+Paused = frozenset[str] | None
+"""The queues that are paused; None where those who know it do not answer."""
+
+
+async def paused_queues(broker: Broker) -> Paused:
+    """The queues that are paused, as runners and keepers of journals know. Where none of them is there, nothing is."""
+    topic = f"{STATUS}.{uuid.uuid4().hex[:12]}"
+    mailbox = Mailbox(broker, topic, (topic,), msgspec.json.Decoder(Known).decode)
+    switches: Switches | None = None
+    # A broker that takes nothing any more, and is looked at because of that, cannot be asked, and shows its queues.
+    with contextlib.suppress(BrokerError, TimeoutError):
+        async with asyncio.timeout(PAUSES_SECONDS) as patience:
+            try:
+                async with mailbox.receiving() as take:
+                    if not await tell(broker, Hello(topic)):
+                        return frozenset()
+                    while True:
+                        for known in await take():
+                            switches = merged(switches or {}, known.switches)
+                            patience.reschedule(asyncio.get_running_loop().time() + LAST_ANSWER_SECONDS)
+            finally:
+                await mailbox.remove()
+    return None if switches is None else paused_in(switches)
 
 
 class Operator:

@@ -7,9 +7,8 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final, NamedTuple
@@ -86,8 +85,17 @@ async def journal_queues(broker: Broker) -> dict[str, int]:
     }
 
 
-async def redrive(broker: Broker, letters: Sequence[DeadLetter], clock: Clock) -> int:
-    """Put dead letters back into their queues, and tell the journals of all applications on the broker.
+async def journals_to_tell(broker: Broker) -> Collection[str]:
+    """The applications whose journals are told of what an operator does; none where the broker cannot say: work does not depend on it."""
+    try:
+        return await journal_queues(broker)
+    except BrokerError as error:
+        log.debug("no journal is told of it: %s", describe(error))
+        return ()
+
+
+async def redrive(broker: Broker, letters: Sequence[DeadLetter], apps: Iterable[str], clock: Clock) -> int:
+    """Put dead letters back into their queues, and tell the journals of these applications.
 
     Nothing says whose a queue is that has a name of its own: each journal knows what it knows of the message.
 
@@ -97,9 +105,6 @@ async def redrive(broker: Broker, letters: Sequence[DeadLetter], clock: Clock) -
     Raises:
         BrokerError: they cannot be put back now.
     """
-    apps: Iterable[str] = ()
-    with contextlib.suppress(BrokerError):  # work does not depend on it
-        apps = await journal_queues(broker)
     at = clock()
     number = await broker.redrive(letters)
     if number == len(letters):  # else nobody knows which of them were there
@@ -244,24 +249,19 @@ class Journal:
         ended: float | None = None,
         *,
         soon: bool = False,
-        with_emits: bool = True,
     ) -> None:
-        """A delivery has ended, and with it perhaps the message.
+        """A delivery has ended, and with it perhaps the message; what it emits is noted by whoever knows where that went.
 
         Parameters:
             worker: the identity of the worker that had it.
             begun: when the attempt began, on the monotonic clock; None where none was made.
             ended: when it ended, on the same clock; None is now.
             soon: somebody may be waiting for its result.
-            with_emits: note what it emits as published, too; False where the caller does, who finds out whether that went nowhere.
         """
         now = self._zero + (monotonic() if ended is None else ended)
         started = None if begun is None else self._zero + begun
         if verdict is not DONE:
             self._settled_otherwise(worker, delivery, verdict, now, started, soon=soon)
-            if with_emits and type(verdict) is Done:
-                for emitted in verdict.emits:
-                    self.published(emitted, worker)
             return
         message, attempts = delivery.message, delivery.attempts
         id, journey = message.id, message.correlation_id
@@ -345,8 +345,8 @@ class Journal:
             self.clock(),
             worker,
             delivery,
-            done=done if isfinite(done) else 0.0,
-            total=total if total is not None and isfinite(total) else None,
+            done=done,
+            total=total,
             note=note[:LONGEST_NOTE],
         )
 

@@ -16,24 +16,14 @@ from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 import msgspec
 
 from conveyor.broker import Broker, Clock, Delivery, Settlement
-from conveyor.core.journal import (
-    ENDS,
-    Entry,
-    Job,
-    JobFilter,
-    Kind,
-    Told,
-    each_of,
-    is_for_one,
-    jobs_of,
-    wish_of,
-)
+from conveyor.core.jobs import Job, JobFilter, is_for_one, jobs_of, wish_of
+from conveyor.core.journal import ENDS, Entry, Kind, Told, each_of
 from conveyor.core.message import Message, uuid7
-from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question
+from conveyor.core.questions import Answer, EndOf, JobsOf, JourneyOf, Question, fit
 from conveyor.core.settle import DONE, describe
 from conveyor.core.wishes import MOST, forget_oldest, latest
 from conveyor.errors import BrokerError, BrokerUnavailable, JournalError
-from conveyor.runtime.archive import Archive, fit
+from conveyor.runtime.archive import Archive
 from conveyor.runtime.batches import told_by
 from conveyor.runtime.control import Cancel, Control, Order, Over, tell
 from conveyor.runtime.health import Health

@@ -26,7 +26,7 @@ from conveyor.core.words import keepable
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.runtime.connection import Connection
 from conveyor.runtime.consumer import trace_of
-from conveyor.runtime.journal import redrive
+from conveyor.runtime.journal import journals_to_tell, redrive
 from conveyor.runtime.outgoing import Emitter, Options, Outgoing, Publishing
 
 T = TypeVar("T")
@@ -195,7 +195,8 @@ class Pull(Generic[T]):
 
     async def redrive(self, letters: Sequence[DeadLetter]) -> int:
         """Put dead letters back into the queue, as if they were new; returns how many there still were."""
-        return await redrive(self._open.broker, letters, self._outgoing.clock)
+        broker = self._open.broker
+        return await redrive(broker, letters, await journals_to_tell(broker), self._outgoing.clock)
 
     async def discard(self, letters: Sequence[DeadLetter]) -> int:
         """Delete dead letters for good; returns how many there still were."""
@@ -227,3 +228,5 @@ def _note(connection: Connection, delivery: Delivery, verdict: Verdict, begun: f
     """Tell the journal, where it is on, how a delivery ended; the queue stands for the worker that a puller has not."""
     if connection.journal is not None:
         connection.journal.settled(delivery.queue, delivery, verdict, begun)
+        for emitted in verdict.emits if isinstance(verdict, Done) else ():
+            connection.journal.published(emitted, delivery.queue)

@@ -13,10 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-import msgspec
-
-from conveyor.broker import Broker, Clock, Delivery, QueueInfo
-from conveyor.core.message import Message
+from conveyor.broker import Broker, Clock, Delivery
 from conveyor.core.settle import Dead, Release, RetryAt, Verdict, describe
 from conveyor.core.wishes import latest
 from conveyor.core.words import counted
@@ -24,8 +21,9 @@ from conveyor.errors import BrokerError
 from conveyor.runtime.call import Caller, Surroundings
 from conveyor.runtime.consumer import Consumer
 from conveyor.runtime.control import Control, Failure, Status, WorkerStatus
+from conveyor.runtime.emitted import Emitted
 from conveyor.runtime.health import Health
-from conveyor.runtime.journal import CAPACITY, Running
+from conveyor.runtime.journal import Running
 from conveyor.runtime.loop import DEFAULT_GRACE_SECONDS, Loops, to_its_end
 from conveyor.runtime.metrics import Metrics, Snapshot, resident_bytes
 from conveyor.runtime.settler import Settler
@@ -53,12 +51,6 @@ CANCEL_SECONDS: Final = 1.0
 """How soon a cancelled handler has to end."""
 LONGEST_TICK_SECONDS: Final = 0.5
 """Deadlines are looked at so often, or more often where a timeout is short."""
-DOUBT_SECONDS: Final = 0.5
-"""So long the runner waits, at least, before it asks the broker again whether what handlers emit went nowhere."""
-KNOWN_DOUBT_SECONDS: Final = 5.0
-"""The same where it has said so of the same topics before: to look at queues may mean to count what is in them."""
-LAST_LOOK_SECONDS: Final = 1.0
-"""How long it may take to ask that at the end."""
 RECENT_FAILURES: Final = 20
 """Failures that are kept for whoever asks how this runner is."""
 LONGEST_TRACE: Final = 4_000
@@ -91,6 +83,7 @@ class Runner:
         self._metrics = metrics
         self._loops = Loops()
         self._settler = Settler(broker, self._lose, self._note_refused)
+        self._emitted = Emitted(broker, self._settler, metrics, around.journal)
         self._suspects: deque[tuple[Consumer, Delivery]] = deque()
         self._suspected = asyncio.Event()
         self._waits_alone: Delivery | None = None
@@ -99,16 +92,6 @@ class Runner:
         """How often each suspect, by its id, came while others were at work."""
         self._noisy_until = 0.0
         """Until then (Unix seconds) no suspect is waited for: the others took too long just now."""
-        self._bound: frozenset[str] = frozenset()
-        """Topics that some queue received at the last look."""
-        self._in_doubt = asyncio.Event()
-        """Set while something was emitted under a topic that is not among them; what follows is about that."""
-        self._doubtful: Counter[str] = Counter()
-        """How much, by topic."""
-        self._untold: list[tuple[Message, str]] = []
-        """What the journal is to be told of it, each with the worker that emitted it; without bodies and headers."""
-        self._unrouted: set[str] = set()
-        """Topics of which it was said that what is emitted goes nowhere."""
         self._stalled: dict[str, str] = {}
         self._state = "starting"
         self._patience: asyncio.Timeout | None = None
@@ -138,7 +121,7 @@ class Runner:
             metrics,
             self._clock,
             self._suspect,
-            self._note_emits,
+            self._emitted.note,
             self._note_failure,
             self._around.carries,
             self._around.journal,
@@ -146,7 +129,7 @@ class Runner:
 
     async def start(self) -> None:
         """Subscribe and begin."""
-        self._bound = _topics(await self._broker.queues())
+        self._emitted.look_at(await self._broker.queues())
         try:
             if self.control is not None:
                 await self.control.start()
@@ -163,7 +146,7 @@ class Runner:
         self._loops.start("deadlines", self._watch_deadlines)
         self._loops.start("suspects", self._run_suspects)
         self._loops.start("stalls", self._watch_stalls)
-        self._loops.start("doubts", self._watch_doubts)
+        self._loops.start("doubts", partial(self._emitted.watch, lambda: self._loops.well("doubts")))
         if self._around.journal is not None:
             self._around.journal.at_work.append(self._at_work)
         self._state = "running"
@@ -226,7 +209,8 @@ class Runner:
 
     async def _close(self) -> None:
         """Let go of everything; a broker that is silent holds nothing up for long, because nobody can interrupt this."""
-        await self._end_doubts()
+        await self._loops.stop("doubts")
+        await self._emitted.end()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LONGEST_FLUSH_SECONDS):
                 await asyncio.gather(*map(_closed, self.consumers.values()))
@@ -446,7 +430,7 @@ class Runner:
                 self._metrics.outbox_pending, self._metrics.outbox_parked = outbox.rows, outbox.parked
             infos = await self._broker.queues()
             self._loops.well("stalls")
-            self._bound = _topics(infos)
+            self._emitted.look_at(infos)
             now = time.monotonic()
             alone = self._alone is not None  # then the others wait on purpose
             idle = [
@@ -471,82 +455,6 @@ class Runner:
 
     def _holds(self, delivery: Delivery) -> bool:
         return any(held.receipt == delivery.receipt for consumer in self.consumers.values() for held in consumer.held())
-
-    # --- what handlers emit -------------------------------------------------------------------------------------------
-
-    def _note_emits(self, consumer: Consumer, emits: Sequence[Message], unrouted: frozenset[str] | None) -> None:
-        """Count and note what a handler has emitted; what may have gone nowhere is noted when that is known.
-
-        Parameters:
-            unrouted: the ids of those that no queue received; None where a settlement takes them along, which does not tell.
-        """
-        self._metrics.published += len(emits)
-        journal, worker = self._around.journal, consumer.worker.identity
-        for message in emits:
-            nowhere = False
-            if unrouted is not None:
-                if nowhere := message.id in unrouted:
-                    self._count_unrouted(message.topic, 1)
-            elif message.topic not in self._bound:
-                self._doubtful[message.topic] += 1
-                self._in_doubt.set()
-                if journal is not None and len(self._untold) < CAPACITY:  # beyond, it is told as published, and no more
-                    self._untold.append((msgspec.structs.replace(message, body=b"", headers={}), worker))
-                    continue
-            if journal is not None:
-                journal.published(message, worker, nowhere=nowhere)
-
-    async def _watch_doubts(self) -> None:
-        while True:
-            await self._in_doubt.wait()
-            is_new = not self._doubtful.keys() <= self._unrouted
-            await self._look_again()
-            self._loops.well("doubts")
-            await asyncio.sleep(DOUBT_SECONDS if is_new else KNOWN_DOUBT_SECONDS)
-
-    async def _look_again(self) -> None:
-        """Ask the broker which of what was emitted under unknown topics went nowhere, and tell.
-
-        An application may have declared its queues since the last look. So nothing is said to have gone nowhere before a look that
-        began when it had been settled: whatever queue received it is seen there. A queue that was declared in between is
-        seen, too, though it came too late; then nothing is said, which is not false. (What a queue received that was declared
-        and removed between two looks went with it.)
-        """
-        doubtful, untold = self._doubtful.copy(), len(self._untold)
-        await self._settler.flush()
-        self._bound = _topics(await self._broker.queues())
-        for topic, times in doubtful.items():
-            if topic not in self._bound:
-                self._count_unrouted(topic, times)
-        self._doubtful -= doubtful
-        self._tell_emitted(untold, self._bound)
-        if not self._doubtful:
-            self._in_doubt.clear()
-
-    async def _end_doubts(self) -> None:
-        """Look for the last time; what cannot be found out is told as published, and no more."""
-        await self._loops.stop("doubts")
-        if self._in_doubt.is_set():
-            try:
-                async with asyncio.timeout(LAST_LOOK_SECONDS):
-                    await self._look_again()
-            except Exception as error:  # whatever the broker raises, the runner is closed
-                log.info("whether a queue received what was emitted last is not known: %s", describe(error))
-        self._tell_emitted(len(self._untold), None)
-
-    def _tell_emitted(self, number: int, bound: frozenset[str] | None) -> None:
-        """Note the first of what the journal was not told; where it is not known what is received, nothing is said of that."""
-        told, self._untold = self._untold[:number], self._untold[number:]
-        for message, worker in told:
-            assert self._around.journal is not None
-            nowhere = bound is not None and message.topic not in bound
-            self._around.journal.published(message, worker, nowhere=nowhere)
-
-    def _count_unrouted(self, topic: str, times: int) -> None:
-        self._metrics.unrouted += times
-        if topic not in self._unrouted:
-            self._unrouted.add(topic)
-            log.info("no queue receives %r: such events go nowhere (said once)", topic)
 
     # --- suspects -----------------------------------------------------------------------------------------------------
 
@@ -699,7 +607,3 @@ class Runner:
 async def _closed(consumer: Consumer) -> None:
     with contextlib.suppress(BrokerError):
         await consumer.close()
-
-
-def _topics(queues: Sequence[QueueInfo]) -> frozenset[str]:
-    return frozenset(topic for queue in queues for topic in queue.topics)

@@ -7,7 +7,8 @@ import functools
 from collections.abc import Sequence
 from typing import Final
 
-from conveyor.core.journal import OWN, Entry, JobFilter, Kind, Status
+from conveyor.core.jobs import JobFilter, Status
+from conveyor.core.journal import OWN, Entry, Kind
 
 APPLICATION_ID: Final = 0x436E764A
 """'CnvJ' in the file's header: it is a journal."""
@@ -29,7 +30,7 @@ SUCCEEDED: Final = "succeeded"
 SHARED: Final = ("topic", "worker", "process", "queue")
 """The fields that successes of one origin have in common."""
 COUNTS: Final = ("attempt", "crashes")
-"""Those that successes of one batch have in common, besides."""
+"""Those that successes which came together have in common, besides."""
 _REST: Final = dict(zip(FIELDS[::-1], map(_literal, Entry.__struct_defaults__[::-1]), strict=False))
 """What all the others are in a success, as SQL."""
 _SUCCESS: Final = {**_REST, "kind": _literal(Kind.SUCCEEDED.value), **{name: name for name in SHARED + COUNTS + OWN}}

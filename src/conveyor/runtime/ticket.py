@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 from conveyor.core.codec import explain, result_codec_for
-from conveyor.core.journal import Job, JobFilter, Status
+from conveyor.core.jobs import Job, JobFilter, Status
 from conveyor.core.message import Message
 from conveyor.core.words import counted, far
 from conveyor.errors import (

@@ -75,7 +75,7 @@ class QueueFile:
                 " pip install --upgrade apsw (a distribution's own package may be too old)"
             )
         _check_place(self.path, network_filesystem=self._network_filesystem)
-        flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX
+        flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_NOMUTEX  # one thread opens, uses and closes it
         self.db = apsw.Connection(str(self.path), flags=flags, statementcachesize=64)
         _open_connections.add(self.db)
         try:
