@@ -319,6 +319,28 @@ def test_a_runner_that_stands_still_is_said_to_be_silent(bank: Program) -> None:
         terminal.until(lambda text: "silent " not in text and ready_runners(text) == 1)
 
 
+def test_a_killed_process_is_replaced_on_the_screen_too_and_what_it_did_stays_counted(bank: Program) -> None:
+    (bank.folder / "closed").touch()
+    with running(bank, "--processes", "2"), top(bank, "bank:app", columns=120) as terminal:
+        for number in range(10):
+            charge(bank, str(number))
+        counted: list[int] = []
+
+        def look() -> str:
+            if len(figures(terminal.row("bank.charge"))) >= 8:
+                counted.append(int(figures(terminal.row("bank.charge"))[6]))
+            return terminal.text
+
+        terminal.until(lambda text: ready_runners(text) == 2 and look() and counted[-1:] == [10], "ten failures")
+        row = next(line for line in terminal.text.split("\n") if line.startswith(f"{socket.gethostname()}/1 "))
+        killed = row.split()[1]
+        os.kill(int(killed), signal.SIGKILL)
+        terminal.until(lambda _: f" {killed} " not in look(), "its row gone")
+        terminal.until(lambda _: ready_runners(look()) == 2, "another in its place")
+        assert set(counted[counted.index(10) :]) == {10}
+        assert "silent" not in terminal.text
+
+
 def test_it_says_that_the_broker_is_away_and_goes_on_when_it_is_back(bank: Program, redis: Redis) -> None:
     url = redis.url()
     with running(bank, "--broker", url), top(bank, "--broker", url) as terminal:
@@ -552,12 +574,13 @@ def test_a_queue_s_row_knows_what_only_runners_see() -> None:
     assert (row.in_flight, row.failed, row.retried, row.paused, row.workers) == (3, 7, 4, True, ("charge",))
 
 
-async def test_a_runner_that_answers_after_it_was_forgotten_is_not_counted_twice() -> None:
+async def test_a_runner_that_is_silent_or_comes_back_is_counted_once_counted_twice() -> None:
     broker, watcher = MemoryBroker(), Watcher("memory://", 1.0)
     await broker.open()
     try:
         await broker.declare([Queue(name="bank.charge")])
         async with Operator(broker) as operator:
+            operator.on_gone = watcher._note_gone
 
             async def failed(seen: Status, seconds_ago: float) -> int:
                 operator.statuses[seen.runner] = seen
@@ -568,7 +591,8 @@ async def test_a_runner_that_answers_after_it_was_forgotten_is_not_counted_twice
                 return picture.queues[0].failed
 
             assert await failed(status(1.0, failed=2), 0.0) == 2
-            assert await failed(status(1.0, failed=2), 1000.0) == 2
+            assert await failed(status(1.0, failed=2), 10.0) == 2  # silent
+            assert await failed(status(1.0, failed=2), 1000.0) == 2  # forgotten
             assert await failed(status(1000.0, failed=3), 0.0) == 3
     finally:
         await broker.close()
@@ -583,6 +607,7 @@ async def test_what_runners_that_are_gone_have_done_stays_counted_and_takes_litt
     try:
         await broker.declare([Queue(name="bank.charge")])
         async with Operator(broker) as operator:
+            operator.on_gone = watcher._note_gone
             for number in range(20):
                 failure = Failure(
                     number=1, at=1.0, worker="charge", queue="bank.charge", message_id="m", attempt=1, error="e"

@@ -108,6 +108,17 @@ async def test_a_pause_ends_fetching_finishes_what_runs_and_gives_back_the_rest_
             assert [each.deliveries for each in await counted.fetch(2)] == [1, 1]
 
 
+async def test_a_runner_that_ends_says_so_to_whoever_asked_it(store: MemoryStore) -> None:
+    async with opened(MemoryBroker(store=store)) as broker, operating(MemoryBroker(store=store)) as operator:
+        work, gone = working(broker), list[Status]()
+        operator.on_gone = gone.append
+        async with work.app.running():
+            [known] = await operator.hear_all()
+            assert not gone
+        await until(lambda: not operator.statuses)
+        assert gone == [known]
+
+
 async def test_a_queue_that_goes_on_is_worked_off(store: MemoryStore) -> None:
     async with opened(MemoryBroker(store=store)) as broker, operating(MemoryBroker(store=store)) as operator:
         work = working(broker)

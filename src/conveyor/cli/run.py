@@ -35,6 +35,7 @@ from conveyor.core.words import counted
 from conveyor.errors import BrokerError, BrokerUnavailable, ConfigurationError, LedgerUnavailable
 from conveyor.runtime import logs
 from conveyor.runtime.channel import Ask, ChildLink
+from conveyor.runtime.control import runner_of, tell_left
 from conveyor.runtime.health import STARTING, Health, HealthServer
 from conveyor.runtime.metrics import Metrics, Snapshot, prometheus_text
 from conveyor.runtime.runner import Runner
@@ -208,8 +209,10 @@ async def _supervise(
     knocking = Knocking(asked)
 
     async def hand_back(owner: str, why: str) -> None:
-        if shared and (count := await broker.reclaim(owner, why)):
-            log.info("handed back %s of a dead process", counted(count, "message"))
+        if shared:
+            if count := await broker.reclaim(owner, why):
+                log.info("handed back %s of a dead process", counted(count, "message"))
+            await tell_left(broker, runner_of(owner))
         await _free_outbox(app, owner)
 
     supervisor = Supervisor(

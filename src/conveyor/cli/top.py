@@ -38,9 +38,7 @@ LOOK_SECONDS: Final = 10.0
 SILENT_LOOKS: Final = 3
 """A runner that leaves so many questions unanswered is said to be silent."""
 GONE_SECONDS: Final = 30.0
-"""A runner that has been silent for so long is forgotten."""
-LEFT_SECONDS: Final = 3.0
-"""The same for one that was draining: it has ended in order."""
+"""A runner that has been silent for so long is forgotten: it could not say that it ended, nor had it a supervisor to do so."""
 AGAIN_SECONDS: Final = 1.0
 """Between two tries while the broker is away."""
 FAILURES: Final = 200
@@ -246,18 +244,18 @@ def queue_rows(
     statuses: Sequence[Status],
     rates: Rates,
     paused: frozenset[str],
-    gone: Sequence[WorkerStatus],
+    others: Sequence[WorkerStatus],
 ) -> tuple[QueueRow, ...]:
     """What is known of each queue.
 
     Parameters:
         statuses: of the runners that answer.
-        gone: what the workers of runners that are gone did.
+        others: what the workers of runners did that are silent, or gone.
     """
     rows = []
     for info in infos:
         working = [(s, worker) for s in statuses for worker in s.workers if worker.queue == info.name]
-        counting = [*(worker for _, worker in working), *(worker for worker in gone if worker.queue == info.name)]
+        counting = [*(worker for _, worker in working), *(worker for worker in others if worker.queue == info.name)]
         rows.append(
             QueueRow(
                 name=info.name,
@@ -325,7 +323,7 @@ class Watcher:
         while True:
             try:
                 async with connected(self.url) as broker, Operator(broker) as operator:
-                    operator.on_status = self._note
+                    operator.on_status, operator.on_gone = self._note, self._note_gone
                     self._at = broker, operator
                     try:
                         await self._follow(broker, operator, show)
@@ -370,15 +368,16 @@ class Watcher:
         for runner, status in list(operator.statuses.items()):
             silent = now - operator.heard[runner]
             silent = silent if silent > SILENT_LOOKS * self._interval_seconds + 1 else 0.0
-            if silent > (LEFT_SECONDS if "draining" in status.health.unready else GONE_SECONDS):
-                self._forget(operator, status)
+            if silent > GONE_SECONDS:
+                operator.forget(runner)
             elif self._app in (None, status.app):
                 rate = 0.0 if silent else sum(self._rates.of(runner, worker.name) for worker in status.workers)
                 runners.append(RunnerRow(status, rate, silent))
         runners.sort(key=lambda row: (row.status.app, len(row.status.process), row.status.process, row.status.pid))
         answering = [row.status for row in runners if not row.silent_seconds]
+        silent_ones = [worker for row in runners if row.silent_seconds for worker in row.status.workers]
         return Picture(
-            queue_rows(infos, answering, self._rates, operator.paused, self._done_by_the_gone()),
+            queue_rows(infos, answering, self._rates, operator.paused, [*silent_ones, *self._done_by_the_gone()]),
             tuple(runners),
             tuple(sorted(self._failures, key=lambda each: each[1].at, reverse=True)),
             looked=True,
@@ -400,9 +399,8 @@ class Watcher:
                 self._failures.append((status.runner, failure))
                 self._known[status.runner] = failure.number
 
-    def _forget(self, operator: Operator, status: Status) -> None:
+    def _note_gone(self, status: Status) -> None:
         """A runner is gone; what it counted stays counted."""
-        operator.forget(status.runner)
         self._rates.forget(status.runner)
         self._gone[status.runner] = status.workers
         while len(self._gone) > GONE:

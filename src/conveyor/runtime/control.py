@@ -38,11 +38,15 @@ PEERS: Final = "conveyor.peers"
 """The topic on which a runner that starts asks those that are there."""
 STATUS: Final = "conveyor.status"
 """Begins the topics on which whoever asked gets the answers."""
+LEFT: Final = "conveyor.left"
+"""The topic of runners that are there no more."""
 PEERS_SECONDS: Final = 1.0
 """How long a runner that starts waits for what the others know: those that are there answer in milliseconds, and those that
 died without having been noticed never do."""
 ANSWER_SECONDS: Final = 5.0
 """How long somebody waits for the first runner to answer; one that stands still never does."""
+FAREWELL_SECONDS: Final = 1.0
+"""A runner that ends tries no longer to say so: who asks it will see that it is silent."""
 LAST_ANSWER_SECONDS: Final = 0.5
 """How long, after one answer, somebody waits for the next."""
 PAUSES_SECONDS: Final = 2.0
@@ -192,6 +196,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=
         return frozenset(worker.queue for worker in self.workers)
 
 
+class Left(msgspec.Struct, frozen=True, tag="left"):
+    """A runner is there no more: it ended, or its supervisor saw that it had."""
+
+    runner: str
+
+
 def internal(name: str) -> bool:
     """Whether a queue is Conveyor's own: operators look at it only when they ask for everything."""
     return name.startswith(INTERNAL)
@@ -209,7 +219,16 @@ def _no_wishes() -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     return {}, {}
 
 
-def _message(topic: str, content: Order | Status) -> Message:
+def runner_of(owner: str) -> str:
+    """What the runner of a supervisor's process is called.
+
+    Parameters:
+        owner: the identity under which the process holds leases, given to it by its supervisor.
+    """
+    return owner[:12]
+
+
+def _message(topic: str, content: Order | Status | Left) -> Message:
     now = time.time()
     return Message(id=uuid7(now, os.urandom(10)), topic=topic, body=msgspec.json.encode(content), created=now)
 
@@ -235,6 +254,15 @@ async def cancel(broker: Broker, ids: Mapping[str, float]) -> bool:
     return await tell(broker, Cancel(dict(ids)))
 
 
+async def tell_left(broker: Broker, runner: str) -> None:
+    """Tell whoever looks at the runners now that one of them is there no more.
+
+    Raises:
+        BrokerError: it could not be sent.
+    """
+    await broker.publish([_message(LEFT, Left(runner))])
+
+
 class Control:
     """A runner's end: it hears orders, answers questions, and knows what is paused.
 
@@ -250,7 +278,7 @@ class Control:
     ) -> None:
         self.app: Final = app
         self.process: Final = process_name(number)
-        self.runner: Final = uuid.uuid4().hex[:12]
+        self.runner: Final = uuid.uuid4().hex[:12] if number is None else runner_of(broker.owner)
         """Names it among all runners."""
         self.switches: Switches = dict(switches or {})
         self.on_turn: Callable[[], Awaitable[object]] = _nothing_to_do
@@ -287,8 +315,12 @@ class Control:
         self._informed.set()  # nobody there knows more, and whoever starts next need not wait
 
     async def close(self) -> None:
-        """Hear no more."""
+        """Hear no more, and say so where there was somebody to be asked."""
         await self._loops.stop()
+        if self.status is not None:
+            with contextlib.suppress(BrokerError, TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await tell_left(self._broker, self.runner)
         await self._mailbox.remove()
 
     async def _run(self) -> None:
@@ -406,10 +438,13 @@ class Operator:
         """Runner → when it answered last, in seconds of time.monotonic()."""
         self.on_status: Callable[[Status], object] = _nothing
         """Called with each answer as it comes."""
+        self.on_gone: Callable[[Status], object] = _nothing
+        """Called with the last answer of a runner that is there no more."""
         self._broker = broker
         self._clock = clock
         self._topic = f"{STATUS}.{uuid.uuid4().hex[:12]}"
-        self._mailbox = Mailbox(broker, self._topic, (self._topic,), msgspec.json.Decoder(Status).decode)
+        decode = msgspec.json.Decoder[Status | Left](Status | Left).decode
+        self._mailbox: Mailbox[Status | Left] = Mailbox(broker, self._topic, (self._topic, LEFT), decode)
         self._switches: Switches = {}
         self._answered = asyncio.Event()
         self._loops = Loops()
@@ -476,14 +511,19 @@ class Operator:
 
     def forget(self, runner: str) -> None:
         """A runner is gone."""
-        self.statuses.pop(runner, None)
         self.heard.pop(runner, None)
+        if (last := self.statuses.pop(runner, None)) is not None:
+            self.on_gone(last)
 
     async def _run(self) -> None:
         async with self._mailbox.receiving() as take:
             while True:
-                for status in await take():
-                    self._note(status)
+                for told in await take():
+                    match told:
+                        case Left(runner):
+                            self.forget(runner)
+                        case Status():
+                            self._note(told)
 
     def _note(self, status: Status) -> None:
         before = self.statuses.get(status.runner)
