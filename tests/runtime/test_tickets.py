@@ -110,6 +110,32 @@ async def test_the_result_is_what_the_job_returned_with_its_type(kind: str) -> N
         assert await ticket.result(timedelta(seconds=SECONDS)) == thumb
 
 
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_the_traceback_of_a_timeout_says_where_the_handler_stood(kind: str) -> None:
+    app = make()
+
+    async def wait_for_the_bank() -> None:
+        await asyncio.Event().wait()
+
+    def wait_for_the_post() -> None:
+        while True:
+            time.sleep(0.001)
+
+    @app.task(retry=NO_RETRY, timeout=0.05)
+    async def in_loop() -> None:
+        await wait_for_the_bank()
+
+    @app.task(retry=NO_RETRY, timeout=0.05)
+    def in_thread() -> None:
+        wait_for_the_post()
+
+    async with app.running():
+        ticket = await (in_loop if kind == "async" else in_thread).send()
+        with pytest.raises(JobFailed, match="the worker's timeout") as failed:
+            await ticket.result(SECONDS)
+    assert ("in wait_for_the_bank" if kind == "async" else "in wait_for_the_post") in failed.value.traceback
+
+
 async def test_results_of_every_plain_type_come_back_as_what_they_are() -> None:
     app = make()
 

@@ -556,8 +556,8 @@ class Consumer:
                 done = DONE if result is None and self._silent else self._caller.ended(delivery, result)
             else:
                 done = await self._caller((delivery,), payload if self.worker.batch == 1 else [payload])
-        except asyncio.CancelledError:
-            return self._on_cancel(lane, delivery)
+        except asyncio.CancelledError as stopped:
+            return self._on_cancel(lane, delivery, stopped)
         except AlreadyDone:
             return REPEATED
         except Undecodable as error:
@@ -697,7 +697,12 @@ class Consumer:
             )
         return verdict
 
-    def _on_cancel(self, lane: Lane, delivery: Delivery) -> Verdict | None:
+    def _on_cancel(self, lane: Lane, delivery: Delivery, stopped: BaseException | None = None) -> Verdict | None:
+        """What becomes of a delivery whose attempt ended because it was cancelled.
+
+        Parameters:
+            stopped: what was raised in the handler then; its traceback tells where it stood.
+        """
         task = asyncio.current_task()
         if lane.why != BY_WISH and (self._closing or (lane.why is None and task is not None and task.cancelling())):
             return Release()  # the lane itself is ended
@@ -705,15 +710,19 @@ class Consumer:
             return self._on_error(delivery, RuntimeError("the handler was cancelled from within"))
         if task is not None:
             _uncancel(task)
-        return self._when_stopped(lane, delivery)
+        return self._when_stopped(lane, delivery, stopped=stopped)
 
-    def _when_stopped(self, lane: Lane, delivery: Delivery, but: str = "") -> Verdict | None:
+    def _when_stopped(
+        self, lane: Lane, delivery: Delivery, but: str = "", stopped: BaseException | None = None
+    ) -> Verdict | None:
         """What becomes of a delivery whose attempt was stopped; None where it is somebody else's by now."""
         if lane.why == BY_WISH:
             return CANCELLED
         if lane.why == TIMEOUT:
             text = f"no end after {self.worker.timeout_seconds:g} s (the worker's timeout){but}"
-            return self._on_error(delivery, HandlerTimeout(text))
+            error = HandlerTimeout(text)
+            error.__cause__ = stopped
+            return self._on_error(delivery, error)
         return None if delivery.receipt in lane.lost else Release()
 
     def _settle_in(self, lane: Lane, delivery: Delivery, verdict: Verdict | None, ended: float | None = None) -> None:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import contextvars
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +70,15 @@ class _Job:
             if self.interrupted:
                 _raise_in(threading.get_ident(), None)
 
+    def stack(self) -> str:
+        """Where the call is now, as in a traceback; "" where it has not begun, or has ended."""
+        frame = sys._current_frames().get(self.thread_id or 0)
+        if self.ended or frame is None:
+            return ""
+        stack = traceback.extract_stack(frame)
+        own = next((place for place, each in enumerate(stack) if each.name == _Job._called.__name__), -1)
+        return "".join(traceback.format_list(stack[own + 1 :])).rstrip()
+
     def interrupt(self) -> bool:
         """Raise CancelledError in the thread, at its next Python instruction; a call into C is not reached.
 
@@ -124,7 +135,9 @@ class Threads:
         self._jobs.put(job)
         try:
             return await job.future
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as stopped:
+            if where := job.stack():
+                stopped.add_note(f"its thread was at:\n{where}")
             if job.interrupt():
                 with self._lock:
                     self.stuck += 1
