@@ -60,7 +60,7 @@ PUBLIC: Final = frozenset({API, "errors", "middleware", "testing"})
 
 # None of these may cost the start-up of a program that only says `import conveyor`.
 HEAVY: Final = """
-    aiosqlite apsw asyncpg cyclopts fastapi hypothesis jinja2 nats opentelemetry pamqp prometheus_client pydantic pytest
+    aiosqlite apsw asyncpg cyclopts fastapi hypothesis pamqp prometheus_client pydantic pytest
     redis rich sqlalchemy starlette textual uvicorn
 """.split()
 
