@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def test_every_command_has_help_with_an_example_and_its_exit_codes(
     if command not in (["dead"], ["outbox"], ["top"]):
         assert "--json" in shown
         assert "--debug" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_help_says_below_its_tables_fits_80_columns(command: str) -> None:
+    below = importlib.import_module(f"conveyor.cli.{command}").command.help_epilogue
+    assert [line for line in below.splitlines() if len(line) > 80] == []
 
 
 def test_help_names_every_command_and_loads_none_of_them(conveyor: Program) -> None:

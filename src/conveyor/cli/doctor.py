@@ -57,12 +57,12 @@ command = App(
   conveyor doctor --app shop:app --only publishing,leases
   conveyor doctor --json | jq '.promises[] | select(.verdict == "failed")'
 
-With --app, handlers that may take longer than the server lets a message be held
-are among the risks.
+With --app, handlers that may take longer than the server lets a message be
+held are among the risks.
 
-It works with queues that nobody else uses, and removes them afterwards, also those
-of an earlier run that was killed; on SQLite in a file of its own beside yours.
-It takes a minute or two.
+It works with queues that nobody else uses, and removes them afterwards, also
+those of an earlier run that was killed; on SQLite in a file of its own beside
+yours. It takes a minute or two.
 
 {EXIT_CODES}""",
 )

@@ -42,9 +42,10 @@ command = App(
   conveyor jobs --worker charge --status dead --since 2h --limit 20
   conveyor jobs --json | jq '.jobs[] | select(.attempts > 1) | .id'
 
-A job is a message and what one worker made of it. failed is one that its handler
-gave up, or that nobody could read; dead is one that failed every time.
-conveyor trace ID shows one of them in full.
+A job is a message and what one worker made of it. failed is one that its
+handler gave up, or that nobody could read; dead is one that failed every
+time. What it took is its last attempt's time. conveyor trace ID shows one of
+them in full.
 
 {EXIT_CODES}""",
 )

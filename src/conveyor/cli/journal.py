@@ -39,9 +39,10 @@ command = App(
   CONVEYOR_JOURNAL=/var/lib/shop/shop.journal conveyor journal shop:app
 
 Where the journal is on (Conveyor(…, journal=True) or CONVEYOR_JOURNAL=1),
-conveyor run starts this by itself. Start it by hand where all your runners have
---no-keeper, or run inside programs of your own on several machines. A path in
-CONVEYOR_JOURNAL is where it is kept, unless the code names a file itself.
+conveyor run starts this by itself. Start it by hand where all your runners
+have --no-keeper, or run inside programs of your own on several machines. A
+path in CONVEYOR_JOURNAL is where it is kept, unless the code names a file
+itself.
 
 {EXIT_CODES}""",
 )

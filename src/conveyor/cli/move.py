@@ -40,7 +40,7 @@ command = App(
     name="move",
     help_epilogue=f"""Examples:
   conveyor move --from sqlite:///shop.queue --to redis://localhost --dry-run
-  conveyor move --from redis://localhost --to amqp://localhost --queue shop.charge
+  conveyor move --from redis://localhost --to amqp://localhost --queue shop.pay
   conveyor move --from amqp://old --to amqp://new --json
 
 Stop the applications first. Say --to as they will have it, with its options.
@@ -50,12 +50,12 @@ created as the old one has it. Only RabbitMQ knows its own settings (exchange,
 dead-letter queue, queue type): where an application has some and comes from
 another kind of broker, start it once on the new one, stop it, then move.
 
-What is not due yet keeps its time, keys keep their
-order, dead letters their reason; attempts that failed are counted from zero.
-A message leaves the old broker when the new one has it: Ctrl-C ends after the
-batch that is on its way, and after a kill at most {BATCH} messages are there twice,
-with the same ids. Run it again to go on; of a queue with order it waits first until
-the leases of what a killed move had are over.
+What is not due yet keeps its time, keys keep their order, dead letters their
+reason; attempts that failed are counted from zero. A message leaves the old
+broker when the new one has it: Ctrl-C ends after the batch that is on its
+way, and after a kill at most {BATCH} messages are there twice, with the same
+ids. Run it again to go on; of a queue with order it waits first until the
+leases of what a killed move had are over.
 
 {EXIT_CODES}""",
 )

@@ -35,9 +35,9 @@ command = App(
   conveyor outbox retry shop:app --all
   conveyor outbox discard shop:app --id 0199a1b2-… --yes
 
-An event that the broker refuses again and again (it is too large, say) is parked
-in the app's database: it stays there, and so do later ones of its key. Mend what
-the error names, then retry. Running workers send what is retried.
+An event that the broker refuses again and again (it is too large, say) is
+parked in the app's database: it stays there, and so do later ones of its key.
+Mend what the error names, then retry. Running workers send what is retried.
 
 {EXIT_CODES}""",
 )

@@ -37,10 +37,10 @@ command = App(
   conveyor queues resume shop.charge
   conveyor queues remove shop.old --dry-run
 
-With --watch --json it prints one JSON document per line and look. Of each queue it
-tells name, topics, ready, in_flight, delayed, dead, oldest_seconds, consumers and
-paused. What nobody can tell is null: paused where runners are there and do not answer
-(where there is none, nothing is paused).
+With --watch --json it prints one JSON document per line and look. Of each
+queue it tells name, topics, ready, in_flight, delayed, dead, oldest_seconds,
+consumers and paused. What nobody can tell is null: paused where runners are
+there and do not answer (where there is none, nothing is paused).
 
 {EXIT_CODES}""",
 )

@@ -53,10 +53,11 @@ command = App(
   conveyor top --broker sqlite:///shop.queue
   conveyor top --broker redis://localhost --interval 5
 
-With APP it shows that app's queues and runners, with --broker all that there are.
-Runners are asked while this runs, and only then. Keys: p pauses or resumes the
-selected queue, r puts its dead letters back, Enter shows the whole of what is
-selected, ? helps, q quits. For programs: conveyor queues --watch --json.
+With APP it shows that app's queues and runners, with --broker all that there
+are. Runners are asked while this runs, and only then. Keys: p pauses or
+resumes the selected queue, r puts its dead letters back, Enter shows the
+whole of what is selected, ? helps, q quits. For programs: conveyor queues
+--watch --json.
 
 {EXIT_CODES}""",
 )

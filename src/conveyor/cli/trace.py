@@ -43,9 +43,10 @@ command = App(
   conveyor trace 0199a1b2 --file shop.queue.journal
   conveyor trace 0199a1b2 --json | jq '.messages[].entries[] | select(.error)'
 
-The id is a message's, or a journey's (the correlation id, which every message on
-it carries); its beginning is enough where only one journey begins so. It asks
-whoever keeps the journal on the broker; where nobody does, it reads the file.
+The id is a message's, or a journey's (the correlation id, which every message
+on it carries); its beginning is enough where only one journey begins so. It
+asks whoever keeps the journal on the broker; where nobody does, it reads the
+file.
 
 {EXIT_CODES}""",
 )

@@ -59,10 +59,11 @@ directory beside which a journal is kept.
 
 Prints one line for each job, in the order of their ends: its id, how it ended,
 and what it returned, as JSON, or its error. The beginning of an id is enough
-where only one job begins so. A job that nobody knows yet is waited for, and that
-is said. 1 is the exit code where one was not done, has not ended in time, or may
-mean several; 2 where no journal was ever kept, without which there is nothing to
-hear. While whoever keeps it is away, this waits for him, and says so.
+where only one job begins so. A job that nobody knows yet is waited for, and
+that is said. While whoever keeps the journal is away, this waits, and says so.
+1 is the exit code where one was not done, has not ended in time, or may mean
+several; 2 where no journal was ever kept, without which there is nothing to
+hear.
 
 {EXIT_CODES}""",
 )
