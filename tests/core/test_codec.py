@@ -325,7 +325,7 @@ def test_a_validation_of_the_payloads_own_speaks_on_both_sides() -> None:
     assert codec.explain(caught.value) == "number must not be negative, and -1 is"
     payload = Positive(1)
     payload.number = -1
-    with pytest.raises(PayloadError, match="Positive cannot be published: number must not be negative"):
+    with pytest.raises(PayloadError, match="Positive cannot be encoded: number must not be negative"):
         codec.encode(payload)
 
 
@@ -373,7 +373,7 @@ def test_nan_and_infinity_never_become_null(make: Callable[[float], Any], place:
     payload = make(number)
     with pytest.raises(PayloadError) as caught:
         codec_for(type(payload)).encode(payload)
-    assert f"cannot be published: at `{place}`: {number} is no number" in str(caught.value)
+    assert f"cannot be encoded: at `{place}`: {number} is no number" in str(caught.value)
 
 
 def wrong(**values: Any) -> Any:
@@ -409,7 +409,7 @@ def test_a_payload_that_nobody_could_consume_is_refused_with_the_place_of_the_fa
     tp = type(payload)
     with pytest.raises(PayloadError) as caught:
         codec_for(tp).encode(payload)
-    assert str(caught.value).startswith(f"{tp.__name__} cannot be published: ")
+    assert str(caught.value).startswith(f"{tp.__name__} cannot be encoded: ")
     assert place in str(caught.value)
     assert len(str(caught.value)) < 2 * LONGEST_EXPLANATION
 
@@ -525,7 +525,7 @@ def test_a_jobs_parameters_become_a_payload() -> None:
     first, second = codec.decode(b'{"path":"x","width":1}'), codec.decode(b'{"path":"x","width":1}')
     assert first.sizes == [1, 2]
     assert first.sizes is not second.sizes
-    with pytest.raises(PayloadError, match=r"resize cannot be published: at `\$\.width`: Expected `int`, got `str`"):
+    with pytest.raises(PayloadError, match=r"resize cannot be encoded: at `\$\.width`: Expected `int`, got `str`"):
         codec.encode(tp(path=Path("cat.jpg"), width="wide"))
 
 

@@ -819,6 +819,8 @@ async def test_an_archive_that_cannot_be_written_is_waited_for_and_loses_nothing
         assert (
             await kept.asker.journey("m")
         ).behind == "the disk is full"  # whoever asks now is told what he does not see
+        await kept.asker.wait(["m"], timeout_seconds=0.0)
+        await kept.asker.jobs()
         full = False
         await kept.until_known("m")
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -826,6 +828,8 @@ async def test_an_archive_that_cannot_be_written_is_waited_for_and_loses_nothing
                 await asyncio.sleep(0.01)
     said = [record.message for record in caplog.records if record.name == "conveyor.keeper"]
     assert said.count("the disk is full") == 1
+    told = [record.message for record in caplog.records if record.name == "conveyor.ask"]
+    assert told == ["jobs may have ended without the journal knowing: the disk is full"]
     assert "the journal is kept again" in said
 
 

@@ -283,7 +283,7 @@ def _annotations(tp: Any) -> list[tuple[str, Any]]:
 def _unpublishable(tp: Any, payload: Any, error: Exception) -> PayloadError:
     said = explain(error)
     where = "" if said.startswith("at `") else _blame(payload)
-    return PayloadError(f"{_name(tp)} cannot be published: {where and f'at `{where}`: '}{said}")
+    return PayloadError(f"{_name(tp)} cannot be encoded: {where and f'at `{where}`: '}{said}")
 
 
 def _blame(payload: Any) -> str:

@@ -75,6 +75,8 @@ class Asker:
         self._refused: set[str] = set()
         """Those of them at whose keepers we may not knock."""
         self._listed_at = -inf
+        self._behind = ""
+        """Why a keeper knows nothing new, as it was said last."""
         name = f"{ANSWERS}.{uuid.uuid4().hex[:12]}"
         # It has a topic: not every broker can reach a queue by its name that somebody else has declared.
         self._mailbox = Mailbox(broker, name, (name,), msgspec.msgpack.Decoder(Answer).decode)
@@ -102,7 +104,9 @@ class Asker:
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        return list((await self.ask(JobsOf(which, limit), timeout_seconds=timeout_seconds)).jobs)
+        answer = await self.ask(JobsOf(which, limit), timeout_seconds=timeout_seconds)
+        self._warn_of(answer)
+        return list(answer.jobs)
 
     async def ask(self, request: JourneyOf | JobsOf, *, timeout_seconds: float = ANSWER_SECONDS) -> Answer:
         """What all keepers together know, and who of them is silent.
@@ -170,6 +174,7 @@ class Asker:
             try:
                 async with self._question(EndOf(wanted, patience), patience + longer) as answers:
                     async for answer in answers:
+                        self._warn_of(answer)
                         heard = heard or (not answer.problem and self._app in (None, answer.app))
                         answers.hurry((patience if answer.problem else 0.0) + OTHERS_SECONDS)
                         jobs = _newest([*known.values(), *answer.jobs])
@@ -184,6 +189,12 @@ class Asker:
                 if not heard and not {id for id, job in known.items() if job.worker} >= set(wanted):
                     raise NoKeeper(nobody)
                 return known
+
+    def _warn_of(self, answer: Answer) -> None:
+        """Log once that a keeper is behind: what it tells of a job, it would tell for as long as that lasts."""
+        if answer.behind and answer.behind != self._behind:
+            self._behind = answer.behind
+            log.warning("jobs may have ended without the journal knowing: %s", answer.behind)
 
     async def close(self) -> None:
         """Ask no more."""

@@ -348,13 +348,13 @@ class Keeper:
                 answer = await self._lister.do(Archive.answer, question.id, request)
             except JournalError as error:
                 answer = Answer(question.id, problem=str(error))
-            await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
+            await self._reply(question, answer)
 
     async def _consider(self, question: Question) -> None:
         match question.request:
             case JobsOf(JobFilter(ids=tuple())) as request:
                 answer = await self._reader.do(Archive.answer, question.id, request)
-                await self._reply(question, msgspec.structs.replace(answer, behind=self.problem or ""))
+                await self._reply(question, answer)
             case JourneyOf() | JobsOf() as request:
                 try:
                     self._listings.put_nowait((question, request))
@@ -425,7 +425,7 @@ class Keeper:
 
     async def _reply(self, question: Question, answer: Answer) -> None:
         now = self._clock()
-        body = _encode(msgspec.structs.replace(answer, app=self._app))
+        body = _encode(msgspec.structs.replace(answer, behind=self.problem or "", app=self._app))
         message = Message(uuid7(now, os.urandom(10)), question.reply_to, body, content_type=MSGPACK, created=now)
         try:
             await self._broker.publish((message,))
