@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from pamqp import body, commands, decode, encode, frame, header
 from pamqp.base import Frame
 
-from conveyor.brokers.rabbitmq import amqp
 from conveyor.brokers.rabbitmq.amqp import (
     Address,
     AmqpError,
@@ -34,7 +33,8 @@ from conveyor.brokers.rabbitmq.amqp import (
     Table,
     connect,
 )
-from conveyor.brokers.rabbitmq.amqp_frames import NO_PROPERTIES, decode_table, encode_method, encode_table
+from conveyor.brokers.rabbitmq.amqp import channel as channels
+from conveyor.brokers.rabbitmq.amqp.frames import NO_PROPERTIES, decode_table, encode_method, encode_table
 
 NAMES: Final = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 MOMENTS: Final = st.integers(0, 4_000_000_000).map(lambda seconds: datetime.fromtimestamp(seconds, UTC))
@@ -893,7 +893,7 @@ class Peer:
 @asynccontextmanager
 async def facing_a_peer(monkeypatch: pytest.MonkeyPatch, answer_seconds: float) -> AsyncIterator[tuple[Peer, Channel]]:
     """A channel of a client that waits so long for answers."""
-    monkeypatch.setattr(amqp, "ANSWER_SECONDS", answer_seconds)
+    monkeypatch.setattr(channels, "ANSWER_SECONDS", answer_seconds)
     peer = Peer()
     async with asyncio.timeout(60), await asyncio.start_server(peer.serve, "127.0.0.1", 0) as server:
         connection = await connect([Address("127.0.0.1", server.sockets[0].getsockname()[1])], heartbeat_seconds=0)

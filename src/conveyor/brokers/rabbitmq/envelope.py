@@ -12,7 +12,7 @@ import msgspec
 
 from conveyor.brokers.rabbitmq import plain
 from conveyor.brokers.rabbitmq.amqp import FieldValue, Incoming, Malformed, Properties
-from conveyor.brokers.rabbitmq.amqp_frames import encode_table
+from conveyor.brokers.rabbitmq.amqp.frames import encode_table
 from conveyor.brokers.rabbitmq.plain import PREFIX, SLOT
 from conveyor.core.message import JSON, SOURCE, Message, from_headers, to_headers
 

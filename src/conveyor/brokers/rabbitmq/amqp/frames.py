@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 from pamqp import commands
 from pamqp.base import Frame
 
+from conveyor.brokers.rabbitmq.amqp.errors import Malformed, words
+
 FieldValue: TypeAlias = (
     "bool | int | float | str | bytes | Decimal | datetime | Sequence[FieldValue] | Mapping[str, FieldValue] | None"
 )
@@ -39,19 +41,6 @@ _I32: Final = struct.Struct(">i")
 _U64: Final = struct.Struct(">Q")
 _I64: Final = struct.Struct(">q")
 _TEXT: Final = struct.Struct(">BI")  # the letter and the length of a text in a table
-
-
-class AmqpError(Exception):
-    """Anything that this client raises about a server or a message."""
-
-
-class Malformed(AmqpError):
-    """Bytes that break the protocol: the properties of a message, or a frame."""
-
-
-def words(error: Exception) -> str:
-    """What an error says, or its name if it says nothing."""
-    return str(error) or type(error).__name__
 
 
 def encode_text(text: str) -> bytes:
