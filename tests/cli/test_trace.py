@@ -447,6 +447,15 @@ def test_every_kind_of_entry_has_its_words() -> None:
     ]
 
 
+def test_what_was_asked_for_is_marked_by_its_whole_id_and_else_by_its_beginning() -> None:
+    ids = ("order-1", "order-10", "order-11")
+    on_journey = [Entry(Kind.PUBLISHED, 1.0, id, "t", correlation_id="order", causation_id="order") for id in ids]
+    answer = Answer("", entries=(Entry(Kind.PUBLISHED, 0.0, "order", "t"), *on_journey))
+    for asked, marked in {"order-1": ids[:1], "order-10": ids[1:2], "order-": ids, "order": ()}.items():
+        text = [line.plain.strip() for line in as_text(answer, asked)]
+        assert [line for line in text if "←" in line] == [f"t {id}  ← you asked for it" for id in marked]
+
+
 def test_an_attempt_that_was_given_back_and_runs_again_is_running() -> None:
     def entry(kind: Kind, at: float, **more: Any) -> Entry:
         return Entry(kind, at, "m", "t", "w", attempt=1, **more)

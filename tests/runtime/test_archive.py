@@ -156,31 +156,86 @@ def test_of_a_journey_that_is_too_long_its_beginning_is_told_and_what_was_asked_
     archive.write([("1", children[:4]), ("2", [entry(Kind.PUBLISHED, "root", -1.0)]), ("3", children[4:])])
     for asked, told in {
         "root": ["root", "child 0", "child 1", "child 2", "child 3"],
-        "child 7": ["child 7", "child 8", "root", "child 0", "child 1"],
+        "child 7": ["child 7", "root", "child 0", "child 1", "child 2"],
     }.items():
         found = archive.journey(asked)
         assert ([e.message_id for e in found.entries], found.more) == (told, True)
     archive.close()
 
 
-def test_of_a_long_journey_what_was_asked_for_is_told_with_its_causes_and_what_came_next(path: Path) -> None:
+def on_journey(kind: Kind, id: str, cause: str, **more: object) -> Entry:
+    return msgspec.structs.replace(entry(kind, id), correlation_id="root", causation_id=cause, **more)
+
+
+def test_of_a_long_journey_what_was_asked_for_is_told_with_its_causes_and_what_it_led_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "LONGEST_JOURNEY", 12)
+    monkeypatch.setattr(archives, "NEARBY", 30)
     archive = Archive(path).open()
-    ids = [f"{n:06}" for n in range(3 * archives.LONGEST_JOURNEY)]
-    causes = {"014000": "009000", "009000": "000003"}
-    told = [entry(Kind.PUBLISHED, id, correlation_id="root", causation_id=causes.get(id, "root")) for id in ids]
-    archive.write([("1", [entry(Kind.PUBLISHED, "root"), *told])])
-    for asked in ("014000", "01400"):
-        with steps(archive) as taken:
-            found = archive.journey(asked)
-        kept = [e.message_id for e in found.entries]
-        assert (len(set(kept)), found.more) == (archives.LONGEST_JOURNEY, True)
-        assert {"root", "000003", "009000", "014000", "014001", "014500"} <= set(kept)
-        assert kept[0] in causes or kept[0] == "000003"  # first, so that an answer of limited size has it
-    few = taken[0]
-    archive.write([("2", [msgspec.structs.replace(each, message_id=f"x{each.message_id}") for each in told * 3])])
-    with steps(archive) as taken:
-        archive.journey("014000")
-    assert taken[0] < 2 * few
+    ids = [f"{n:04}" for n in range(500)]
+    archive.write([("0", [entry(Kind.PUBLISHED, "root"), *[on_journey(Kind.PUBLISHED, id, "root") for id in ids]])])
+    for id in ids:  # each waited behind all others, and what it led to is told before it, and of another process
+        led = on_journey(Kind.PUBLISHED, f"a{id}", id), on_journey(Kind.SUCCEEDED, f"b{id}", f"a{id}")
+        archive.write([(id, [*led, on_journey(Kind.SUCCEEDED, id, "root")])])
+    for asked, told in {
+        "0400": ["0400", "0400", "root", "a0400", "b0400", *ids[:7]],
+        "a0400": ["a0400", "root", "0400", "0400", "b0400", *ids[:7]],
+        "b04": [*(f"b04{n:02}" for n in range(10)), "root", "a0400"],
+        "b0401": ["b0401", "root", "a0401", "0401", "0401", *ids[:7]],
+        "b0499": ["b0499", "root", "a0499", "0499", "0499", *ids[:7]],
+    }.items():
+        found = archive.journey(asked)
+        assert ([e.message_id for e in found.entries], found.more) == (told, True)
+        assert {e.message_id.startswith(asked) for e in found.entries[: found.own]} == {True}
+        assert not any(e.message_id.startswith(asked) for e in found.entries[found.own :])
+    archive.close()
+
+
+def test_what_a_message_led_to_is_found_also_where_it_failed_long_before_it_succeeded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "LONGEST_JOURNEY", 7)
+    monkeypatch.setattr(archives, "NEARBY", 10)
+    archive = Archive(path).open()
+    others = [on_journey(Kind.SUCCEEDED, f"other {n}", "root") for n in range(200)]
+    led = [on_journey(Kind.PUBLISHED, f"led to {n}", "job") for n in (1, 0, 2)]
+    succeeded = [*led[:2], on_journey(Kind.SUCCEEDED, "job", "root"), led[2]]
+    for at, told in enumerate(
+        (others[:50], [on_journey(Kind.RETRIED, "job", "root")], others[50:100], succeeded, others[100:])
+    ):
+        archive.write([(str(at), told)])
+    told_first = ["job", "job", "led to 1", "led to 0", "led to 2", "other 0", "other 1"]
+    assert [e.message_id for e in archive.journey("job").entries] == told_first
+    archive.close()
+
+
+def test_a_cause_with_much_to_tell_does_not_take_the_place_of_what_was_asked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "LONGEST_JOURNEY", 5)
+    archive = Archive(path).open()
+    archive.write([("1", [entry(Kind.PROGRESSED, "root", float(n), done=float(n)) for n in range(10)])])
+    archive.write([("2", [on_journey(Kind.PUBLISHED, "job", "root"), on_journey(Kind.DEAD, "job", "root")])])
+    assert [e.message_id for e in archive.journey("job").entries] == ["job", "job", "root", "root", "root"]
+    archive.close()
+
+
+def test_what_is_asked_for_by_its_whole_id_is_not_taken_for_what_only_begins_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "LONGEST_JOURNEY", 2)
+    archive = Archive(path).open()
+    archive.write([("1", [on_journey(Kind.PUBLISHED, id, "root") for id in ("job-11", "job-10", "job-1")])])
+    found = archive.journey("job-1")
+    assert ([e.message_id for e in found.entries], found.own) == (["job-1", "job-11"], 1)
+    archive.close()
+
+
+def test_messages_that_say_they_caused_each_other_are_told_once(path: Path) -> None:
+    archive = Archive(path).open()
+    archive.write([("1", [on_journey(Kind.PUBLISHED, "a", "b\0'\""), on_journey(Kind.PUBLISHED, "b\0'\"", "a")])])
+    assert [e.message_id for e in archive.journey("b").entries] == ["b\0'\"", "a"]
     archive.close()
 
 
@@ -198,18 +253,22 @@ def steps(archive: Archive) -> Iterator[list[int]]:
     archive._db.set_progress_handler(None, id="count")
 
 
-def test_the_beginning_of_a_journey_is_found_without_reading_all_of_it(path: Path) -> None:
+@pytest.mark.parametrize("asked", ["journey", "00000500", "0000050"])
+def test_neither_the_beginning_of_a_journey_nor_a_message_on_it_is_looked_for_in_all_of_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.setattr(archives, "NEARBY", 1_000)
     archive = Archive(path).open()
 
     def counted() -> int:
         with steps(archive) as taken:
-            assert len(archive.journey("journey").entries) == archives.LONGEST_JOURNEY
+            assert len(archive.journey(asked).entries) == archives.LONGEST_JOURNEY
         return taken[0]
 
     def more(times: int) -> None:
         for _ in range(times):
             successes = Successes("placed", "shop.charge", "host/1", "q", 1, 0, [])
-            successes.each.extend((f"{next(numbers):08}", 1.0, None, "journey", None) for _ in range(10_000))
+            successes.each.extend((f"{next(numbers):08}", 1.0, None, "journey", "journey") for _ in range(10_000))
             archive.write([(successes.each[0][0], [successes])])
 
     numbers = itertools.count()
@@ -235,6 +294,29 @@ def test_of_a_journey_that_is_too_large_for_an_answer_tracebacks_go_before_entri
     answer = archive.answer("", JourneyOf("root"))
     assert (answer.entries[0].message_id, answer.more) == ("root", True)
     assert len(answer.entries) > 20
+    archive.close()
+
+
+def test_what_was_asked_for_is_told_whole_of_a_journey_that_is_too_large_for_an_answer(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "LARGEST_ANSWER_BYTES", 10_000)
+    archive = Archive(path).open()
+    own = [on_journey(Kind.RETRIED, "job", "root", error="boom", traceback="x" * 1_000)]
+    own += [on_journey(Kind.SUCCEEDED, "job", "root", result="y" * 1_000)]
+    others = [on_journey(Kind.RETRIED, f"other {n}", "root", error="z" * 500, traceback="x") for n in range(40)]
+    archive.write([("1", [entry(Kind.PUBLISHED, "root"), *others, *own])])
+    answer = archive.answer("", JourneyOf("job"))
+    assert (list(answer.entries[:2]), answer.entries[2].message_id, answer.more) == (own, "root", True)
+    assert {e.traceback for e in answer.entries[2:]} == {""}
+    archive.write([("2", [on_journey(Kind.RETRIED, "job", "root", traceback="x" * 1_000)] * 12)])
+    answer = archive.answer("", JourneyOf("job"))
+    # Each attempt is worth more than some of them whole.
+    assert [e.message_id for e in answer.entries[:15]] == [*["job"] * 14, "root"]
+    assert {e.traceback for e in answer.entries} == {""}
+    archive.write([("3", [failed := entry(Kind.DEAD, "root", error="boom", traceback="x" * 1_000)])])
+    answer = archive.answer("", JourneyOf("root"))
+    assert (answer.entries[1], {e.traceback for e in answer.entries[2:]}) == (failed, {""})
     archive.close()
 
 

@@ -122,13 +122,15 @@ def _entry(entry: Entry) -> dict[str, Any]:
 def as_text(answer: Answer, asked: str) -> Iterator[Text]:
     """What people see: a tree of messages, under each what happened to it."""
     first, last = answer.entries[0], answer.entries[-1]
-    messages = counted(len({entry.message_id for entry in answer.entries}), "message")
-    over = f"{messages}, {span(last.at - first.at)} from {_moment(first.at)}"
+    ids = {entry.message_id for entry in answer.entries}
+    # A whole id is not the beginning of another one: order-1 is not order-10.
+    meant = {asked} if asked in (*ids, first.journey) else {id for id in ids if id.startswith(asked)}
+    over = f"{counted(len(ids), 'message')}, {span(last.at - first.at)} from {_moment(first.at)}"
     yield safe(printable(f"journey {first.journey}: {over}"), "bold")
     for stop, depth in _walk(stops(answer.entries)):
         indent = "   " * min(depth, DEEPEST)
         yield safe("")
-        mark = "  ← you asked for it" if stop.message_id.startswith(asked) and depth else ""
+        mark = "  ← you asked for it" if stop.message_id in meant and depth else ""
         yield safe(printable(f"{indent}{stop.topic} {stop.message_id}{mark}"), "bold")
         for entry, line in told(stop):
             yield safe(printable(f"{indent}  {_moment(entry.at)}  {line}"), STYLES.get(entry.kind, "cyan"))

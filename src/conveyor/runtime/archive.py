@@ -25,13 +25,15 @@ from conveyor.runtime.tables import (
     APPLICATION_ID,
     AT_LENGTH,
     BRIEF,
+    CAUSED,
     CAUSES,
     COLUMNS,
-    FIRST_OF,
+    ENTRIES_OF,
     FIRST_SEQ,
     FORGET_BATCHES,
     JOURNEYS_FROM,
     LAST_ENTRY_FROM,
+    MESSAGES_FROM,
     OLD,
     ORIGIN,
     SCHEMA,
@@ -66,7 +68,10 @@ LOOK_AFTER: Final = 5_000
 LONGEST_JOURNEY: Final = 5_000
 """Entries of one journey that are read at most."""
 MOST_CAUSES: Final = 500
-"""Hops back from a message that are read of a longer journey at most."""
+"""Hops back from what was asked for, at most."""
+NEARBY: Final = 10_000
+"""Entries of the journey, on either side of a message's success, among which is looked for what it led to: what a handler
+publishes is told with its success, or not much earlier or later, and to look further would be to read all of the journey."""
 PAGE: Final = 200
 """Jobs that are looked at in one step."""
 KEPT_FREE_BYTES: Final = 2 * queue_file.LOW_DISK_BYTES
@@ -74,19 +79,23 @@ KEPT_FREE_SHARE: Final = 2 * queue_file.LOW_DISK_SHARE
 """Nothing is written while less than both of the disk is free: the queue file may be on it, and needs the room more."""
 
 _decode: Final = msgspec.json.Decoder(list[Entry]).decode
+_decode_ids: Final = msgspec.json.Decoder(list[str]).decode
 
 
 class Found(NamedTuple):
     """What is known about a journey.
 
     Parameters:
+        entries: where there are more, the first of all by what they have to do with what was asked for.
         more: there are more entries than these.
         others: the journeys that the id may mean, where that is not clear.
+        own: so many of the entries, the first ones, are of the messages that were asked for.
     """
 
     entries: list[Entry]
     more: bool = False
     others: tuple[str, ...] = ()
+    own: int = 0
 
 
 class Jobs(NamedTuple):
@@ -288,32 +297,30 @@ class Archive:
             return self._journey(id)
 
     def _journey(self, id: str) -> Found:
-        journeys = self._rows(
+        exactly = self._rows(
             "SELECT coalesce(correlation_id, message_id) FROM entries WHERE message_id = ?1"
             " UNION SELECT ?1 WHERE EXISTS (SELECT 1 FROM entries WHERE correlation_id = ?1)",
             id,
-        ) or self._rows(JOURNEYS_FROM, id, id + "\U0010ffff")
+        )
+        beginning = id, id + "\U0010ffff"
+        journeys = exactly or self._rows(JOURNEYS_FROM, *beginning)
         if len(journeys) > 1:
             return Found([], len(journeys) > 10, tuple(journey for (journey,) in journeys[:10]))
         if not journeys:
             return Found([])
-        # What began it comes first: without that nobody can tell what the rest is about.
-        journey, entries = journeys[0][0], list[Entry]()
-        for belongs in ("message_id = ?1 AND correlation_id IS NOT ?1", "correlation_id = ?1"):
-            selection = in_order(f"seq, {COLUMNS}", belongs, "seq LIMIT ?2")
-            entries += self._entries(selection, journey, LONGEST_JOURNEY + 1 - len(entries))
-        if len(entries) <= LONGEST_JOURNEY:
-            return Found(entries)
-        if not journey.startswith(id):
-            entries = list(dict.fromkeys([*self._around(id, journey), *entries]))
-        return Found(entries[:LONGEST_JOURNEY], more=True)
-
-    def _around(self, id: str, journey: str) -> list[Entry]:
-        """Of a journey that is too long, what a message on it is about: its own entries, its causes', and what came next."""
-        (asked, first), *_ = self._rows(FIRST_OF, id, id + "\U0010ffff", journey)
-        causes = [cause for (cause,) in self._rows(CAUSES, asked, MOST_CAUSES)]
-        after = in_order(f"seq, {COLUMNS}", "correlation_id = ?1 AND seq >= ?2", "seq LIMIT ?3")
-        return [*self._of(causes, results=True), *self._entries(after, journey, first, LONGEST_JOURNEY // 2)]
+        journey = journeys[0][0]
+        asked = [id] if exactly else self._ids(MESSAGES_FROM, *beginning)
+        causes = self._ids(CAUSES, _json(asked), MOST_CAUSES)
+        caused = self._ids(CAUSED, _json(asked), journey, NEARBY, LONGEST_JOURNEY)
+        # The end of what is too long is left out. What began the journey comes early: without it nobody can tell what
+        # the rest is about.
+        first = _json(dict.fromkeys([*asked, journey, *causes, *caused]))
+        entries = self._entries(ENTRIES_OF, first, journey, LONGEST_JOURNEY + 1)
+        others = "correlation_id = ?2 AND message_id NOT IN (SELECT value FROM json_each(?1))"
+        rest = in_order(f"seq, {COLUMNS}", others, "seq LIMIT ?3")
+        entries += self._entries(rest, first, journey, LONGEST_JOURNEY + 1 - len(entries))
+        found = entries[:LONGEST_JOURNEY]
+        return Found(found, len(entries) > len(found), own=sum(entry.message_id in asked for entry in found))
 
     def of(self, ids: Iterable[str], *, results: bool = True) -> list[Entry]:
         """The entries of these messages.
@@ -326,9 +333,8 @@ class Archive:
 
     def _of(self, ids: Iterable[str], *, results: bool) -> list[Entry]:
         columns = COLUMNS if results else BRIEF
-        wanted = msgspec.json.encode(list(ids)).decode()
         return self._entries(
-            f"SELECT {columns} FROM entries WHERE message_id IN (SELECT value FROM json_each(?))", wanted
+            f"SELECT {columns} FROM entries WHERE message_id IN (SELECT value FROM json_each(?))", _json(ids)
         )
 
     def cancelled(self, limit: int) -> dict[str, Wish]:
@@ -399,10 +405,11 @@ class Archive:
             JournalError: it cannot be read.
         """
         if isinstance(request, JourneyOf):
-            entries, more, others = self.journey(request.id)
+            entries, more, others, own = self.journey(request.id)
             fitting, cut = fit(entries)
-            if cut:  # what happened is worth more than where in the code
-                fitting, cut = fit(map(shortened, entries))
+            if cut:  # what happened is worth more than where in the code, but for what was asked for
+                whole = 0 if fit(entries[:own])[1] else own
+                fitting, cut = fit([*entries[:whole], *map(shortened, entries[whole:])])
             return Answer(to, entries=fitting, others=others, more=more or cut)
         jobs, more = self.jobs(request.which, request.limit)
         wanted, cut = fit(jobs)
@@ -430,6 +437,10 @@ class Archive:
         """The entries of a selection of all columns, in one step; see ROWS_AT_ONCE."""
         found = self._rows(f"SELECT json_group_array(json_array({COLUMNS})) FROM ({select})", *values)
         return _decode(found[0][0])
+
+    def _ids(self, select: str, *values: object) -> list[str]:
+        """The ids of a selection, in one step; see ROWS_AT_ONCE."""
+        return _decode_ids(self._rows(f"SELECT json_group_array(id) FROM ({select})", *values)[0][0])
 
     # --- the file -----------------------------------------------------------------------------------------------------
 
@@ -535,6 +546,11 @@ class Archive:
 
 class _TooLong(JournalError):
     """A question was given up."""
+
+
+def _json(ids: Iterable[str]) -> str:
+    """Ids as one value of a statement, which json_each() takes apart."""
+    return msgspec.json.encode(list(ids)).decode()
 
 
 def _check_place(path: Path) -> None:

@@ -103,25 +103,49 @@ JOURNEYS_FROM: Final = (
     + " LIMIT 11"
 )
 """The journeys that an id with this beginning may mean."""
-FIRST_OF: Final = (
-    " UNION ALL ".join(
-        f"SELECT message_id, seq FROM {table} WHERE message_id >= ?1 AND message_id < ?2 AND +correlation_id = ?3"
-        for table in (AT_LENGTH, "successes")
-    )
-    + " ORDER BY seq LIMIT 1"
+MESSAGES_FROM: Final = " UNION ".join(
+    f"SELECT * FROM (SELECT DISTINCT message_id AS id FROM {table} WHERE message_id >= ?1 AND message_id < ?2 LIMIT 10)"
+    for table in (AT_LENGTH, "successes")
 )
-"""The first message on a journey whose id begins so, and the seq of its first entry."""
+"""The messages whose ids begin so; of many, some."""
 _CAUSE: Final = ", ".join(
     f"(SELECT causation_id FROM {table} WHERE message_id = cause.id AND causation_id IS NOT NULL LIMIT 1)"
     for table in (AT_LENGTH, "successes")
 )
 CAUSES: Final = f"""
 WITH RECURSIVE cause (id, hops) AS (
-    SELECT ?1, 0
+    SELECT value, 0 FROM json_each(?1)
     UNION ALL SELECT coalesce({_CAUSE}), hops + 1 FROM cause WHERE cause.id IS NOT NULL AND hops < ?2)
-SELECT DISTINCT id FROM cause WHERE id IS NOT NULL
+SELECT id FROM cause WHERE id IS NOT NULL GROUP BY id ORDER BY min(hops)
 """
-"""A message and its causes, as far back as so many hops."""
+"""These messages and their causes, the nearest first, as far back as so many hops."""
+_NEAR: Final = " UNION ALL ".join(
+    f"SELECT * FROM ({in_order('message_id, causation_id, seq', f'correlation_id = ?2 AND {side}', f'{order} LIMIT ?3')})"
+    for side, order in (("seq < (SELECT seq FROM told)", "seq DESC"), ("seq >= (SELECT seq FROM told)", "seq"))
+)
+CAUSED: Final = f"""
+WITH RECURSIVE told (seq) AS MATERIALIZED (
+    SELECT coalesce(min(seq) FILTER (WHERE kind = 'succeeded'), max(seq), 0)
+    FROM entries WHERE message_id IN (SELECT value FROM json_each(?1))),
+near AS MATERIALIZED ({_NEAR}),
+caused (id) AS (
+    SELECT value FROM json_each(?1)
+    UNION SELECT near.message_id FROM caused JOIN near ON near.causation_id = caused.id)
+SELECT message_id AS id FROM near WHERE message_id IN (SELECT id FROM caused)
+GROUP BY message_id ORDER BY min(seq) LIMIT ?4
+"""
+"""What these messages led to, directly or not (and they themselves), in the order in which it was told, so many (?4) at
+most. It is looked for among so many (?3) entries of their journey (?2) before their first success, and so many from it
+on; where none succeeded, around the last that is told of them."""
+ENTRIES_OF: Final = (
+    " UNION ALL ".join(
+        f"SELECT key, seq, {COLUMNS} FROM json_each(?1) CROSS JOIN {table} ON message_id = value"
+        " WHERE ?2 IN (correlation_id, message_id)"
+        for table in (AT_LENGTH, SUCCEEDED)
+    )
+    + " ORDER BY key, seq LIMIT ?3"
+)
+"""The entries of these messages on a journey, one message after the other. (A CROSS JOIN: no table is read whole.)"""
 ORIGIN: Final = (
     f"INSERT INTO origins ({', '.join(SHARED)}, last_entry) VALUES (?, ?, ?, ?, ?)"
     " ON CONFLICT DO UPDATE SET last_entry = excluded.last_entry RETURNING id"
