@@ -146,6 +146,7 @@ class TaskQueue:
         keep: how many results are kept, the youngest ones.
 
     Raises:
+        ValueError: the broker is "".
         ConveyorError: the broker or the lease makes no sense, or the broker cannot be reached.
     """
 
@@ -159,6 +160,8 @@ class TaskQueue:
         dead_after: float = DEAD_AFTER_SECONDS,
         keep: int = KEPT,
     ) -> None:
+        if not broker:
+            raise ValueError("'' names no broker: leave it out for a queue in memory, or say sqlite:///images.queue")
         if broker.startswith("memory://") and broker != "memory://":
             raise ConfigurationError(
                 "a task queue in memory is a queue of its own: say memory://, and share the object"
@@ -198,7 +201,8 @@ class TaskQueue:
         """Add a task; returns its id when the broker has it.
 
         Parameters:
-            data: image_path, output_path, and what else the workers shall know, as JSON has it. The image may be missing yet.
+            data: image_path, output_path, and what else the workers shall know, as JSON has it. The image may be missing yet,
+                and so may the folders of output_path: the worker makes them.
             priority: 0 (ordinary) to 9 (first), where the broker knows priorities.
             delay: seconds before anybody gets it.
 

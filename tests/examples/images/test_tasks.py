@@ -489,6 +489,16 @@ def test_a_queue_in_memory_is_one_object() -> None:
         TaskQueue("memory://name")
 
 
+def test_a_broker_without_a_name_is_refused_and_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'' names no broker: leave it out for a queue in memory"):
+        TaskQueue("")
+    assert list(tmp_path.iterdir()) == []
+    with TaskQueue() as queue:
+        assert queue.get_stats()["total"] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("lease", [0.0, -1.0, math.nan, math.inf])
 def test_a_lease_that_could_not_end_or_begin_is_refused(lease: float) -> None:
     with pytest.raises(ConfigurationError, match="a lease is a number of seconds above 0"):

@@ -376,3 +376,28 @@ def test_the_rate_of_a_worker_at_work_is_what_it_does(photos: Sequence[Path], tm
         (status,) = queue.registry.workers()
         assert status.beat.ended == 6
         assert status.rate == pytest.approx(6 / status.beat.seconds)
+
+
+def test_the_folders_of_a_result_are_made(photos: Sequence[Path], tmp_path: Path) -> None:
+    result = tmp_path / "out" / "of" / "many" / "a.jpg"
+    with TaskQueue() as queue:
+        queue.add_task({"image_path": str(photos[0]), "output_path": str(result)})
+        assert not (tmp_path / "out").exists()
+        SimpleWorker("worker-1", PIPELINE, queue).start()
+    assert result.is_file()
+
+
+def test_a_worker_is_healthy_only_while_start_works(photos: Sequence[Path], tmp_path: Path) -> None:
+    gate = Gate()
+    with TaskQueue() as queue:
+        add(queue, photos[:1], tmp_path / "out")
+        worker = SimpleWorker("worker-1", FilterPipeline([gate]), queue)
+        assert not worker.is_healthy()
+        thread = threading.Thread(target=worker.start)
+        thread.start()
+        assert gate.reached.wait(PATIENCE_SECONDS)
+        wait_for(worker.is_healthy)
+        gate.open.set()
+        thread.join(PATIENCE_SECONDS)
+        assert not worker.is_healthy()
+        assert worker.get_stats()["tasks_completed"] == 1
