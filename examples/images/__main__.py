@@ -30,7 +30,7 @@ from examples.images.filters import EXAMPLES, FilterError, FilterPipeline, parse
 from examples.images.folder import JOURNAL, MEGAPIXEL, STATE, FolderError, process_folder, walk
 from examples.images.report import Report, writable
 from examples.images.settings import Settings
-from examples.images.sheet import contact_sheet
+from examples.images.sheet import contact_sheet, share_of
 from examples.images.tasks import LEASE_SECONDS, TaskQueue
 from examples.images.workers import SimpleWorker
 from examples.settings import SettingError, add_flags, from_parsed
@@ -115,8 +115,10 @@ def _process(given: argparse.Namespace) -> int:
                 markup=False,
             )
 
-        if sheet := make_sheet(report, source, target, given.filters, given.sheet, tell):
-            console.print(f"before and after: {sheet}", soft_wrap=True, highlight=False)
+        sheet = sheet_path(source, target, given.sheet)
+        if shown := make_sheet(report, source, target, given.filters, sheet, tell):
+            share = share_of(shown, report.processed + report.before)
+            console.print(f"before and after{share}: {sheet}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:
         console.print("interrupted; the images are done, and the contact sheet is not")
         return INTERRUPTED
@@ -138,20 +140,24 @@ def check_sheet(sheet: Path, source: Path, target: Path) -> None:
         raise FolderError(f"{sheet} is among the originals in {source}; let --sheet name a file elsewhere")
 
 
+def sheet_path(source: Path, target: Path, asked: str | None) -> Path:
+    """Where the contact sheet of a run goes; it never takes the place of an image."""
+    return Path(asked) if asked else target / (SHEET if not (source / SHEET).exists() else f"{STATE}/{SHEET}")
+
+
 def make_sheet(
     report: Report,
     source: Path,
     target: Path,
     filters: str,
-    asked: str | None,
+    sheet: Path,
     on_missing: Callable[[str, Exception], object],
-) -> Path | None:
-    """The contact sheet of a run; it never takes the place of an image."""
-    sheet = Path(asked) if asked else target / (SHEET if not (source / SHEET).exists() else f"{STATE}/{SHEET}")
+) -> int:
+    """Write the contact sheet of a run; gives how many images are on it."""
     shown = sorted(report.examples)
     pairs = [(source / path, target / path) for path in shown]
     names, title = [str(path) for path in shown], f"before and after {filters}"
-    return sheet if contact_sheet(pairs, names, sheet, title, on_missing) else None
+    return contact_sheet(pairs, names, sheet, title, on_missing, of=report.processed + report.before)
 
 
 # --- a task queue with workers elsewhere ------------------------------------------------------------------------------------

@@ -30,13 +30,16 @@ def contact_sheet(
     sheet: Path,
     title: str,
     on_missing: Callable[[str, Exception], object] = lambda _, __: None,
-) -> bool:
-    """Write the sheet; gives whether there was anything to show.
+    *,
+    of: int | None = None,
+) -> int:
+    """Write the sheet; gives how many pairs are on it. Without any, nothing is written.
 
     Parameters:
         pairs: each image before and after.
         names: what is written below each pair.
         on_missing: called with the name of a pair that cannot be shown, and why.
+        of: how many pairs there are in all; left out, those that are given. The title says it where not all are shown.
     """
     shown = []
     for (source, made), name in zip(pairs, names, strict=True):
@@ -45,14 +48,15 @@ def contact_sheet(
         except (Refused, OSError) as error:  # removed meanwhile, perhaps; the others are worth seeing
             on_missing(name, error)
     if not shown:
-        return False
+        return 0
     across = min(PAIRS_ACROSS, len(shown))
     down = -(-len(shown) // across)
     pair_width, pair_height = 2 * CELL[0] + GAP // 2, CELL[1] + LINE
     size = (GAP + across * (pair_width + GAP), GAP + LINE + down * (pair_height + GAP))
     page = Image.new("RGB", size, GROUND)
     draw, font, title_font = ImageDraw.Draw(page), font_of(14), font_of(17)
-    draw.text((GAP, GAP // 2), legible(title, title_font), INK, title_font)
+    share = share_of(len(shown), len(pairs) if of is None else of)
+    draw.text((GAP, GAP // 2), legible(f"{title}{share}", title_font), INK, title_font)
     for place, (before, after, name) in enumerate(shown):
         x = GAP + place % across * (pair_width + GAP)
         y = GAP + LINE + place // across * (pair_height + GAP)
@@ -60,7 +64,12 @@ def contact_sheet(
         _centred(page, after, x + CELL[0] + GAP // 2, y)
         draw.text((x, y + CELL[1] + 4), _short(legible(name, font)), INK, font)
     save_image(page, sheet)
-    return True
+    return len(shown)
+
+
+def share_of(shown: int, of: int) -> str:
+    """How many of how many are shown, to be said behind a title; nothing where that is all of them."""
+    return f", {shown} of {of} images" if shown < of else ""
 
 
 def font_of(size: int) -> ImageFont.FreeTypeFont:

@@ -467,7 +467,7 @@ def test_an_interruption_while_the_contact_sheet_is_made_ends_in_words(
 ) -> None:
     make_photographs(tmp_path / "in", 1, (90, 60))
 
-    def interrupted(*_: object) -> bool:
+    def interrupted(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(__main__, "contact_sheet", interrupted)
