@@ -205,15 +205,19 @@ def work(given: argparse.Namespace) -> int:
 
 def monitor(given: argparse.Namespace) -> int:
     """Show the workers of a task queue, live, until Ctrl-C."""
-    with TaskQueue(given.broker) as queue, contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
-        until = time.monotonic() + given.seconds if given.seconds else float("inf")
-        while time.monotonic() < until:
-            try:
-                tasks = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
-            except BrokerError as error:  # it may come back
-                tasks = f"the queue cannot be asked: {error}"
-            live.update(Group(workers_table(queue.registry), Text(tasks)))
-            time.sleep(LOOK_SECONDS)
+    console = Console()
+    with TaskQueue(given.broker) as queue:
+        with contextlib.suppress(KeyboardInterrupt), Live(console=console, refresh_per_second=4) as live:
+            until = time.monotonic() + given.seconds if given.seconds else float("inf")
+            while time.monotonic() < until:
+                try:
+                    tasks = ", ".join(f"{count} {name}" for name, count in queue.get_stats().items())
+                except BrokerError as error:  # it may come back
+                    tasks = f"the queue cannot be asked: {error}"
+                live.update(Group(workers_table(queue.registry), Text(tasks)))
+                time.sleep(LOOK_SECONDS)
+        if not console.is_terminal:  # there, rich ends the last line itself
+            console.line()
     return 0
 
 
@@ -266,6 +270,8 @@ def at_least_one(said: str) -> int:
 
 def shared(broker: str) -> str:
     """A broker in the command line of one that works with others."""
+    if not broker:
+        raise argparse.ArgumentTypeError("'' names no broker")
     if broker.startswith("memory:"):
         raise argparse.ArgumentTypeError(f"{broker} ends with this process; name one that others reach, too")
     return broker

@@ -82,14 +82,17 @@ def _health(host: str, process: int, silence: float) -> str:
     return "[yellow]silent[/]" if silence > SILENT_SECONDS else "[green]running[/]"
 
 
-def workers_table(registry: WorkerRegistry) -> Table:
+def workers_table(registry: WorkerRegistry) -> RenderableType:
     """The workers of a task queue, as their heartbeats tell."""
+    statuses = registry.workers()
+    if not statuses:
+        return Text("no worker was heard of yet (those that stopped before are silent)")
     table = Table("worker", "process", "health", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for column in ("done", "failed", "rate", "heard"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("at work on")
     colours = {"running": "green", "stopped": "dim", "failing": "yellow", "dead": "red"}
-    for status in registry.workers():
+    for status in statuses:
         beat = status.beat
         table.add_row(
             _cut(beat.worker_id),
