@@ -44,9 +44,11 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line says; gives the exit code: 0 all is well, 1 some images failed, 2 it cannot be done."""
+    """Do what the command line says; gives the exit code, as --help explains them."""
     given = parser().parse_args(arguments)
-    logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=(given.log_level or given.usual_log_level).upper(), format="%(asctime)s %(name)s %(message)s"
+    )
     command: Command = given.command
     try:
         return command(given)
@@ -293,16 +295,26 @@ def parser() -> argparse.ArgumentParser:
   python -m examples.images bench --images 200 --megapixels 12
   python -m examples.images work --broker sqlite:///images.queue     a worker; more of them in other terminals
   python -m examples.images monitor --broker sqlite:///images.queue  who works, and how well
+
+exit codes:
+  0    all is well; also where work or monitor is told to end
+  1    process: some images failed; add: some were not added
+  2    it cannot be done, and why is said
+  130  interrupted; the same command again does the rest
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    levels = ["debug", "info", "warning", "error"]
+    found.add_argument("--log-level", choices=levels, help="also behind the command; default warning, info for work")
     commands = found.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, does: Command) -> argparse.ArgumentParser:
+    def command(name: str, does: Command, log_level: str = "warning") -> argparse.ArgumentParser:
         what = (does.__doc__ or "").rstrip(".")
         made = commands.add_parser(name, help=what, description=what)
-        made.set_defaults(command=does)
+        made.set_defaults(command=does, usual_log_level=log_level)
+        # Left out here, that before the command counts.
+        said = f"what is logged on the standard error; default {log_level}"
+        made.add_argument("--log-level", choices=levels, default=argparse.SUPPRESS, help=said)
         return made
 
     one = command("process", process)
@@ -345,7 +357,7 @@ def parser() -> argparse.ArgumentParser:
         "--broker", metavar="URL", required=True, type=shared, help="such as sqlite:///images.queue or redis://host"
     )
 
-    one = command("work", work)
+    one = command("work", work, "info")
     one.add_argument(
         "--broker", metavar="URL", required=True, type=shared, help="such as sqlite:///images.queue or redis://host"
     )
