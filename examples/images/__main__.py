@@ -24,10 +24,10 @@ from rich.text import Text
 from conveyor import BrokerError, ConveyorError
 from examples.images.bench import compare, make_large_photographs, measure
 from examples.images.demo import Demonstrations, images_in
-from examples.images.display import RunDisplay, workers_table
+from examples.images.display import PlainProgress, RunDisplay, workers_table
 from examples.images.files import LARGEST_PIXELS, Refused, format_for
 from examples.images.filters import EXAMPLES, FilterError, FilterPipeline, parse_filters
-from examples.images.folder import JOURNAL, MEGAPIXEL, STATE, FolderError, process_folder, walk
+from examples.images.folder import JOURNAL, MEGAPIXEL, STATE, FolderError, Run, process_folder, walk
 from examples.images.report import Report, writable
 from examples.images.settings import Settings
 from examples.images.sheet import contact_sheet, share_of
@@ -39,6 +39,8 @@ FILTERS: Final = "blur:3,sharpen:2,brightness:1.3"
 SHEET: Final = "contact-sheet.png"
 INTERRUPTED: Final = 128 + signal.SIGINT
 LOOK_SECONDS: Final = 0.5
+QUEUES: Final = ("images.process_image", "conveyor.journal.images")
+"""On the broker, of the application that processes folders."""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -81,18 +83,27 @@ def _process(given: argparse.Namespace) -> int:
     if given.sheet:  # before the work, not after it
         format_for(Path(given.sheet))
         check_sheet(Path(given.sheet), source, target)
+    broker = given.broker or os.environ.get("CONVEYOR_BROKER") or None
     console = Console(stderr=given.json)
     display = RunDisplay()
+    plain = PlainProgress(tell_plainly)
+
+    def begin(run: Run) -> None:
+        images = f"{run.total} image{'' if run.total == 1 else 's'} of {source}"
+        tell_plainly(f"{images} through {given.filters} to {target}, {settings.processes} at once")
+        display.watch(run)
+
     with Live(display, console=console, refresh_per_second=4, transient=not console.is_terminal):
         report = process_folder(
             source,
             target,
             given.filters,
             settings,
-            broker=given.broker or os.environ.get("CONVEYOR_BROKER") or None,
+            broker=broker,
             journal=given.journal,
             again=given.again,
-            on_start=display.watch,
+            on_start=begin,
+            on_look=(lambda _: None) if console.is_terminal else plain.look,
         )
     if given.json:
         print(json.dumps(report.summary(), indent=2))
@@ -124,7 +135,26 @@ def _process(given: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the images are done, and the contact sheet is not")
         return INTERRUPTED
+    if broker:
+        console.print(left_on_broker(report.failed), soft_wrap=True, highlight=False)
     return 1 if report.failed else 0
+
+
+def tell_plainly(line: str) -> None:
+    """Say to people what is going on, beside what programs read."""
+    print(writable(line), file=sys.stderr, flush=True)
+
+
+def left_on_broker(failed: int) -> str:
+    """What a run leaves on a broker that is not its own, and how to remove it.
+
+    Another run, or a helper, may have declared the queues and not receive from them yet: only people know that nobody does.
+    """
+    with_dead = " --with-dead" if failed else ""
+    return (
+        f"on the broker, the queues {' and '.join(QUEUES)} stay for the next run; when nobody uses them: "
+        f"conveyor queues remove {' '.join(QUEUES)} --yes{with_dead} --broker URL"
+    )
 
 
 def check_sheet(sheet: Path, source: Path, target: Path) -> None:

@@ -1,11 +1,13 @@
-"""What is seen while the command works: a progress bar, and the processes with their health and rate."""
+"""What is seen while the command works: a progress bar and the processes with their health and rate, or plain lines."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Final
 
+from msgspec import Struct
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,6 +19,9 @@ from examples.images.registry import WorkerRegistry
 
 SILENT_SECONDS: Final = 30.0
 """A process that ended no image for so long is said to be silent; a large image may take that long."""
+SAY_SECONDS: Final = 10.0
+"""Between two plain lines at most."""
+TENTHS: Final = 10
 
 
 class RunDisplay:
@@ -55,6 +60,46 @@ class RunDisplay:
         # Never a full line at the end: a terminal writes ^C behind it.
         parts.append("finishing the images in hand; Ctrl-C again leaves them to the next run" if run.stopping else "")
         return Group(*parts)
+
+
+class PlainProgress:
+    """A run of the command in plain lines, where nothing can be drawn.
+
+    Parameters:
+        say: called with each line.
+        clock: gives seconds; tests turn it.
+    """
+
+    def __init__(self, say: Callable[[str], object], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._last = Said(0, clock())
+
+    def look(self, run: Run) -> None:
+        """Say how far it is, where that is due."""
+        now = Said(run.ended, self._clock())
+        if is_due(self._last, now, run.total):
+            self._last = now
+            failed = f", {run.report.failed} failed" if run.report.failed else ""
+            self._say(f"{run.ended} of {run.total} images{failed}")
+
+
+class Said(Struct, frozen=True):
+    """How far a run was when that was said.
+
+    Parameters:
+        ended: images.
+        at: monotonic seconds.
+    """
+
+    ended: int
+    at: float
+
+
+def is_due(last: Said, now: Said, total: int) -> bool:
+    """Whether how far it is is to be said again: at each tenth, and every few seconds where that takes long."""
+    another_tenth = now.ended * TENTHS // max(total, 1) > last.ended * TENTHS // max(total, 1)
+    return another_tenth or now.at - last.at >= SAY_SECONDS
 
 
 def _processes(run: Run) -> Table:

@@ -108,7 +108,8 @@ def process_folder(
     broker: str | None = None,
     journal: Path | None = None,
     again: bool = False,
-    on_start: Callable[[Run], None] = lambda _: None,
+    on_start: Callable[[Run], object] = lambda _: None,
+    on_look: Callable[[Run], object] = lambda _: None,
 ) -> Report:
     """Process every image below source into the same place below target; those that are there already are left alone.
 
@@ -120,6 +121,7 @@ def process_folder(
         journal: its file; left out, one in the target.
         again: make all images anew where the target holds those of other filters.
         on_start: called with what a display may look at from now on.
+        on_look: called with it several times a second while images are processed.
 
     Raises:
         FolderError: source, target or filters cannot be; somebody else is at work in target; or the journal cannot be kept.
@@ -144,7 +146,7 @@ def process_folder(
         run = Run(sum(not found.left_out for found in walk(source, target)))
         on_start(run)
         started = time.monotonic()
-        conductor = Conductor(run, source, target, recipe, settings, images, originals, own, queue)
+        conductor = Conductor(run, source, target, recipe, settings, images, originals, own, queue, on_look)
         asyncio.run(_to_the_end(conductor.work(), run, queue))
         run.report.seconds = time.monotonic() - started
         clean(target)
@@ -192,6 +194,7 @@ class Conductor:
     Parameters:
         journal: its file, where that is ours to move aside.
         queue: its folder, where that is ours.
+        on_look: called several times a second.
     """
 
     def __init__(
@@ -205,8 +208,10 @@ class Conductor:
         originals: Originals,
         journal: Path | None,
         queue: Path | None,
+        on_look: Callable[[Run], object],
     ) -> None:
         self._run = run
+        self._on_look = on_look
         self._source = source
         self._target = target
         self._recipe = recipe
@@ -241,8 +246,12 @@ class Conductor:
                 self._note_unseen(path)
 
     async def _watch(self, problem: Callable[[], str | None]) -> None:
+        def look() -> str | None:
+            self._on_look(self._run)
+            return problem() or self._stuck()
+
         try:
-            await fail_without(lambda: problem() or self._stuck())
+            await fail_without(look)
         except FolderError as error:
             self._run.problem = str(error)  # also where the end itself is interrupted
             raise

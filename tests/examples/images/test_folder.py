@@ -150,6 +150,19 @@ def test_what_is_done_is_not_done_again_unless_its_original_is_newer(folder: Fol
     assert [name for name in before if before[name] != after[name]] == ["photo-0003.jpg"]
 
 
+def test_what_failed_is_tried_again_by_the_next_run(tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    _, bad = make_photographs(source, 2, (90, 60))
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:100])
+    assert process_folder(source, out, "edges", ONE).failed == 1
+    again = process_folder(source, out, "edges", ONE)
+    assert (again.processed, again.before, again.failed) == (0, 1, 1)
+    bad.write_bytes(whole)
+    mended = process_folder(source, out, "edges", ONE)
+    assert (mended.processed, mended.before, mended.failed) == (1, 1, 0)
+
+
 def test_an_original_that_gave_way_to_an_older_one_is_processed_again(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     first, _ = make_photographs(source, 2, (90, 60))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,8 +15,9 @@ import pytest
 from PIL import Image
 from rich.console import Console, RenderableType
 
+from examples.images.__main__ import QUEUES
 from examples.images.demo import Timed, compared
-from examples.images.display import RunDisplay, workers_table
+from examples.images.display import PlainProgress, RunDisplay, Said, is_due, workers_table
 from examples.images.files import HOST, Processed
 from examples.images.folder import Run
 from examples.images.pictures import make_photographs
@@ -38,6 +41,104 @@ def test_help_names_every_command_and_its_flags() -> None:
         assert flag in run("process", "--help").stdout
 
 
+def test_help_says_the_exit_codes_and_each_command_its_log_level() -> None:
+    said = run("--help").stdout
+    for code in ("0  ", "1  ", "2  ", "130  "):
+        assert f"\n  {code}" in said
+    assert "default info" in run("work", "--help").stdout
+    assert "default warning" in run("process", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "logged"),
+    [
+        ([], [], True),
+        ([], ["--log-level", "warning"], False),
+        (["--log-level", "warning"], [], False),
+        (["--log-level", "warning"], ["--log-level", "info"], True),
+    ],
+)
+def test_work_logs_its_worker_and_tasks_unless_told_otherwise_on_either_side_of_the_command(
+    tmp_path: Path, before: list[str], after: list[str], logged: bool
+) -> None:
+    make_photographs(tmp_path / "in", 1, (90, 60))
+    url = f"sqlite:///{tmp_path / 'images.queue'}"
+    (task_id, _) = run("add", str(tmp_path / "in"), str(tmp_path / "out"), "--broker", url).stdout.split()
+    flags = ["--broker", url, "--worker", "ann", "--until-empty", "--filters", "blur:1"]
+    done = run(*before, "work", *flags, *after)
+    assert done.returncode == 0, done.stderr
+    assert (f"[ann] [{task_id}] completed in" in done.stderr) == logged
+
+
+def test_without_a_terminal_a_run_says_what_it_begins_and_how_far_it_is(tmp_path: Path) -> None:
+    make_photographs(tmp_path / "in", 12, (900, 675))
+    source, out = str(tmp_path / "in"), str(tmp_path / "out")
+    done = run("process", source, out, "--filters", "blur:60,sharpen:3", "--processes", "1")
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stderr.splitlines()
+    assert first == f"12 images of {source} through blur:60,sharpen:3 to {out}, 1 at once"
+    assert lines
+    assert all(re.fullmatch(r"\d+ of 12 images", line) for line in lines), lines
+    assert "of 12 images" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("last", "now", "total", "due"),
+    [
+        (Said(0, 0.0), Said(0, 9.9), 100, False),
+        (Said(0, 0.0), Said(0, 10.0), 100, True),  # it is alive
+        (Said(0, 0.0), Said(9, 1.0), 100, False),
+        (Said(0, 0.0), Said(10, 1.0), 100, True),
+        (Said(10, 1.0), Said(19, 2.0), 100, False),
+        (Said(0, 0.0), Said(1, 0.1), 3, True),
+        (Said(0, 0.0), Said(0, 0.1), 0, False),
+    ],
+)
+def test_progress_is_due_at_each_tenth_and_every_ten_seconds(last: Said, now: Said, total: int, due: bool) -> None:
+    assert is_due(last, now, total) == due
+
+
+def test_plain_progress_counts_the_failed_ones_and_repeats_itself_only_when_due() -> None:
+    said: list[str] = []
+    now = [0.0]
+    plain, run_ = PlainProgress(said.append, clock=lambda: now[0]), Run(4)
+    plain.look(run_)
+    run_.report.add_failure(Path("a.jpg"), "broken", "1")
+    for _ in range(3):
+        plain.look(run_)
+    now[0] = 10.0
+    plain.look(run_)
+    assert said == ["1 of 4 images, 1 failed"] * 2
+
+
+def test_what_stays_on_a_broker_is_said_at_last_and_goes_as_it_is_said(tmp_path: Path) -> None:
+    make_photographs(tmp_path / "in", 2, (90, 60))
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
+    url = f"sqlite:///{tmp_path / 'images.queue'}"
+    source, out = str(tmp_path / "in"), str(tmp_path / "out")
+    done = run("process", source, out, "--filters", "blur:1", "--processes", "1", "--broker", url)
+    assert done.returncode == 1, done.stderr
+    told = shlex.split(done.stdout.splitlines()[-1].partition("nobody uses them: ")[2].replace("URL", url))
+    assert told[0] == "conveyor"
+
+    def conveyor(*arguments: str) -> str:
+        command = [sys.executable, "-m", "conveyor", *arguments]
+        finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+        return finished.stdout + finished.stderr
+
+    queues = ["queues", "--all", "--json", "--broker", url]
+    assert all(queue in conveyor(*queues) for queue in QUEUES)
+    assert "2 queues with 0 messages and 1 dead letter removed" in conveyor(*told[1:])
+    assert not any(queue in conveyor(*queues) for queue in QUEUES)
+
+
+def test_a_run_with_a_queue_of_its_own_says_nothing_of_brokers(tmp_path: Path) -> None:
+    make_photographs(tmp_path / "in", 1, (90, 60))
+    done = run("process", str(tmp_path / "in"), str(tmp_path / "out"), "--filters", "blur:1", "--processes", "1")
+    assert done.returncode == 0, done.stderr
+    assert "conveyor queues remove" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -56,6 +157,7 @@ def test_help_names_every_command_and_its_flags() -> None:
         (["add", "nowhere", "out", "--broker", "sqlite:///images.queue"], "there is no folder"),
         (["work", "--broker", "sqlite:///images.queue", "--filters", ","], "',' lacks a filter"),
         (["demo", "--images", "in"], "there are no images in in"),
+        (["work", "--broker", ""], "argument --broker: '' names no broker"),
         (["work", "--broker", "pigeon://loft"], "unknown broker scheme 'pigeon'"),
     ],
 )
@@ -136,6 +238,8 @@ def test_the_monitor_shows_who_works_and_how_well(tmp_path: Path) -> None:
         assert "'tasks_completed': 3" in worked.stdout
         said = monitor.communicate(timeout=60)[0]
     assert "3 completed" in said
+    assert "stopped" in said
+    assert said.endswith("total\n")
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
@@ -182,6 +286,19 @@ def test_the_monitor_gives_a_worker_one_line_of_eighty_columns() -> None:
         assert said in rows[1]
     wide = lines_of(workers_table(registry), 200)
     assert all(task in wide[1] for task in tasks)
+
+
+def test_the_monitor_says_that_it_heard_of_no_worker() -> None:
+    (line,) = lines_of(workers_table(WorkerRegistry()))
+    assert line.startswith("no worker was heard of yet")
+
+
+def test_the_monitor_shows_a_worker_as_stopped_for_an_hour() -> None:
+    now = [0.0]
+    registry = WorkerRegistry(clock=lambda: now[0])
+    registry.heard(WorkerBeat("ann", "vm:1:a", running=False, completed=3))
+    now[0] = 3_600.0
+    assert "stopped" in lines_of(workers_table(registry))[1]
 
 
 def test_the_progress_of_a_folder_fits_into_eighty_columns() -> None:
