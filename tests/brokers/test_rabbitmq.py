@@ -18,7 +18,7 @@ from conveyor.broker import DeadFilter, DeadLetter, Delivery, Queue, Settlement
 from conveyor.brokers import from_url
 from conveyor.brokers.rabbitmq import RabbitBroker, catalog, delay, publisher
 from conveyor.brokers.rabbitmq.address import read_url
-from conveyor.brokers.rabbitmq.amqp import Channel, Incoming
+from conveyor.brokers.rabbitmq.amqp import Channel, ConnectionClosed, Incoming
 from conveyor.brokers.rabbitmq.envelope import LONGEST_TRACEBACK_BYTES, TRACEBACK_ZLIB, trace_in, trace_note
 from conveyor.brokers.rabbitmq.link import Link
 from conveyor.brokers.rabbitmq.topology import Topology
@@ -549,6 +549,30 @@ async def test_a_catalog_that_gives_nothing_is_not_taken_for_an_empty_one(
                 await broker.declare([Queue(name="orders", ordered=True)])
         with pytest.raises(QueueConflict):
             await broker.declare([Queue(name="orders", ordered=True)])
+
+
+@pytest.mark.parametrize("failures", [1, 1_000], ids=["now and then", "for ever"])
+async def test_a_server_that_fails_at_the_catalog_that_is_being_created_is_asked_again_but_not_for_ever(
+    url: str, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, failed = Channel.get, 0
+
+    async def failing(channel: Channel, queue: str) -> Incoming | None:
+        nonlocal failed
+        if failed == failures:
+            return await get(channel, queue)
+        failed += 1
+        channel.connection.give_up("INTERNAL_ERROR")
+        raise ConnectionClosed(541, "INTERNAL_ERROR - Cannot get a message from queue: noproc")
+
+    monkeypatch.setattr(Channel, "get", failing)
+    if failures > catalog.TRIES:
+        with pytest.raises(BrokerUnavailable, match="541 INTERNAL_ERROR"):
+            await from_url(url).open()
+        return
+    async with opened(url) as broker:
+        await broker.declare([Queue(name="orders", topics=("order",))])
+        assert [info.name for info in await broker.queues()] == ["orders"]
 
 
 @pytest.mark.parametrize("lock", ["conveyor.catalog.lock", "orders.dead.lock"])

@@ -116,6 +116,7 @@ class RabbitBroker:
 
     # Opening and closing
 
+    @at_the_seam
     async def open(self) -> None:
         """See conveyor.broker.Broker."""
         if self._is_open:

@@ -10,7 +10,15 @@ from typing import Any, Final
 
 import msgspec
 
-from conveyor.brokers.rabbitmq.amqp import AmqpError, Channel, ChannelClosed, Connection, Incoming, Properties
+from conveyor.brokers.rabbitmq.amqp import (
+    AmqpError,
+    Channel,
+    ChannelClosed,
+    Connection,
+    ConnectionClosed,
+    Incoming,
+    Properties,
+)
 from conveyor.brokers.rabbitmq.envelope import PERSISTENT
 from conveyor.brokers.rabbitmq.publisher import Outgoing
 from conveyor.brokers.rabbitmq.spec import Spec
@@ -26,6 +34,9 @@ RETURN_SECONDS: Final = 1.0
 """How long a message may take to be back in its queue after the one who had it has let go."""
 PATIENCE_SECONDS: Final = 5.0
 """How long a catalog may give nothing that is known to be there: a queue's leader may be slow."""
+INTERNAL_ERROR: Final = 541
+TRIES: Final = 5
+"""How often a server may fail at a catalog that another process creates in that moment: it says 541, and ends the connection."""
 
 OFTEN: Final = 10
 """Deliveries after which a message is replaced by a copy; a server gives one up after 20 (the default of RabbitMQ 4)."""
@@ -144,6 +155,19 @@ class Catalog:
 
     async def open(self) -> None:
         """Make sure that there is one."""
+        tries = 0
+        while True:
+            try:
+                await self._open()
+            except ConnectionClosed as error:
+                tries += 1
+                if error.code != INTERNAL_ERROR or tries == TRIES:
+                    raise
+                log.info("another process creates the catalog of queues in this moment; trying again: %s", error)
+            else:
+                return
+
+    async def _open(self) -> None:
         connection = await self._connection()
         channel = await connection.channel()
         try:
