@@ -287,8 +287,10 @@ class Conductor:
                 report.add_failure(
                     path, f"it is not wanted any more: the recipe in {self._target} has changed", ticket.id
                 )
-            elif processed is None:
-                report.add_before(path)
+            elif (
+                processed is None
+            ):  # an interrupted run's message, which came first, or an attempt that nobody heard of
+                self._note_unseen(path)
             else:
                 self._run.note(path, processed)
         except JobFailed as error:

@@ -80,6 +80,8 @@ class Report:
         self.before = 0
         """Images that an earlier run had done."""
         self.failed = 0
+        self.unseen = 0
+        """Of those that were processed, the ones of whose steps nothing was heard."""
         self.repeated = 0
         """Images whose first attempt failed, and a later one succeeded."""
         self.left_out: dict[str, LeftOut] = {}
@@ -110,6 +112,7 @@ class Report:
     def add_unseen(self, path: Path, pixels: int) -> None:
         """An image was processed; how long that took was not heard any more."""
         self.processed += 1
+        self.unseen += 1
         self.pixels += pixels
         self._note_example(path)
 
@@ -136,6 +139,7 @@ class Report:
         """As JSON has it."""
         return {
             "processed": self.processed,
+            "unseen": self.unseen,
             "before": self.before,
             "failed": self.failed,
             "repeated": self.repeated,
@@ -179,6 +183,10 @@ class Report:
             f"{self.processed} processed in {self.seconds:.1f} s ({rate:.1f} images/s, {self.pixels / 1e6:.0f} megapixels)\n"
             f"{self.before} done before, {self.failed} failed, {self.repeated} not at the first attempt"
         )
+        if self.unseen:
+            console.print(
+                f"how long {self.unseen} of the processed took was not heard: their steps are not in the table"
+            )
         for reason, left_out in self.left_out.items():
             more = f" and {left_out.count - len(left_out.paths)} more" if left_out.count > len(left_out.paths) else ""
             console.print(f"  left out: {escape(', '.join(left_out.paths))}{more}: {escape(reason)}", soft_wrap=whole)

@@ -341,6 +341,13 @@ async def test_a_broker_in_memory_has_its_journal_kept_where_its_messages_are(sh
         assert keeper_of(program) is None
 
 
+def test_a_list_of_jobs_says_how_many_processes_died_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    out().print(as_table([Job(id="a", topic="t", attempts=2, crashes=1), Job(id="b", topic="t", attempts=1)], 0.0))
+    said = capsys.readouterr().out
+    assert "2 + 1 crash " in said
+    assert said.count("crash") == 1
+
+
 def test_what_a_handler_says_of_its_progress_stays_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     note = "row 1\nrow 2\r\n\x1b[2Jrow 3"
     job = Job(id="m", topic="t", status=Status.RUNNING, worker="w", done=1.0, total=3.0, note=note)

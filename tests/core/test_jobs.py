@@ -303,6 +303,11 @@ def test_what_no_queue_received_is_no_job_unless_it_was_published_again() -> Non
     assert [stop.message_id for stop in stops([nowhere])] == ["m"]
 
 
+@pytest.mark.parametrize(("told", "journey"), [(None, "m"), ("root", "root")])
+def test_a_job_names_its_journey_also_where_it_began_it(told: str | None, journey: str) -> None:
+    assert job_of([entry(Kind.PUBLISHED, correlation_id=told)]).correlation_id == journey
+
+
 def test_of_nothing_there_is_no_job() -> None:
     with pytest.raises(ValueError, match="nothing is known"):
         job_of([])

@@ -102,7 +102,7 @@ def as_table(found: Sequence[Job], now: float) -> Table:
             printable(job.id),
             safe(job.status.value, STYLES.get(job.status, "")),
             job.worker or job.topic,
-            f"{job.attempts:,}",
+            f"{job.attempts:,}" + (f" + {counted(job.crashes, 'crash', 'crashes')}" if job.crashes else ""),
             span(now - (job.ended or job.started or job.created or now)),
             span(_took(job, now)),
             shortened(far(job.done, job.total, job.note), 100),

@@ -126,12 +126,14 @@ def payload_text(body: bytes) -> str:
 
 
 def span(seconds: float | None) -> str:
-    """A duration in words: 850 ms, 12 s, 3 min 5 s, 2 h 5 min, 4 d 3 h; - for None."""
+    """A duration in words: 850 ms, 1.9 s, 12 s, 3 min 5 s, 2 h 5 min, 4 d 3 h; - for None."""
     if seconds is None:
         return "-"
     if seconds < 1:
         return f"{max(0.0, seconds) * 1000:.0f} ms"
-    whole = int(seconds)
+    if seconds < 9.95:
+        return f"{seconds:.1f}".removesuffix(".0") + " s"
+    whole = round(seconds)
     for unit, size, smaller, less in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
             rest = whole % size // less

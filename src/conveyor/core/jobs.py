@@ -60,6 +60,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         process: where it ran last.
         attempts: begun so far, as far as is known.
         crashes: processes that died while they handled it.
+        correlation_id: of the journey; its own id where it began it.
         created: Unix seconds when it was published; None where that is not known.
         due: Unix seconds of the next attempt; 0.0 is at once.
         started: Unix seconds when the last attempt began; None where none did.
@@ -140,7 +141,7 @@ def job_of(entries: Iterable[Entry]) -> Job:
         topic=any_one.topic,
         created=published[0].at if published else None,
         due=published[0].due if published else 0.0,
-        correlation_id=any_one.correlation_id,
+        correlation_id=any_one.journey,
         causation_id=any_one.causation_id,
     )
     if handled:

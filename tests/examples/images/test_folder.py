@@ -25,7 +25,7 @@ from examples.images.app import Images, make_app, recipe_by_now
 from examples.images.files import LARGEST_PIXELS, TEMPORARY, pixels_of
 from examples.images.folder import AHEAD, JOURNAL, RECIPE, STATE, FolderError, Found, Run, no_room, process_folder, walk
 from examples.images.pictures import make_photographs
-from examples.images.report import Report
+from examples.images.report import Report, StepTimes
 from examples.images.settings import Settings
 from tests.examples.beside import Program, wait_for
 from tests.examples.images.odd import HANDLED, REFUSED, no_files, write
@@ -227,6 +227,27 @@ def test_what_an_interrupted_run_left_on_a_broker_does_not_spoil_the_next_one_s_
             assert image.mode == "RGB"
 
 
+def test_what_an_interrupted_run_left_on_a_broker_is_counted_by_the_run_that_does_it(tmp_path: Path) -> None:
+    source, out, url = tmp_path / "in", tmp_path / "out", f"sqlite:///{tmp_path / 'images.queue'}"
+    photos = make_photographs(source, 3, (90, 60))
+    process_folder(source, out, "grayscale", ONE, broker=url)
+    file = out / STATE / RECIPE
+    recipe = recipe_by_now(file)
+    assert recipe is not None
+
+    async def leave() -> None:
+        images = make_app(ONE, url)
+        async with images.app:
+            for photo in photos:
+                (out / photo.name).unlink()
+                await images.process.send(photo, out / photo.name, recipe, LARGEST_PIXELS, file)
+
+    asyncio.run(leave())
+    report = process_folder(source, out, "grayscale", ONE, broker=url)
+    assert (report.processed, report.before, report.failed) == (3, 0, 0)
+    assert report.steps.get("save", StepTimes()).count + report.unseen == 3
+
+
 def test_only_the_bad_images_fail_each_with_its_reason(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     make_photographs(folder.source, 2, (90, 60))
@@ -258,6 +279,7 @@ def test_the_same_command_again_does_what_an_interruption_left_and_nothing_twice
     first = folder.report(program)
     assert first["interrupted"]
     assert 2 <= first["processed"] == len(folder.made())
+    assert first["steps"]["save"]["count"] + first["unseen"] == first["processed"]
     assert first["megapixels"] == pytest.approx(first["processed"] * 900 * 675 / 1e6)
     assert folder.half_written() == []
     code, second = folder.run()

@@ -57,6 +57,7 @@ def test_a_report_tells_people_what_they_want_to_know() -> None:
     report = Report()
     report.add(Path("a.jpg"), processed(0.1))
     report.add_before(Path("b.jpg"))
+    report.add_unseen(Path("e.jpg"), 2_000_000)
     report.add_failure(Path("[c].jpg"), "c.jpg is [broken]", "id-1")
     report.add_failure(Path("d.jpg"), "d.jpg is broken", "id-2")
     for number in range(30):
@@ -68,7 +69,8 @@ def test_a_report_tells_people_what_they_want_to_know() -> None:
     said = out.getvalue()
     assert "blur" in said
     assert "100 ms" in said
-    assert "1 processed in 2.0 s (0.5 images/s, 12 megapixels)\n1 done before, 2 failed" in said
+    assert "2 processed in 2.0 s (1.0 images/s, 14 megapixels)\n1 done before, 2 failed" in said
+    assert "how long 1 of the processed took was not heard: their steps are not in the table" in said
     assert "failed [c].jpg: c.jpg is [broken]\n    id id-1\n" in said
     assert "failed d.jpg: d.jpg is broken\n    id id-2\n" in said
     assert "left out: 0.txt, 1.txt" in said
