@@ -39,7 +39,7 @@ from conveyor.runtime.control import runner_of, tell_left
 from conveyor.runtime.health import STARTING, Health, HealthServer
 from conveyor.runtime.metrics import Metrics, Snapshot, prometheus_text
 from conveyor.runtime.runner import Runner
-from conveyor.runtime.supervisor import MB, Limits, Supervisor
+from conveyor.runtime.supervisor import CLOSE_SECONDS, MB, Limits, Supervisor
 
 log = logging.getLogger("conveyor.run")
 
@@ -244,7 +244,7 @@ async def _supervise(
             loop = asyncio.get_running_loop()
             for number in (*SIGNALS, signal.SIGHUP):
                 loop.add_signal_handler(number, asked.set)  # until the supervisor hears them
-            stack.push_async_callback(broker.close)
+            stack.push_async_callback(_let_go, broker)
             await knocking.until_done(broker.open)
             await knocking.until_done(lambda: broker.declare([worker.queue for worker in app.workers.values()]))
             if asked.is_set():
@@ -304,6 +304,15 @@ class Knocking:
             for task in (doing, asking):
                 task.cancel()
             await asyncio.gather(doing, asking, return_exceptions=True)
+
+
+async def _let_go(broker: Broker) -> None:
+    """Close the supervisor's own connection; it holds nothing, so a broker that is silent need not hold up the end."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await broker.close()
+    except TimeoutError:
+        log.warning("the broker did not let go of the supervisor within %g s; left without a word", CLOSE_SECONDS)
 
 
 def is_locked_out(error: Exception) -> bool:

@@ -46,7 +46,7 @@ died without having been noticed never do."""
 ANSWER_SECONDS: Final = 5.0
 """How long somebody waits for the first runner to answer; one that stands still never does."""
 FAREWELL_SECONDS: Final = 1.0
-"""A runner that ends tries no longer to say so: who asks it will see that it is silent."""
+"""That a runner has ended is told for no longer: who asks it will see that it is silent."""
 LAST_ANSWER_SECONDS: Final = 0.5
 """How long, after one answer, somebody waits for the next."""
 PAUSES_SECONDS: Final = 2.0
@@ -255,12 +255,10 @@ async def cancel(broker: Broker, ids: Mapping[str, float]) -> bool:
 
 
 async def tell_left(broker: Broker, runner: str) -> None:
-    """Tell whoever looks at the runners now that one of them is there no more.
-
-    Raises:
-        BrokerError: it could not be sent.
-    """
-    await broker.publish([_message(LEFT, Left(runner))])
+    """Tell whoever looks at the runners now that one of them is there no more; where that takes long, nobody is told."""
+    with contextlib.suppress(BrokerError, TimeoutError):
+        async with asyncio.timeout(FAREWELL_SECONDS):
+            await broker.publish([_message(LEFT, Left(runner))])
 
 
 class Control:
@@ -318,9 +316,7 @@ class Control:
         """Hear no more, and say so where there was somebody to be asked."""
         await self._loops.stop()
         if self.status is not None:
-            with contextlib.suppress(BrokerError, TimeoutError):
-                async with asyncio.timeout(FAREWELL_SECONDS):
-                    await tell_left(self._broker, self.runner)
+            await tell_left(self._broker, self.runner)
         await self._mailbox.remove()
 
     async def _run(self) -> None:
