@@ -576,9 +576,13 @@ def test_an_interrupted_run_names_the_command_that_does_the_rest(
 def test_two_runs_at_once_in_one_folder_are_refused(folder: Folder) -> None:
     program = folder.start()
     wait_for_some(folder, program, 1)
+    program.process.send_signal(signal.SIGSTOP)  # or it might be done before the second one has begun
     second = folder.start()
     assert second.process.wait(60) == 2
     assert "another run is at work" in second.said()
+    program.process.send_signal(signal.SIGCONT)
+    assert program.process.wait(150) == 0
+    assert len(folder.made()) == 12
 
 
 def test_the_journal_tells_every_attempt_at_a_failed_image(tmp_path: Path) -> None:
