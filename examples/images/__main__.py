@@ -142,7 +142,8 @@ def _process(given: argparse.Namespace) -> int:
 
 def tell_plainly(line: str) -> None:
     """Say to people what is going on, beside what programs read."""
-    print(writable(line), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more, or there is no room: the images matter more
+        print(writable(line), file=sys.stderr, flush=True)
 
 
 def left_on_broker(failed: int) -> str:

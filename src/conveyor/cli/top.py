@@ -403,6 +403,8 @@ class Watcher:
     def _note_gone(self, status: Status) -> None:
         """A runner is gone; what it counted stays counted."""
         self._rates.forget(status.runner)
+        if self._app not in (None, status.app):
+            return
         self._gone[status.runner] = status.workers
         while len(self._gone) > GONE:
             oldest = next(iter(self._gone))

@@ -569,7 +569,7 @@ class Consumer:
                 failed = "worker %s: the handler of message %s was stopped (%s), and failed at that: %s"
                 extra = {"traceback": trace_of(error)}
                 log.warning(failed, self.worker.name, message.id, lane.why, describe(error), extra=extra)
-            return self._on_cancel(lane, delivery)
+            return self._on_cancel(lane, delivery, error)
         if lane.why is not None:  # it swallowed the cancellation
             return self._on_cancel(lane, delivery)
         return done
@@ -610,7 +610,7 @@ class Consumer:
             for delivery in good:
                 on_cancel = lane.why is not None or isinstance(failure, asyncio.CancelledError)
                 outcome = (
-                    self._on_cancel(lane, delivery)
+                    self._on_cancel(lane, delivery, failure)
                     if on_cancel or failure is None
                     else self._on_error(delivery, failure)
                 )

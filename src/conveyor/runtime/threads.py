@@ -77,7 +77,8 @@ class _Job:
             return ""
         stack = traceback.extract_stack(frame)
         own = next((place for place, each in enumerate(stack) if each.name == _Job._called.__name__), -1)
-        return "".join(traceback.format_list(stack[own + 1 :])).rstrip()
+        # Behind it comes the one line that takes the context along.
+        return "" if own < 0 else "".join(traceback.format_list(stack[own + 2 :])).rstrip()
 
     def interrupt(self) -> bool:
         """Raise CancelledError in the thread, at its next Python instruction; a call into C is not reached.
