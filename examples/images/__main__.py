@@ -41,6 +41,11 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 LOOK_SECONDS: Final = 0.5
 QUEUES: Final = ("images.process_image", "conveyor.journal.images")
 """On the broker, of the application that processes folders."""
+LEFT_ON_BROKER: Final = (
+    f"on the broker, the queues {' and '.join(QUEUES)} stay for the next run, with the dead letters of images that failed;"
+    f" when nobody uses them: conveyor queues remove {' '.join(QUEUES)} --yes --with-dead --broker URL"
+)
+"""Another run, or a helper, may have declared them and not receive yet: only people know that nobody uses them."""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -136,7 +141,7 @@ def _process(given: argparse.Namespace) -> int:
         console.print("interrupted; the images are done, and the contact sheet is not")
         return INTERRUPTED
     if broker:
-        console.print(left_on_broker(report.failed), soft_wrap=True, highlight=False)
+        console.print(LEFT_ON_BROKER, soft_wrap=True, highlight=False)
     return 1 if report.failed else 0
 
 
@@ -144,18 +149,6 @@ def tell_plainly(line: str) -> None:
     """Say to people what is going on, beside what programs read."""
     with contextlib.suppress(OSError):  # nobody reads it any more, or there is no room: the images matter more
         print(writable(line), file=sys.stderr, flush=True)
-
-
-def left_on_broker(failed: int) -> str:
-    """What a run leaves on a broker that is not its own, and how to remove it.
-
-    Another run, or a helper, may have declared the queues and not receive from them yet: only people know that nobody does.
-    """
-    with_dead = " --with-dead" if failed else ""
-    return (
-        f"on the broker, the queues {' and '.join(QUEUES)} stay for the next run; when nobody uses them: "
-        f"conveyor queues remove {' '.join(QUEUES)} --yes{with_dead} --broker URL"
-    )
 
 
 def check_sheet(sheet: Path, source: Path, target: Path) -> None:

@@ -216,3 +216,15 @@ async def test_a_ticket_says_that_nobody_can_tell_rather_than_that_its_job_waits
 
 def test_silence_names_whose_it_is() -> None:
     assert silence_of(["mail", "shop"]).startswith("nobody who keeps the journal of mail or shop answered")
+
+
+async def test_that_a_keeper_is_behind_is_logged_once_until_it_is_not_however_its_reason_changes(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with gate("a", broker) as one, gate("b", broker) as other, asking(broker) as asker:
+        other.problem = "b is full"
+        for problem in ("1,000 kB free", "992 kB free", None, "full", "full"):
+            one.problem = problem
+            await asker.jobs(JobFilter(ids=("a", "b")))
+    said = [each.message.rpartition(": ")[2] for each in caplog.records if each.name == "conveyor.ask"]
+    assert sorted(said) == ["1,000 kB free", "b is full", "full"]

@@ -136,6 +136,47 @@ async def test_the_traceback_of_a_timeout_says_where_the_handler_stood(kind: str
     assert ("in wait_for_the_bank" if kind == "async" else "in wait_for_the_post") in failed.value.traceback
 
 
+async def test_the_traceback_of_a_timeout_says_where_a_handler_stood_that_made_an_error_of_its_own_of_it() -> None:
+    app = make()
+
+    async def wait_for_the_bank() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            raise ConnectionError("the bank hung up") from error
+
+    @app.task(retry=NO_RETRY, timeout=0.05)
+    async def pay() -> None:
+        await wait_for_the_bank()
+
+    async with app.running():
+        ticket = await pay.send()
+        with pytest.raises(JobFailed, match="the worker's timeout") as failed:
+            await ticket.result(SECONDS)
+    assert "in wait_for_the_bank" in failed.value.traceback
+    assert "the bank hung up" in failed.value.traceback
+
+
+async def test_the_traceback_of_a_timeout_says_where_a_handler_of_batches_stood() -> None:
+    app = make()
+
+    async def wait_for_the_bank() -> None:
+        await asyncio.Event().wait()
+
+    @app.worker(batch=2, retry=NO_RETRY, timeout=0.05)
+    async def pay(sizes: list[Size]) -> None:
+        await wait_for_the_bank()
+
+    async with app, asyncio.timeout(SECONDS):
+        await app.broker.declare([app.workers["pay"].queue])
+        for number in range(2):  # before anybody receives, so that they come together
+            await app.publish(Size(Path("a"), Decimal(number)))
+        async with app.running():
+            while len(letters := await app.broker.dead_letters(DeadFilter(), limit=10)) < 2:
+                await asyncio.sleep(0.02)
+    assert all("in wait_for_the_bank" in letter.traceback for letter in letters)
+
+
 async def test_results_of_every_plain_type_come_back_as_what_they_are() -> None:
     app = make()
 

@@ -209,11 +209,11 @@ async def _supervise(
     knocking = Knocking(asked)
 
     async def hand_back(owner: str, why: str) -> None:
-        if shared:
-            if count := await broker.reclaim(owner, why):
-                log.info("handed back %s of a dead process", counted(count, "message"))
-            await tell_left(broker, runner_of(owner))
+        if shared and (count := await broker.reclaim(owner, why)):
+            log.info("handed back %s of a dead process", counted(count, "message"))
         await _free_outbox(app, owner)
+        if shared:
+            await tell_left(broker, runner_of(owner))
 
     supervisor = Supervisor(
         child,

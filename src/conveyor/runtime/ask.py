@@ -75,8 +75,8 @@ class Asker:
         self._refused: set[str] = set()
         """Those of them at whose keepers we may not knock."""
         self._listed_at = -inf
-        self._behind = ""
-        """Why a keeper knows nothing new, as it was said last."""
+        self._behind: set[str] = set()
+        """The applications whose keepers know nothing new, as was said."""
         name = f"{ANSWERS}.{uuid.uuid4().hex[:12]}"
         # It has a topic: not every broker can reach a queue by its name that somebody else has declared.
         self._mailbox = Mailbox(broker, name, (name,), msgspec.msgpack.Decoder(Answer).decode)
@@ -104,9 +104,7 @@ class Asker:
         Raises:
             NoKeeper: nobody keeps a journal here, or nobody answers in time.
         """
-        answer = await self.ask(JobsOf(which, limit), timeout_seconds=timeout_seconds)
-        self._warn_of(answer)
-        return list(answer.jobs)
+        return list((await self.ask(JobsOf(which, limit), timeout_seconds=timeout_seconds)).jobs)
 
     async def ask(self, request: JourneyOf | JobsOf, *, timeout_seconds: float = ANSWER_SECONDS) -> Answer:
         """What all keepers together know, and who of them is silent.
@@ -120,6 +118,8 @@ class Asker:
             awaited = await self._knock(answers)
             async for answer in answers:
                 found.append(answer)
+                if wanted:  # somebody asks for the ends of jobs, which may not be known
+                    self._warn_of(answer)
                 if wanted and wanted <= _ended(found):
                     break
                 if awaited <= {each.app for each in found} or (wanted and wanted <= _told(found)):
@@ -192,8 +192,10 @@ class Asker:
 
     def _warn_of(self, answer: Answer) -> None:
         """Log once that a keeper is behind: what it tells of a job, it would tell for as long as that lasts."""
-        if answer.behind and answer.behind != self._behind:
-            self._behind = answer.behind
+        if not answer.behind:
+            self._behind.discard(answer.app)
+        elif answer.app not in self._behind:
+            self._behind.add(answer.app)
             log.warning("jobs may have ended without the journal knowing: %s", answer.behind)
 
     async def close(self) -> None:

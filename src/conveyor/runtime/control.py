@@ -267,7 +267,7 @@ class Control:
     Parameters:
         broker: open.
         app: the application whose workers run here.
-        number: of this process below its supervisor; None where there is none.
+        number: of this process below its supervisor, which gave the broker its owner; None where there is none.
         switches: what is known of paused queues from before.
     """
 

@@ -73,9 +73,8 @@ class Emitted:
             elif message.topic not in self._bound:
                 self._doubtful[message.topic] += 1
                 self._in_doubt.set()
-                if (
-                    self._journal is not None and len(self._untold) < CAPACITY
-                ):  # beyond, it is told as published, and no more
+                # Beyond its capacity it is told as published, and no more.
+                if self._journal is not None and len(self._untold) < CAPACITY:
                     self._untold.append((msgspec.structs.replace(message, body=b"", headers={}), worker))
                     continue
             if self._journal is not None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,22 +204,22 @@ def test_results_of_other_filters_are_not_mixed_in(tmp_path: Path) -> None:
     assert (code, report["processed"], report["before"]) == (0, 2, 0)
 
 
+async def leave_again(photos: Sequence[Path], out: Path, url: str) -> None:
+    """Leave on a broker what is to be made once more, by the recipe of the folder, as an interrupted run would."""
+    recipe = recipe_by_now(out / STATE / RECIPE)
+    assert recipe is not None
+    images = make_app(ONE, url)
+    async with images.app:
+        for photo in photos:
+            (out / photo.name).unlink()
+            await images.process.send(photo, out / photo.name, recipe, LARGEST_PIXELS, out / STATE / RECIPE)
+
+
 def test_what_an_interrupted_run_left_on_a_broker_does_not_spoil_the_next_one_s_results(tmp_path: Path) -> None:
     source, out, url = tmp_path / "in", tmp_path / "out", f"sqlite:///{tmp_path / 'images.queue'}"
     photos = make_photographs(source, 3, (90, 60))
     process_folder(source, out, "grayscale", ONE, broker=url)
-    file = out / STATE / RECIPE
-    earlier = recipe_by_now(file)
-    assert earlier is not None
-
-    async def leave() -> None:
-        images = make_app(ONE, url)
-        async with images.app:
-            for photo in photos:
-                (out / photo.name).unlink()
-                await images.process.send(photo, out / photo.name, earlier, LARGEST_PIXELS, file)
-
-    asyncio.run(leave())
+    asyncio.run(leave_again(photos, out, url))
     report = process_folder(source, out, "blur:1", ONE, broker=url, again=True)
     assert (report.processed, report.before) == (3, 0)
     for photo in photos:
@@ -231,18 +231,7 @@ def test_what_an_interrupted_run_left_on_a_broker_is_counted_by_the_run_that_doe
     source, out, url = tmp_path / "in", tmp_path / "out", f"sqlite:///{tmp_path / 'images.queue'}"
     photos = make_photographs(source, 3, (90, 60))
     process_folder(source, out, "grayscale", ONE, broker=url)
-    file = out / STATE / RECIPE
-    recipe = recipe_by_now(file)
-    assert recipe is not None
-
-    async def leave() -> None:
-        images = make_app(ONE, url)
-        async with images.app:
-            for photo in photos:
-                (out / photo.name).unlink()
-                await images.process.send(photo, out / photo.name, recipe, LARGEST_PIXELS, file)
-
-    asyncio.run(leave())
+    asyncio.run(leave_again(photos, out, url))
     report = process_folder(source, out, "grayscale", ONE, broker=url)
     assert (report.processed, report.before, report.failed) == (3, 0, 0)
     assert report.steps.get("save", StepTimes()).count + report.unseen == 3

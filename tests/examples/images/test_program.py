@@ -299,6 +299,9 @@ def test_the_monitor_shows_a_worker_as_stopped_for_an_hour() -> None:
     registry.heard(WorkerBeat("ann", "vm:1:a", running=False, completed=3))
     now[0] = 3_600.0
     assert "stopped" in lines_of(workers_table(registry))[1]
+    now[0] = 3_601.0
+    registry.heard(WorkerBeat("bob", "vm:2:b", running=True, completed=0))
+    assert [status.beat.worker_id for status in registry.workers()] == ["bob"]
 
 
 def test_the_progress_of_a_folder_fits_into_eighty_columns() -> None:

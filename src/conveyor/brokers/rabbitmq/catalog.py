@@ -36,7 +36,8 @@ PATIENCE_SECONDS: Final = 5.0
 """How long a catalog may give nothing that is known to be there: a queue's leader may be slow."""
 INTERNAL_ERROR: Final = 541
 TRIES: Final = 5
-"""How often a server may fail at a catalog that another process creates in that moment: it says 541, and ends the connection."""
+"""How often a server may fail, as it may at a catalog that another process creates in that moment: it says 541, and ends the
+connection."""
 
 OFTEN: Final = 10
 """Deliveries after which a message is replaced by a copy; a server gives one up after 20 (the default of RabbitMQ 4)."""
@@ -163,7 +164,9 @@ class Catalog:
                 tries += 1
                 if error.code != INTERNAL_ERROR or tries == TRIES:
                     raise
-                log.info("another process creates the catalog of queues in this moment; trying again: %s", error)
+                log.info(
+                    "the server failed (is another process creating the catalog of queues?); trying again: %s", error
+                )
             else:
                 return
 

@@ -54,7 +54,7 @@ ANSWER_SECONDS: Final = 15.0
 """A server that takes longer to answer a method has lost it: RabbitMQ 3.10 answers some of those that reach a quorum queue in the
 moment of its recovery only after a minute, and holds up their channel until then."""
 CLOSE_SECONDS: Final = 5.0
-"""How long an orderly close waits for the server."""
+"""How long an orderly close, of a channel or a connection, waits for the server; a socket is simply cut then."""
 
 DELIVER: Final = commands.Basic.Deliver.index
 ACK: Final = commands.Basic.Ack.index

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 from pamqp import commands
 
-from conveyor.brokers.rabbitmq.amqp.channel import Channel
+from conveyor.brokers.rabbitmq.amqp.channel import CLOSE_SECONDS, Channel
 from conveyor.brokers.rabbitmq.amqp.errors import (
     NO_CODE,
     AmqpError,
@@ -46,8 +46,6 @@ MAX_CHANNELS: Final = 2047
 """What this client offers for channels on a connection; RabbitMQ's own default."""
 HIGH_WATER_BYTES: Final = 256 * 1024
 """Unsent bytes above which `Channel.drain` waits."""
-CLOSE_SECONDS: Final = 5.0
-"""How long an orderly close may take before the socket is simply cut."""
 FRAME_ERROR: Final = 501
 TLS_ALERT: Final = 0x15
 HEARTBEAT_FRAME: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
